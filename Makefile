@@ -1,0 +1,74 @@
+# Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint fmt type bench bench-peers lock clean
+
+# `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Stamps make the second run fast. A .venv whose Python is gone (or was copied from elsewhere) is made again.
+INSTALLED := .venv/installed
+INSTALLED_DEV := .venv/installed-dev
+ifneq ($(shell $(BIN)/python -c '' 2>/dev/null && echo alive),alive)
+$(shell rm -f $(INSTALLED) $(INSTALLED_DEV))
+endif
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## .venv with .venv/bin/cdc
+
+demo: setup ## the whole thing on an embedded Postgres (ARGS="--duration 30 --keep")
+	@$(BIN)/cdc demo $(ARGS)
+
+test: lint type ## lint, types, and the default tests (ARGS="-k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED_DEV) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+lint: $(INSTALLED_DEV) ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+fmt: $(INSTALLED_DEV) ## rewrite the source in the house's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+type: $(INSTALLED_DEV) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(INSTALLED_DEV) ## speed against pg_recvlogical; writes build/bench.json
+	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(INSTALLED_DEV) ## the same backlog through the Debezium engine
+	$(BIN)/python -m bench.peers $(ARGS)
+
+lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet 'pip-tools>=7.4'
+	build/lock/bin/pip-compile $(LOCK_OPTIONS) --extra demo -o requirements.lock pyproject.toml
+	build/lock/bin/pip-compile $(LOCK_OPTIONS) --extra demo --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+LOCK_OPTIONS := --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --build-deps-for wheel \
+	--no-header --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+clean: ## remove .venv, build results and caches
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The project is installed without build isolation and without dependencies: what builds it and what it needs has
+# come from the lock, checked by hash. --only-binary: nothing is compiled on a user's machine.
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11+ with venv and ensurepip found (Debian: python3-venv); name one: make PYTHON=/path/to/python setup" >&2; exit 1; }
+	@echo "setting up .venv with $(PYTHON) (once; a minute or so)"
+	@test ! -d .venv || $(BIN)/python -c '' 2>/dev/null || rm -rf .venv
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(PIP) install --only-binary :all: --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.lock
+	@$(PIP) install --only-binary :all: --require-hashes -r requirements-dev.lock
+	@touch $@

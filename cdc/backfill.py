@@ -1,0 +1,371 @@
+"""Snapshots while the stream runs: first snapshot, resync and re-reading of single keys, chunk by chunk.
+
+Reader and log appender are one process, so what is in the log when a snapshot is taken is known; the rules that make
+this lose nothing are in docs/snapshots.md, and each is named where it is kept. A chunk and its progress are one append. A
+run that is killed goes on after its last chunk; a table whose shape changes starts its run anew. Takes no lock on the
+source beyond ACCESS SHARE, keeps no snapshot open longer than one chunk (but for a table without a key), and writes
+nothing there. One run at a time per source; it does not merge and does not decide which tables exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cdc import metrics
+from cdc.batch import SNAPSHOT_SEQ, Batch
+from cdc.errors import CdcError, InvariantBroken, SourceRefused, Verdict
+from cdc.failpoints import failpoint
+from cdc.log import EventLog
+from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
+from cdc.runs import Run
+from cdc.schema import SchemaBook
+from cdc.state import State
+from cdc.table import TableId, TableSchema
+from cdc.window import Stamp, control_batch, fill_batch, must_read_again, read_batch, reconcile
+
+log = logging.getLogger(__name__)
+
+KEYS_PER_CHUNK = 1000
+RETRY_S = 0.05
+"""Pause before a snapshot is taken again because something logged is not visible yet."""
+
+
+@dataclass(slots=True)
+class Wish:
+    """Keys of a table to read once more (rule 9)."""
+
+    table: TableId
+    keys: list[tuple[str, ...]]
+
+
+@dataclass(slots=True, frozen=True)
+class _Mark:
+    """The log at one moment: newest offset, and the position whose transactions a snapshot must see."""
+
+    offset: int
+    epoch: int
+    lsn: int
+
+
+class Backfill:
+    """Runs of one source. `step` belongs to one thread; `order`, `cancel` and `wish` may be called from any."""
+
+    def __init__(
+        self,
+        source: str,
+        reader: SnapshotReader,
+        event_log: EventLog,
+        state: State,
+        book: SchemaBook,
+        *,
+        chunk_rows: int,
+        landed_lsn: Callable[[TableId], int],
+        stop_table: Callable[[TableId, CdcError], None],
+    ) -> None:
+        """`landed_lsn` gives the highest position that the lake holds for a table (rule 0)."""
+        self._source = source
+        self._reader = reader
+        self._log = event_log
+        self._state = state
+        self._book = book
+        self._chunk_rows = chunk_rows
+        self._landed_lsn = landed_lsn
+        self._stop_table = stop_table
+        self._wishes: list[Wish] = []
+        self._lock = threading.Lock()
+        self._before: dict[str, set[str]] = {}
+        self._not_before = 0.0
+
+    def order(self, table: TableId, kind: str, reason: str = "") -> Run:
+        """A run of the whole table; one that is pending is joined, one that is running is followed by the new one."""
+        for run in self._state.runs(self._source, table, states=["pending"]):
+            if run.kind in ("first", "resync"):
+                return run
+        return self._state.create_run(self._source, table, kind, reason=reason)
+
+    def cancel(self, table: TableId) -> list[str]:
+        """Take back the table's pending and running resyncs; a first snapshot is needed and stays."""
+        cancelled = []
+        for run in self._state.runs(self._source, table, states=["pending", "running"]):
+            if run.kind == "resync":
+                self._state.update_run(run.id, state="cancelled")
+                cancelled.append(run.id)
+        return cancelled
+
+    def wish(self, table: TableId, keys: Sequence[tuple[str, ...]]) -> None:
+        """Read these keys once more; repeated wishes for the same table replace each other."""
+        with self._lock:
+            self._wishes = [w for w in self._wishes if w.table != table]
+            self._wishes.append(Wish(table, list(keys)))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is ordered."""
+        with self._lock:
+            wishes = bool(self._wishes)
+        return not wishes and not self._state.runs(self._source, states=["pending", "running"])
+
+    def step(self) -> bool:
+        """One bounded piece of work: start a run, read a chunk, or end a run. False if there was nothing to do or it
+        must wait; errors of one table stop that table, others are raised."""
+        if time.monotonic() < self._not_before or self._log.position(self._source) is None:
+            return False
+        with self._lock:
+            wish = self._wishes.pop(0) if self._wishes else None
+        if wish is not None:
+            return self._guarded(wish.table, lambda: self._read_keys(wish))
+        runs = self._state.runs(self._source, states=["pending", "running"])
+        runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]
+        if not runs:
+            return False
+        run = next((r for r in runs if r.state == "running"), runs[0])
+        step = self._start if run.state == "pending" else self._go_on
+        return self._guarded(run.table, lambda: step(run), run)
+
+    def _guarded(self, table: TableId, work: Callable[[], bool], run: Run | None = None) -> bool:
+        try:
+            return work()
+        except CdcError as e:
+            if e.verdict is not Verdict.OPERATOR:
+                raise
+            if run is not None:
+                self._state.update_run(run.id, state="failed", reason=e.args[0])
+            self._stop_table(table, e)
+            return True
+        finally:
+            self._reader.end()
+
+    def _start(self, run: Run) -> bool:
+        schema = next((s for s in self._reader.tables() if s.table == run.table), None)
+        if schema is None:
+            raise SourceRefused(
+                f"table {run.table} is not in the publication of source {self._source}", hint="cdc setup"
+            )
+        if not self._is_covered(run):
+            return False
+        schema = self._book.register(schema)
+        if not schema.key:
+            return self._read_keyless(run, schema)
+        with self._log.lock():
+            self._begin(run, schema, {})
+        return True
+
+    def _is_covered(self, run: Run) -> bool:
+        """Rule 0: whoever wrote before we saw everything must have ended, and the log must be where the lake is."""
+        position = self._log.position(self._source)
+        assert position is not None
+        if position.lsn < self._landed_lsn(run.table):
+            return self._wait(run, "waits for the stream to reach what the lake holds")
+        covered = f"covered:{self._source}/{run.table}"
+        if self._state.get(covered) == position.epoch:
+            return True
+        now = self._reader.writers()
+        before = self._before.setdefault(run.id, set(now))
+        before &= set(now)
+        if before:
+            return self._wait(run, f"waits for older transactions: {', '.join(sorted(now[b] for b in before))}")
+        del self._before[run.id]
+        self._state.set(covered, position.epoch)
+        return True
+
+    def _begin(self, run: Run, schema: TableSchema, facts: dict[str, str]) -> None:
+        """The begin row: what it does not touch from here on is an orphan (rules 13, 15). Under the log's lock."""
+        stamp = self._stamp(run.table, run.id, time.time_ns() // 1000)
+        facts = {"event": "begin", "kind": run.kind, "oid": str(schema.oid), **facts}
+
+        def progress(tx: sqlite3.Connection) -> None:
+            self._state.update_run(
+                run.id, tx=tx, state="running", first_lsn=stamp.lsn, chunk_no=0, reason="",
+                details={"oid": schema.oid, "version": schema.version, "epoch": stamp.epoch},
+            )  # fmt: skip
+            self._state.update_table(
+                self._source, run.table, tx=tx, state="snapshotting", oid=schema.oid, reason="", hint="",
+                snapshot_seq=stamp.seq - SNAPSHOT_SEQ + 1,
+            )  # fmt: skip
+
+        self._log.append_chunk(
+            self._source, [control_batch(schema, facts, stamp)], run=run.id, chunk=0, kind="control", within=progress
+        )
+        log.info("snapshot run began", extra={"source": self._source, "table": str(run.table), "run": run.id})
+
+    def _go_on(self, run: Run) -> bool:
+        schema = self._book.get(run.table, int(run.details["version"]))
+        position = self._log.position(self._source)
+        assert position is not None
+        if not schema.key or run.details.get("epoch") != position.epoch:
+            # The one snapshot of a keyless table ended with the process; another epoch is another history.
+            return self._start_anew(run, "the run was interrupted")
+        began = time.perf_counter()
+        mark = self._mark()
+        snapshot = self._reader.begin(schema)
+        if snapshot.schema.oid != schema.oid or self._book.register(snapshot.schema).version != schema.version:
+            return self._start_anew(run, "the table's schema changed")
+        relfilenode = run.details.get("relfilenode")
+        if relfilenode is not None and relfilenode != snapshot.relfilenode:
+            return self._start_anew(run, "the table was rewritten or truncated")
+        if not self._sees_all(run, snapshot, mark):
+            return False
+        failpoint("backfill.after_snapshot")
+        after = tuple(run.last_key) if run.last_key else None
+        rows = self._reader.read(after=after, rows_max=self._chunk_rows)
+        self._reader.end()
+        metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(time.perf_counter() - began)
+        appended = self._append_chunk(run, schema, snapshot, rows, mark)
+        if appended:
+            failpoint("backfill.after_chunk")
+        return appended
+
+    def _mark(self) -> _Mark:
+        """k: what is in the log before the snapshot is taken."""
+        with self._log.lock():
+            position = self._log.position(self._source)
+            assert position is not None
+            return _Mark(self._log.end_offset(self._source), position.epoch, position.lsn)
+
+    def _sees_all(self, run: Run, snapshot: TableSnapshot, mark: _Mark) -> bool:
+        """Rule 1: a commit can be in our log before it is visible; such a snapshot would bring back older rows."""
+        if not self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
+            return True
+        return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
+
+    def _append_chunk(self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, mark: _Mark) -> bool:
+        """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
+        with self._log.lock():
+            records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]
+            if must_read_again(schema, [(r.version, r.has_truncate) for r in records]):
+                return self._wait(run, "the table changed while a chunk was read; it is read again", RETRY_S)
+            window = [self._log.read(r, schema) for r in records]
+            current = self._state.run(run.id)
+            if current is None or current.state != "running":
+                return True
+            return self._append_rows(current, schema, snapshot, rows, window)
+
+    def _append_rows(
+        self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, window: list[Batch]
+    ) -> bool:
+        done = reconcile(schema, rows, window)
+        stamp = self._stamp(run.table, run.id, snapshot.taken_at_us)
+        batches: list[Batch] = []
+        next_seq = stamp.seq
+        if len(done.keep):
+            kept = done.keep
+            whole = len(kept) == rows.rows
+            columns = rows.columns if whole else [c.take(kept) for c in rows.columns]
+            raw = rows.raw if whole or rows.raw is None else rows.raw.take(kept)
+            batches.append(read_batch(schema, columns, raw, stamp, len(kept)))
+            next_seq += len(kept)
+        if done.fills is not None:
+            later = Stamp(epoch=stamp.epoch, lsn=stamp.lsn, seq=next_seq, run=run.id, at_us=stamp.at_us)
+            batches.append(fill_batch(schema, done.fills, later))
+            next_seq += done.fills.rows
+        if rows.done and run.kind != "keys":
+            last = Stamp(epoch=stamp.epoch, lsn=stamp.lsn, seq=next_seq, run=run.id, at_us=stamp.at_us)
+            facts = {"event": "end", "kind": run.kind, "oid": str(schema.oid)}
+            batches.append(control_batch(schema, facts, last))
+            next_seq += 1
+        read = sum(b.data.num_rows for b in batches)
+        total = run.rows + rows.rows
+
+        def progress(tx: sqlite3.Connection) -> None:
+            self._state.update_run(
+                run.id, tx=tx, chunk_no=run.chunk_no + 1, rows=total, reason="",
+                last_key=list(rows.last_key) if rows.last_key else run.last_key,
+                details={**run.details, "relfilenode": snapshot.relfilenode},
+                state="done" if rows.done else "running",
+            )  # fmt: skip
+            changed: dict[str, object] = {"snapshot_seq": next_seq - SNAPSHOT_SEQ}
+            if rows.done and run.kind != "keys":
+                changed.update(state="streaming", reason="", hint="", rows=total)
+            self._state.update_table(self._source, run.table, tx=tx, **changed)
+
+        if batches:
+            self._log.append_chunk(
+                self._source, batches, run=run.id, chunk=run.chunk_no + 1, kind="chunk", within=progress
+            )
+        else:
+            with self._state.transaction() as tx:
+                progress(tx)
+        metrics.SNAPSHOT_ROWS.labels(self._source, metrics.table_label(self._source, run.table)).inc(read)
+        if rows.done:
+            log.info(
+                "snapshot run ended",
+                extra={"source": self._source, "table": str(run.table), "run": run.id, "rows": total},
+            )
+        return True
+
+    def _read_keyless(self, run: Run, schema: TableSchema) -> bool:
+        """Rule 16 for tables that are only inserted into: one snapshot, its visibility in the begin row."""
+        snapshot = self._reader.begin(schema)
+        if self._book.register(snapshot.schema).version != schema.version:
+            return self._wait(run, "the table changed; the run begins again", RETRY_S)
+        seen = snapshot.visibility
+        with self._log.lock():
+            if self._log.hidden(self._source, seen, through_lsn=None):
+                return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
+            running = ",".join(map(str, sorted(seen.in_progress)))
+            self._begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
+        after: tuple[str, ...] | None = None
+        while True:
+            current = self._state.run(run.id)
+            if current is None or current.state != "running":
+                return True
+            rows = self._reader.read(after=after, rows_max=self._chunk_rows)
+            with self._log.lock():
+                self._append_rows(current, schema, snapshot, rows, [])
+            failpoint("backfill.after_chunk")
+            if rows.done:
+                return True
+            after = rows.last_key
+
+    def _read_keys(self, wish: Wish) -> bool:
+        """Rule 9: rows whose unknown columns nothing in the lake knows are read once more by key."""
+        schema = self._book.latest(wish.table)
+        if schema is None or not schema.key:
+            raise InvariantBroken(f"keys of table {wish.table} cannot be read again: it has no key")
+        keys = wish.keys[:KEYS_PER_CHUNK]
+        mark = self._mark()
+        snapshot = self._reader.begin(schema)
+        if self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
+            self._not_before = time.monotonic() + RETRY_S
+            self.wish(wish.table, wish.keys)
+            return False
+        under_lock = self._book.register(snapshot.schema)
+        rows = self._reader.read(keys=keys)
+        self._reader.end()
+        run = self._state.create_run(
+            self._source, wish.table, "keys", state="running", reason="values that no message carried",
+            details={"oid": schema.oid, "version": under_lock.version, "epoch": mark.epoch},
+        )  # fmt: skip
+        if not self._append_chunk(run, under_lock, snapshot, rows, mark):
+            self._state.update_run(run.id, state="cancelled")
+            self.wish(wish.table, wish.keys)
+            return False
+        if len(wish.keys) > len(keys):
+            self.wish(wish.table, wish.keys[KEYS_PER_CHUNK:])
+        return True
+
+    def _start_anew(self, run: Run, why: str) -> bool:
+        """Rule 2: what was read is of another table by now. The new run's begin row makes the old rows orphans."""
+        log.warning("snapshot run starts anew", extra={"source": self._source, "table": str(run.table), "why": why})
+        with self._state.transaction() as tx:
+            self._state.update_run(run.id, tx=tx, state="cancelled", reason=why)
+            self._state.create_run(self._source, run.table, run.kind, reason=why, tx=tx)
+        return True
+
+    def _stamp(self, table: TableId, run: str, at_us: int) -> Stamp:
+        """Rule 10: right after what is in the log, with a counter that never starts again. Under the log's lock."""
+        position = self._log.position(self._source)
+        assert position is not None
+        seq = SNAPSHOT_SEQ + self._state.table(self._source, table).snapshot_seq
+        return Stamp(epoch=position.epoch, lsn=position.lsn, seq=seq, run=run, at_us=at_us)
+
+    def _wait(self, run: Run, why: str, seconds: float = 0.5) -> bool:
+        if run.reason != why:
+            self._state.update_run(run.id, reason=why)
+        self._not_before = time.monotonic() + seconds
+        return False

@@ -1,0 +1,139 @@
+"""Capture: source → event log, and the one place that lets a source forget.
+
+`ConfirmGate` decides how far the slot may be confirmed: under `confirm_after = "landed"` to where everything logged has
+landed, under `"log"` to what is logged. Before the slot passes a position, that position stands in the lake's anchor object,
+so that a daemon on an empty disk knows whether something was lost. Nobody but capture confirms.
+
+It does not decode (the source does), does not land, and keeps no state but what log and lake hold.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Protocol
+
+from cdc import metrics
+from cdc.batch import Boundary, Portion
+from cdc.failpoints import failpoint
+from cdc.log import EventLog
+from cdc.ports import Source
+from cdc.schema import SchemaBook
+
+ANCHOR_EVERY_S = 1.0
+"""The anchor is one small object; written at most this often, so confirming is as coarse."""
+
+
+class AnchorWriter(Protocol):
+    """Writes how far the slot may have been confirmed; durable on return."""
+
+    def __call__(self, may_confirm_lsn: int) -> None: ...
+
+
+class ConfirmGate:
+    """Thread-safe: capture reports what is logged, landing what has landed; capture alone acts on `allowed`."""
+
+    def __init__(self, *, confirm_after: str, save_anchor: AnchorWriter, anchored_lsn: int, every_s: float) -> None:
+        self._after_log = confirm_after == "log"
+        self._save_anchor = save_anchor
+        self._anchored = anchored_lsn
+        self._every_s = min(every_s, ANCHOR_EVERY_S)
+        self._next_at = 0.0
+        self._lock = threading.Lock()
+        self._allowed = 0
+
+    def logged(self, boundary: Boundary) -> None:
+        """Everything up to `boundary` is durable in the log."""
+        if self._after_log:
+            self._raise(boundary.end_lsn)
+
+    def landed(self, boundary: Boundary) -> None:
+        """Everything up to `boundary` is durable in the lake. Writes the anchor when it is due, before it allows."""
+        if self._after_log or boundary.end_lsn <= self._allowed or time.monotonic() < self._next_at:
+            return
+        if boundary.end_lsn > self._anchored:
+            failpoint("confirm.before_anchor")
+            self._save_anchor(boundary.end_lsn)
+            self._anchored = boundary.end_lsn
+            failpoint("confirm.after_anchor")
+        self._next_at = time.monotonic() + self._every_s
+        self._raise(boundary.end_lsn)
+
+    @property
+    def allowed(self) -> int:
+        """The position that the source may be told, 0 for none yet."""
+        return self._allowed
+
+    def _raise(self, end_lsn: int) -> None:
+        with self._lock:
+            self._allowed = max(self._allowed, end_lsn)
+
+
+class SourceStream:
+    """The upstream end of capture."""
+
+    def __init__(self, name: str, source: Source, book: SchemaBook, gate: ConfirmGate, epoch: int) -> None:
+        self._name = name
+        self._source = source
+        self._book = book
+        self._gate = gate
+        self._epoch = epoch
+        self._told = 0
+
+    def open(self, after: Boundary | None) -> None:
+        self._source.open(after, self._book.register, self._epoch)
+
+    def read(self, timeout_s: float) -> Portion | None:
+        self._confirm()
+        return self._source.read(timeout_s)
+
+    def confirm(self, durable: Boundary | None) -> None:
+        if durable is not None:
+            self._gate.logged(durable)
+        self._confirm()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _confirm(self) -> None:
+        allowed = self._gate.allowed
+        if allowed > self._told:
+            failpoint("capture.before_confirm")
+            self._source.confirm(allowed)
+            self._told = allowed
+
+
+class LogEnd:
+    """The downstream end of capture: appends portions to the event log."""
+
+    def __init__(self, name: str, log: EventLog) -> None:
+        self._name = name
+        self._log = log
+        self.received_lsn = 0
+        """The server's newest position that we have seen."""
+        self.busy_s = 0.0
+        """Wall seconds spent appending, for benchmarks."""
+
+    def resume(self) -> Boundary | None:
+        self._log.discard_open(self._name)
+        return self._log.position(self._name)
+
+    def write(self, item: Portion) -> Boundary | None:
+        began = time.perf_counter()
+        failpoint("capture.before_append")
+        self._log.append(self._name, item)
+        failpoint("capture.after_append")
+        self.busy_s += time.perf_counter() - began
+        self.received_lsn = max(self.received_lsn, item.head_lsn)
+        self._count(item)
+        return item.boundary
+
+    def tick(self) -> Boundary | None:
+        return None
+
+    def _count(self, item: Portion) -> None:
+        metrics.RECEIVED_BYTES.labels(self._name).inc(item.received_bytes)
+        metrics.RECEIVED_MESSAGES.labels(self._name).inc(item.messages)
+        metrics.TRANSACTIONS.labels(self._name).inc(len(item.xids))
+        for batch in item.batches:
+            metrics.CHANGES.labels(self._name, metrics.table_label(self._name, batch.table)).inc(batch.data.num_rows)

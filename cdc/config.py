@@ -1,0 +1,507 @@
+"""Configuration: one TOML file, strict, as frozen dataclasses.
+
+Every key has a default or is required, and stands with its unit in its name. Unknown keys are errors that name the
+nearest known key. Secrets come by reference (`password_file`, `password_env`), never in logs or `repr`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+from urllib.parse import quote
+
+from cdc.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """`[source.NAME]`: a database that changes are captured from."""
+
+    name: str
+    type: str = "postgres"
+    dsn: str = field(default="", repr=False)
+    password_file: Path | None = None
+    password_env: str | None = None
+    tables: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    mode: str = "stream"
+    slot: str = ""
+    publication: tuple[str, ...] = ()
+    confirm_after: str = "landed"
+    confirm_every_s: float = 10.0
+    chunk_rows: int = 50_000
+    lock_timeout_s: float = 10.0
+    statement_timeout_s: float = 300.0
+    connect_timeout_s: float = 10.0
+    buffer_bytes: int = 32 << 20
+    """Bound of frames received and not yet decoded."""
+    poll_sleep_s: float = 0.00015
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LakeConfig:
+    """`[lake]`: where tables land."""
+
+    url: str
+    land_every_s: float = 10.0
+    land_bytes: int = 128 << 20
+    merge_every_s: float = 10.0
+    merge_share: float = 0.2
+    vacuum_after_s: float = 3600.0
+    lease_ttl_s: float = 30.0
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """`[model.NAME]`: SQL over current tables, its result keyed."""
+
+    name: str
+    sql: str
+    key: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig:
+    """`[target.NAME]`: a production system that results are pushed to."""
+
+    name: str
+    type: str
+    dsn: str = field(default="", repr=False)
+    password_file: Path | None = None
+    password_env: str | None = None
+    connect_timeout_s: float = 10.0
+    statement_timeout_s: float = 60.0
+    origin: str = ""
+    """Replication origin of our writes; default `cdc_<target name>`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncConfig:
+    """`[sync.NAME]`: pushes a model's (or a query's) result into a target's table."""
+
+    name: str
+    target: str
+    table: str
+    key: tuple[str, ...]
+    model: str = ""
+    sql: str = ""
+    mode: str = "upsert"
+    every_s: float | None = None
+    """None: when the model's inputs have been changed by others."""
+    debounce_s: float = 2.0
+    batch_rows: int = 5_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole file."""
+
+    path: Path | None
+    state_dir: Path
+    sources: dict[str, SourceConfig]
+    lake: LakeConfig
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    targets: dict[str, TargetConfig] = field(default_factory=dict)
+    syncs: dict[str, SyncConfig] = field(default_factory=dict)
+    log_bytes_max: int = 10 << 30
+    log_segment_bytes: int = 64 << 20
+    metrics_listen: str = "127.0.0.1:9187"
+    """Address of metrics and health; empty: none; port 0: any free port, written to the state database."""
+    shutdown_timeout_s: float = 30.0
+    log_format: str = "auto"
+    log_level: str = "info"
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    """For code that builds a configuration by itself (tests, demo); not a key of the file."""
+
+    @property
+    def state_path(self) -> Path:
+        """The state database (cdc.state)."""
+        return self.state_dir / "state.db"
+
+    @property
+    def log_dir(self) -> Path:
+        """The folder of the event log's segments (cdc.log)."""
+        return self.state_dir / "log"
+
+
+T = TypeVar("T")
+
+SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
+
+# Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
+_LATER_KEYS: dict[str, frozenset[str]] = {
+    "source": frozenset({"every", "cron", "strategy", "cursor", "table"}),
+    "lake": frozenset({"region", "endpoint_url"}),
+    "sync": frozenset({"where", "approve", "deletes"}),
+}
+_LATER_VALUES: dict[tuple[str, str], frozenset[str]] = {
+    ("source", "mode"): frozenset({"snapshot"}),
+    ("source", "type"): frozenset({"kafka"}),
+    ("target", "type"): frozenset({"http", "kafka"}),
+    ("sync", "mode"): frozenset({"insert", "update", "mirror", "append"}),
+}
+_CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("source", "mode"): ("stream",),
+    ("source", "confirm_after"): ("landed", "log"),
+    ("sync", "mode"): ("upsert",),
+    ("", "log_format"): ("auto", "text", "json"),
+    ("", "log_level"): ("debug", "info", "warning", "error"),
+}
+# Smallest value of a number; what is not named here must be greater than zero.
+_LEAST: dict[tuple[str, str], float] = {
+    ("source", "chunk_rows"): 1,
+    ("source", "buffer_bytes"): 1 << 20,
+    ("source", "poll_sleep_s"): 0,
+    ("lake", "land_bytes"): 1 << 16,
+    ("lake", "lease_ttl_s"): 5,
+    ("sync", "batch_rows"): 1,
+    ("sync", "debounce_s"): 0,
+    ("", "log_bytes_max"): 8 << 20,
+    ("", "log_segment_bytes"): 1 << 20,
+}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
+_SLOT = re.compile(r"[a-z0-9_]{1,63}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+_UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SECTIONS = ("source", "lake", "model", "target", "sync")
+
+
+def find(path: Path | str | None = None) -> Path:
+    """The file to read: `path`, else $CDC_CONFIG, else ./cdc.toml, else /etc/cdc/cdc.toml. ConfigError if none."""
+    named = path or os.environ.get("CDC_CONFIG")
+    if named:
+        if not Path(named).is_file():
+            raise ConfigError(f"configuration file {named} does not exist", hint="name one with --config")
+        return Path(named).absolute()
+    for candidate in SEARCH_PATH:
+        if candidate.is_file():
+            return candidate.absolute()
+    tried = ", ".join(str(p) for p in SEARCH_PATH)
+    raise ConfigError(f"no configuration file: tried $CDC_CONFIG, {tried}", hint="name one with --config")
+
+
+def load(path: Path | str | None = None) -> Config:
+    """Read and check the whole file (see `find` for which). Raises ConfigError that lists everything that is wrong.
+
+    No connection is made and no secret is read. Relative paths are taken from the file's folder.
+    """
+    file = find(path)
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return parse(document, path=file)
+
+
+def parse(document: Mapping[str, Any], *, path: Path | None = None) -> Config:
+    """The configuration that a parsed TOML document means; ConfigError that lists everything that is wrong."""
+    reader = _Reader(path.parent if path else Path.cwd())
+    config = reader.config(document, path)
+    if reader.problems or config is None:
+        where = f"{path}: " if path else ""
+        if len(reader.problems) == 1:
+            raise ConfigError(where + reader.problems[0])
+        raise ConfigError(f"{where}{len(reader.problems)} problems\n  " + "\n  ".join(reader.problems))
+    return config
+
+
+def size_bytes(text: str | int) -> int:
+    """Bytes of a size such as "128MB". Units are powers of 1024 as in postgresql.conf. ValueError if it is none."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f'"{text}" is no size; write bytes as a number, or "64kB", "128MB", "10GB"')
+    return int(float(match[1]) * (1 << _UNITS[match[2][0].upper()]))
+
+
+def dsn_with_password(config: SourceConfig | TargetConfig) -> str:
+    """The connection string with its password, read now (so a rotated secret is taken at the next connection).
+
+    Never log the result. ConfigError if the secret cannot be read; the message names the file or the variable only.
+    """
+    password = _password(config)
+    if password is None:
+        return config.dsn
+    if re.match(r"postgres(ql)?://", config.dsn):
+        return f"{config.dsn}{'&' if '?' in config.dsn else '?'}password={quote(password, safe='')}"
+    escaped = password.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{config.dsn} password='{escaped}'".lstrip()
+
+
+def _password(config: SourceConfig | TargetConfig) -> str | None:
+    if config.password_env:
+        value = os.environ.get(config.password_env)
+        if value is None:
+            raise ConfigError(
+                f"{config.name}: environment variable {config.password_env} is not set", hint="it holds the password"
+            )
+        return value
+    if config.password_file:
+        try:
+            return config.password_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"{config.name}: cannot read password_file {config.password_file}: {reason}") from None
+    return None
+
+
+class _Reader:
+    """Turns tables of the document into dataclasses; collects problems, so that one run names them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+
+    def config(self, document: Mapping[str, Any], path: Path | None) -> Config | None:
+        top = {k: v for k, v in document.items() if k not in _SECTIONS}
+        lake = self._lake(document.get("lake"))
+        sources = self._named("source", SourceConfig, document)
+        models = self._named("model", ModelConfig, document)
+        targets = self._named("target", TargetConfig, document)
+        syncs = self._named("sync", SyncConfig, document)
+        given = self._values(
+            Config, "", "", top, hidden=("path", "sources", "lake", "models", "targets", "syncs", "extra")
+        )
+        if "source" not in document:
+            self.problems.append("no source: write a [source.NAME] section")
+        sources = {name: self._finish_source(source) for name, source in sources.items()}
+        targets = {name: self._finish_target(target) for name, target in targets.items()}
+        self._check_slots(sources)
+        for model in models.values():
+            self._check_model(model)
+        for sync in syncs.values():
+            self._check_sync(sync, document)
+        if given is None or lake is None:
+            return None
+        config = Config(path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, **given)
+        self._check_top(config)
+        return config
+
+    def _named(self, section: str, cls: Callable[..., T], document: Mapping[str, Any]) -> dict[str, T]:
+        tables = document.get(section, {})
+        if not isinstance(tables, Mapping):
+            self.problems.append(f"{section}: write [{section}.NAME]")
+            return {}
+        found: dict[str, T] = {}
+        for name, table in tables.items():
+            where = f"{section}.{name}"
+            if not isinstance(table, Mapping):
+                self.problems.append(f"{where}: is a key where a section is expected; write [{section}.NAME]")
+                continue
+            if not _NAME.fullmatch(name):
+                self.problems.append(f"{where}: a name is a letter, then letters, digits, _ or -, at most 40")
+            values = self._values(cls, section, where, table, hidden=("name",))
+            if values is not None:
+                found[name] = cls(name=name, **values)
+        return found
+
+    def _values(
+        self, cls: Any, section: str, where: str, table: Mapping[str, Any], *, hidden: tuple[str, ...]
+    ) -> dict[str, Any] | None:
+        """Checked values of one table by the fields of `cls`; None if a required key is missing or a value is wrong."""
+        known = {f.name: f for f in fields(cls) if f.name not in hidden}
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        before = len(self.problems)
+        for key, value in table.items():
+            at = f"{where}.{key}" if where else key
+            if key in _LATER_KEYS.get(section, ()):
+                self.problems.append(f"{at}: not supported yet")
+            elif key not in known:
+                self.problems.append(f"{at}: unknown key{_nearest(key, [*known, *(() if where else _SECTIONS)])}")
+            else:
+                try:
+                    values[key] = self._value(section, key, hints[key], value)
+                except ValueError as error:
+                    self.problems.append(f"{at}: {error}")
+        for key, f in known.items():
+            if f.default is MISSING and f.default_factory is MISSING and key not in table:
+                self.problems.append(f"{where}.{key}: is required" if where else f"{key}: is required")
+        return values if len(self.problems) == before else None
+
+    def _value(self, section: str, key: str, kind: Any, value: Any) -> Any:
+        if kind is int:
+            return self._int(section, key, value)
+        if kind is float or kind == float | None:
+            return self._seconds_or_share(section, key, value)
+        if kind == tuple[str, ...]:
+            return _strings(value, single=key == "publication")
+        if kind == dict[str, str]:
+            if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+                raise ValueError("a table of texts is expected")
+            return dict(value)
+        if not isinstance(value, str):
+            raise ValueError(f"a text is expected, not {_kind(value)}")
+        if "\0" in value:
+            raise ValueError("a zero byte is not allowed")
+        if kind is Path or kind == Path | None:
+            if not value:
+                raise ValueError("a path is expected, not an empty text")
+            return self.folder / Path(value).expanduser()
+        if value in _LATER_VALUES.get((section, key), ()):
+            raise ValueError(f'"{value}" is not supported yet')
+        choices = _CHOICES.get((section, key))
+        if choices and value not in choices:
+            raise ValueError(f'"{value}" is none of {", ".join(choices)}{_nearest(value, choices)}')
+        return value
+
+    def _int(self, section: str, key: str, value: Any) -> int:
+        sized = "bytes" in key
+        if isinstance(value, bool) or not isinstance(value, (int, str) if sized else int):
+            raise ValueError(f"a {'size' if sized else 'whole number'} is expected, not {_kind(value)}")
+        number = size_bytes(value)
+        least = _LEAST.get((section, key), 1)
+        if number < least:
+            raise ValueError(f"must be at least {int(least)}{' bytes' if sized else ''}")
+        return number
+
+    def _seconds_or_share(self, section: str, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            unit = "seconds as a number" if key.endswith("_s") else "a number"
+            raise ValueError(f"{unit} expected, not {_kind(value)}")
+        least = _LEAST.get((section, key))
+        if value < least if least is not None else value <= 0:
+            raise ValueError(f"must be at least {least:g}" if least is not None else "must be greater than 0")
+        if key.endswith("_share") and value > 1:
+            raise ValueError("is a share, at most 1")
+        return float(value)
+
+    def _lake(self, table: Any) -> LakeConfig | None:
+        if not isinstance(table, Mapping):
+            self.problems.append('no lake: write a [lake] section with url = "file:///…"')
+            return None
+        values = self._values(LakeConfig, "lake", "lake", table, hidden=())
+        if values is None:
+            return None
+        lake = LakeConfig(**values)
+        scheme, separator, rest = lake.url.partition("://")
+        if scheme == "s3":
+            self.problems.append("lake.url: s3:// is not supported yet")
+        elif not lake.url or (separator and not rest):
+            self.problems.append("lake.url: names no place")
+        elif separator and scheme == "file" and not rest.startswith("/"):
+            self.problems.append('lake.url: a file URL has an absolute path after "file://"')
+        elif (not separator or scheme == "file") and lake.options:
+            self.problems.append("lake.options: a local directory has no options")
+        return lake if separator else replace(lake, url=f"file://{self.folder / Path(lake.url).expanduser()}")
+
+    def _finish_source(self, source: SourceConfig) -> SourceConfig:
+        """Fill the defaults that depend on the name, and check what depends on several keys."""
+        at = f"source.{source.name}"
+        self._check_connection(at, source)
+        default = "cdc_" + source.name.lower().replace("-", "_")
+        source = replace(source, slot=source.slot or default, publication=source.publication or (default,))
+        if not _SLOT.fullmatch(source.slot):
+            self.problems.append(f"{at}.slot: only a-z, 0-9 and _ are allowed, at most 63 (a rule of Postgres)")
+        if not all(source.publication):
+            self.problems.append(f"{at}.publication: an empty name")
+        for key, patterns in (("tables", source.tables), ("exclude", source.exclude)):
+            for pattern in patterns:
+                if "." not in pattern:
+                    self.problems.append(f'{at}.{key}: "{pattern}" names no schema; write "public.{pattern}"')
+        return source
+
+    def _finish_target(self, target: TargetConfig) -> TargetConfig:
+        self._check_connection(f"target.{target.name}", target)
+        return replace(target, origin=target.origin or f"cdc_{target.name}")
+
+    def _check_connection(self, at: str, config: SourceConfig | TargetConfig) -> None:
+        if config.type == "postgres" and not config.dsn:
+            self.problems.append(f"{at}.dsn: is required")
+        secrets = [k for k in ("password_file", "password_env") if getattr(config, k)]
+        if len(secrets) > 1:
+            self.problems.append(f"{at}.password_env: password_file is set too; one of them is enough")
+        elif secrets and has_inline_password(config.dsn):
+            self.problems.append(f"{at}.{secrets[0]}: the dsn holds a password too; leave it out there")
+
+    def _check_slots(self, sources: dict[str, SourceConfig]) -> None:
+        taken: dict[tuple[str, str], str] = {}
+        for source in sources.values():
+            other = taken.setdefault((source.dsn, source.slot), source.name)
+            if other != source.name:
+                self.problems.append(
+                    f"source.{source.name}.slot: source {other} reads the same slot; a slot has one reader"
+                )
+        folded = {name.lower() for name in sources}
+        if len(folded) != len(sources):
+            self.problems.append(
+                "source: two names differ only in upper and lower case; queries could not tell them apart"
+            )
+
+    def _check_model(self, model: ModelConfig) -> None:
+        if not model.sql.strip():
+            self.problems.append(f"model.{model.name}.sql: is empty")
+        self._check_key(f"model.{model.name}.key", model.key)
+
+    def _check_key(self, at: str, key: tuple[str, ...]) -> None:
+        if not key or not all(key):
+            self.problems.append(f"{at}: name at least one column")
+        elif len(set(key)) != len(key):
+            self.problems.append(f"{at}: a column stands there twice")
+
+    def _check_sync(self, sync: SyncConfig, document: Mapping[str, Any]) -> None:
+        at = f"sync.{sync.name}"
+        self._check_key(f"{at}.key", sync.key)
+        if not sync.table:
+            self.problems.append(f"{at}.table: is empty")
+        if bool(sync.model) == bool(sync.sql.strip()):
+            self.problems.append(f"{at}: set exactly one of model and sql")
+        for kind, name in (("model", sync.model), ("target", sync.target)):
+            known = list(document.get(kind, {}))
+            if (name or kind == "target") and name not in known:
+                self.problems.append(f"{at}.{kind}: there is no [{kind}.{name}]{_nearest(name, known)}")
+
+    def _check_top(self, config: Config) -> None:
+        if config.metrics_listen:
+            host, _, port = config.metrics_listen.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
+                self.problems.append('metrics_listen: write "host:port", or "" for none')
+        if config.log_bytes_max < 2 * config.log_segment_bytes:
+            self.problems.append("log_bytes_max: must hold at least two segments (log_segment_bytes)")
+
+
+def has_inline_password(dsn: str) -> bool:
+    """Whether a connection string of Postgres carries a password of its own."""
+    if re.match(r"postgres(ql)?://", dsn):
+        authority = dsn.split("://", 1)[1].split("/", 1)[0]
+        user = authority.rpartition("@")[0]
+        return ":" in user or bool(re.search(r"[?&]password=", dsn))
+    return bool(re.search(r"(^|\s)password\s*=", dsn))
+
+
+def _strings(value: Any, *, single: bool) -> tuple[str, ...]:
+    if single and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"a list of texts is expected, not {_kind(value)}")
+    return tuple(value)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if match:
+        return f"; did you mean {match[0]}?"
+    return f"; known: {', '.join(sorted(names))}" if names else ""
+
+
+def _kind(value: Any) -> str:
+    """The TOML word for a value's type; values themselves may be secrets and are not quoted."""
+    names: list[tuple[type, str]] = [
+        (bool, "a boolean"),
+        (int, "a whole number"),
+        (float, "a number"),
+        (str, "a text"),
+        (list, "a list"),
+        (dict, "a table"),
+    ]
+    return next((name for kind, name in names if isinstance(value, kind)), "a date or time")

@@ -1,0 +1,264 @@
+"""The process: puts the parts together from the configuration, serves orders, and ends in bounded time.
+
+One pipeline per source, one worker for models and syncs, a main loop that polls requests and tells systemd, status and
+metrics how things are. SIGTERM and SIGINT stop it with everything durable (what is in the log is; it lands after the
+next start); a second signal ends it at once. Nothing is decided here about data.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cdc import control, metrics, registry
+from cdc.config import Config
+from cdc.control import Control, Pending
+from cdc.errors import CdcError, ConfigError, TimedOut
+from cdc.log import EventLog
+from cdc.notify import Notifier
+from cdc.pipeline import Pipeline
+from cdc.serving import Serving
+from cdc.state import State, open_state
+from cdc.table import TableId
+from cdc.worker import Worker
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+ONCE_TIMEOUT_S = 24 * 3600.0
+
+
+class Daemon:
+    """`run` is the whole life of one process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stop = threading.Event()
+        self._signals = 0
+        self._fatal: BaseException | None = None
+        self._pipelines: dict[str, Pipeline] = {}
+
+    def run(self, *, once: bool = False) -> int:
+        """Until a signal, or with `once` until everything committed before now has landed and due syncs have run.
+        0 fine, 1 failed. Blocks; installs signal handlers when called in the main thread."""
+        config = self._config
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        with self._only_one(), self._signals_handled():
+            state = open_state(config.state_dir)
+            event_log = EventLog(
+                config.log_dir, state, bytes_max=config.log_bytes_max, segment_bytes=config.log_segment_bytes
+            )
+            notifier = Notifier()
+            server = metrics.MetricsServer(config.metrics_listen, self._health)
+            try:
+                self._build(state, event_log)
+                state.set("metrics_address", server.start())
+                notifier.ready(f"{len(self._pipelines)} sources")
+                log.info("started", extra={"pid": os.getpid(), "sources": len(self._pipelines)})
+                self._loop(state, event_log, notifier, once)
+                notifier.stopping("stopping")
+                self._close(state)
+                return self._outcome()
+            finally:
+                self._stop.set()
+                server.stop()
+                notifier.close()
+                event_log.close()
+                state.close()
+
+    # ---- building and ending ----
+
+    def _build(self, state: State, event_log: EventLog) -> None:
+        config = self._config
+        store = registry.lake_store(config.lake)
+        owner = f"{socket.gethostname()} pid {os.getpid()}"
+        self._serving = Serving(config, state, store, self._pipelines)
+        for name, source in config.sources.items():
+            self._pipelines[name] = Pipeline(
+                config, source, state, event_log, store,
+                owner=owner, own_origins=self._serving.origins, stop=self._stop, on_fatal=self._on_fatal,
+            )  # fmt: skip
+        self._control = Control(state)
+        self._control.serve(
+            {
+                "resync": self._resync,
+                "cancel_resync": self._cancel_resync,
+                "pause": lambda args: self._pause(state, args, True),
+                "resume": lambda args: self._pause(state, args, False),
+                "wait": self._wait,
+                "model_run": self._serving.model_run,
+                "sync_apply": self._serving.sync_apply,
+            }
+        )
+        self._serving_worker = Worker(
+            "serving", self._serving.step, stop=self._stop, idle_s=0.2, on_fatal=self._on_fatal
+        )
+        for pipeline in self._pipelines.values():
+            pipeline.start()
+        self._serving_worker.start()
+
+    def _close(self, state: State) -> None:
+        self._stop.set()
+        deadline = time.monotonic() + self._config.shutdown_timeout_s
+        for pipeline in self._pipelines.values():
+            pipeline.close(deadline)
+        self._serving_worker.join(max(0.1, deadline - time.monotonic()))
+        self._serving.close()
+        self._control.close()
+        state.set(control.DAEMON_FACT, None)
+        log.info("stopped")
+
+    def _outcome(self) -> int:
+        return 1 if self._fatal is not None else 0
+
+    def _on_fatal(self, error: BaseException) -> None:
+        self._fatal = error
+        self._stop.set()
+
+    @contextmanager
+    def _only_one(self) -> Iterator[None]:
+        """One daemon per state directory; the lock ends with the process, however it ends."""
+        path = self._config.state_dir / "daemon.lock"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise ConfigError(
+                    f"another daemon runs on state_dir {self._config.state_dir}",
+                    hint="`cdc status` tells its pid; give each daemon a state_dir of its own",
+                ) from e
+            yield
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            self._signals += 1
+            self._stop.set()
+            if self._signals > 1:
+                os._exit(128 + number)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---- the main loop ----
+
+    def _loop(self, state: State, event_log: EventLog, notifier: Notifier, once: bool) -> None:
+        started = time.time()
+        finished = self._finished() if once else None
+        beat_at = 0.0
+        while not self._stop.is_set():
+            now = time.monotonic()
+            if now >= beat_at:
+                beat_at = now + 1.0
+                control.beat(state, started)
+                for pipeline in self._pipelines.values():
+                    pipeline.beat()
+                metrics.LOG_BYTES.set(event_log.size_bytes())
+                if self._workers_alive():
+                    notifier.watchdog()
+            self._control.poll_once()
+            if finished is not None and finished():
+                return
+            self._stop.wait(TICK_S)
+
+    def _workers_alive(self) -> bool:
+        return self._fatal is None
+
+    def _finished(self) -> Pending:
+        """For `--once`: polled until everything committed before now is in the lake and due syncs have run."""
+        barriers: dict[str, int] = {}
+        deadline = time.monotonic() + ONCE_TIMEOUT_S
+
+        def done() -> dict[str, Any] | None:
+            if time.monotonic() > deadline:
+                raise TimedOut("the run did not end in time")
+            for name, pipeline in self._pipelines.items():
+                error = pipeline.operator_error()
+                if error is not None:
+                    raise error
+                if not pipeline.prepared:
+                    return None
+                if name not in barriers:
+                    barriers[name] = pipeline.admin.barrier()
+                if not pipeline.discovered or not pipeline.backfill.idle:
+                    return None
+                if not pipeline.has_reached(barriers[name]):
+                    return None
+            return {} if self._serving.settled() else None
+
+        return done
+
+    def _health(self) -> Mapping[str, Any]:
+        sources = {
+            name: {"streaming": p.streaming, "error": p.error.args[0] if isinstance(p.error, CdcError) else None}
+            for name, p in self._pipelines.items()
+        }
+        return {"ok": self._fatal is None and all(s["streaming"] for s in sources.values()), "sources": sources}
+
+    # ---- orders ----
+
+    def _pipeline(self, args: Mapping[str, Any]) -> Pipeline:
+        name = str(args["source"])
+        if name not in self._pipelines:
+            raise ConfigError(f"the running daemon has no source {name!r}", hint="restart it with this configuration")
+        return self._pipelines[name]
+
+    def _resync(self, args: dict[str, Any]) -> dict[str, Any] | Pending:
+        pipeline, table = self._pipeline(args), _table(args["table"])
+
+        def order() -> dict[str, Any] | None:
+            return {"run": pipeline.resync(table).id} if pipeline.prepared else None
+
+        return order() or order
+
+    def _cancel_resync(self, args: dict[str, Any]) -> dict[str, Any] | Pending:
+        pipeline, table = self._pipeline(args), _table(args["table"])
+
+        def cancel() -> dict[str, Any] | None:
+            return {"runs": pipeline.backfill.cancel(table)} if pipeline.prepared else None
+
+        return cancel() or cancel
+
+    def _pause(self, state: State, args: Mapping[str, Any], pause: bool) -> dict[str, Any]:
+        kind, name = str(args["kind"]), str(args["name"])
+        if kind == "table":
+            source, _, table = name.partition("/")
+            self._pipeline({"source": source}).pause_table(_table(table), pause)
+        elif pause:
+            state.pause(kind, name)
+        else:
+            state.resume(kind, name)
+        return {"kind": kind, "name": name, "paused": pause}
+
+    def _wait(self, args: dict[str, Any]) -> Pending:
+        pipeline = self._pipeline(args)
+        lsn = int(args["lsn"])
+
+        def reached() -> dict[str, Any] | None:
+            error = pipeline.operator_error()
+            if error is not None:
+                raise error
+            return pipeline.reached() if pipeline.has_reached(lsn) else None
+
+        return reached
+
+
+def _table(text: str) -> TableId:
+    schema, _, name = text.partition(".")
+    return TableId(schema, name)

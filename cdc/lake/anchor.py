@@ -1,0 +1,90 @@
+"""The anchor: one small object per source that says which history the lake belongs to, and how far it may be confirmed.
+
+A daemon on an empty disk learns from it which server, timeline, slot and epoch the lake holds, in which mode it was
+kept, and up to which position the slot may have been confirmed. It is written before the slot is confirmed beyond that
+position, so a slot that stands beyond it was moved by someone else: something was lost, and the start says so.
+
+Written by conditional PUT: two writers cannot both believe that theirs stands. It never goes back within an epoch.
+It does not decide anything; capture does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from cdc.errors import FormatTooNew, InvariantBroken, StoreConflict
+from cdc.lake.layout import anchor_key
+from cdc.ports import ObjectStore
+
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorState:
+    """What the anchor says. `mode` is `landed`, `log` or `snapshot`; `may_confirm_lsn` is an end LSN."""
+
+    epoch: int
+    system_id: str
+    timeline: int
+    database: str
+    slot: str
+    mode: str
+    may_confirm_lsn: int
+    format: int = FORMAT
+
+
+class Anchor:
+    """The anchor of one source. Every call reads or writes the store; not thread-safe."""
+
+    def __init__(self, store: ObjectStore, source: str) -> None:
+        self._store = store
+        self._key = anchor_key(source)
+        self._etag: str | None = None
+        self._state: AnchorState | None = None
+
+    @property
+    def state(self) -> AnchorState | None:
+        """What was last read or written; None before, or if there is no anchor."""
+        return self._state
+
+    def load(self) -> AnchorState | None:
+        """Read the anchor; None if the lake has none. FormatTooNew if a newer release wrote it."""
+        found = self._store.get(self._key)
+        if found is None:
+            self._etag = self._state = None
+            return None
+        self._state = _parse(found[0], self._key)
+        self._etag = found[1]
+        return self._state
+
+    def save(self, state: AnchorState) -> None:
+        """Replace what was last read or written here; durable on return.
+
+        StoreConflict if another writer was faster (`load` shows it); InvariantBroken if the epoch, or the position
+        within the epoch, would go back.
+        """
+        old = self._state
+        if old is not None and (state.epoch, state.may_confirm_lsn) < (old.epoch, old.may_confirm_lsn):
+            raise InvariantBroken(
+                f"{self._key} would go back from epoch {old.epoch}, position {old.may_confirm_lsn:X} "
+                f"to epoch {state.epoch}, position {state.may_confirm_lsn:X}"
+            )
+        data = json.dumps(asdict(state), indent=1).encode()
+        try:
+            self._etag = self._store.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
+        except StoreConflict:
+            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
+            found = self._store.get(self._key)
+            if found is None or found[0] != data:
+                raise
+            self._etag = found[1]
+        self._state = state
+
+
+def _parse(data: bytes, key: str) -> AnchorState:
+    values: dict[str, Any] = json.loads(data)
+    if int(values.get("format", 0)) > FORMAT:
+        raise FormatTooNew(f"{key} has format {values['format']}, this release knows {FORMAT}", hint="upgrade cdc")
+    return AnchorState(**{f.name: values[f.name] for f in fields(AnchorState)})

@@ -1,0 +1,531 @@
+"""One Delta table: its versions, files, schema and tokens, and the one way to change it.
+
+Guarantees:
+- A commit is all or nothing, and carries its tokens (Delta `txn` actions) in the same atomic step as its files.
+- What a commit rests on is checked *in the version that it is committed upon*: a commit that loses a race is checked
+  again against the newer version before it is tried again. deltalake alone would accept a lower token without a word,
+  remove a file that is not there, and rebase a commit past tokens that were never looked at.
+- A commit whose answer was lost is recognised by the id that it carries, never repeated.
+- Waits for nothing but the store; tries a bounded number of times.
+
+It does not write or delete data files (but for `vacuum`), does not know what the tokens mean, and is not thread-safe:
+one DeltaLog belongs to one thread. It never goes through deltalake's own readers, which cost a query engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
+from cdc.ports import ObjectStore
+
+log = logging.getLogger(__name__)
+
+FORMAT: Final = 1
+"""Version of the layout of our tables; kept in the table's configuration."""
+
+_FORMAT_KEY = "cdc.format"
+_COMMIT_KEY = "cdc.commit"
+_ATTEMPTS = 8
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_=./-]+")
+_DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
+
+
+class HistoryGone(CdcError):
+    """Commits that are asked for have been cleaned away; only the table's present state is left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedFile:
+    """A data file to make visible. `path` is relative to the table; letters, digits and `_=./-` only.
+
+    `partition` has a value for every partition column. `stats` are Delta's per-file statistics other than numRecords
+    (`minValues`, `maxValues`, `nullCount`), if known.
+    """
+
+    path: str
+    size: int
+    rows: int
+    partition: Mapping[str, str | None] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LiveFile(NamedTuple):
+    """A data file of one version of the table."""
+
+    path: str
+    size: int
+    rows: int
+    partition: dict[str, str | None]
+
+
+class DeltaLog:
+    """The Delta table under `prefix` of a store. Nothing is read before the first call that needs it."""
+
+    def __init__(self, store: ObjectStore, prefix: str) -> None:
+        self._store = store
+        self.prefix = prefix
+        self._location, self._options = store.location(prefix)
+        self._table: DeltaTable | None = None
+
+    # ---- opening ----
+
+    def exists(self) -> bool:
+        """Whether the table exists (reads it if it does)."""
+        return self._load() is not None
+
+    def open_or_create(
+        self,
+        schema: pa.Schema,
+        *,
+        partition_by: Sequence[str] = (),
+        configuration: Mapping[str, str] | None = None,
+        tokens: Mapping[str, int] | None = None,
+    ) -> bool:
+        """Make sure that the table exists and has at least these columns; True if this call created it.
+
+        `configuration` and `tokens` apply to a table that is created. Fields keep their metadata. SchemaConflict if the
+        table cannot hold the schema, FormatTooNew if a newer release made it.
+        """
+        _check_names(schema.names)
+        created = False
+        if self._load() is None:
+            created = self._create(schema, partition_by, configuration or {}, tokens or {})
+        if not created:
+            self.evolve(schema)
+        return created
+
+    def refresh(self) -> int:
+        """Read what has been committed since, and return the newest version; StoreUnavailable if there is no table."""
+        if self._table is None:
+            return self._require().version()
+        with _translated(self.prefix):
+            self._table.update_incremental()
+        return self._table.version()
+
+    def version(self) -> int:
+        """The newest version that has been read (`refresh` reads on); -1 if there is no table."""
+        table = self._load()
+        return -1 if table is None else table.version()
+
+    def configuration(self) -> dict[str, str]:
+        return dict(self._require().metadata().configuration)
+
+    def partition_columns(self) -> list[str]:
+        return list(self._require().metadata().partition_columns)
+
+    # ---- reading ----
+
+    def schema(self, version: int | None = None) -> pa.Schema:
+        """The table's schema with field metadata, partition columns included."""
+        return pa.schema(self._at(version).schema().to_arrow())
+
+    def token(self, app_id: str, version: int | None = None) -> int | None:
+        """The token of one application in a version (default: the one that has been read), None if it never had one."""
+        value = self._at(version).transaction_version(app_id)
+        return None if value is None else int(value)
+
+    def tokens(self) -> dict[str, int]:
+        """All tokens of the version that has been read. Costs a checkpoint and the commits after it."""
+        table = self._require()
+        found: dict[str, int] = {}
+        first = 0
+        checkpoint = self._checkpoint(table.version())
+        if checkpoint is not None:
+            first, actions = checkpoint
+            for txn in actions.column("txn").drop_null().to_pylist():
+                found[txn["appId"]] = int(txn["version"])
+        for version in range(first, table.version() + 1):
+            for action in self._commit_actions(version):
+                if "txn" in action:
+                    found[action["txn"]["appId"]] = int(action["txn"]["version"])
+        return found
+
+    def files(self, version: int | None = None) -> list[LiveFile]:
+        """The data files of a version (default: the one that has been read)."""
+        with _translated(self.prefix):
+            actions = pa.table(self._at(version).get_add_actions(flatten=False))
+        names = set(actions.schema.names)
+        paths = actions.column("path").to_pylist()
+        sizes = actions.column("size_bytes").to_pylist()
+        rows = actions.column("num_records").to_pylist() if "num_records" in names else [None] * len(paths)
+        partitions = actions.column("partition").to_pylist() if "partition" in names else [{}] * len(paths)
+        return [
+            LiveFile(p, int(s), int(r or 0), dict(part or {}))
+            for p, s, r, part in zip(paths, sizes, rows, partitions, strict=True)
+        ]
+
+    def files_added(self, after_version: int, through_version: int) -> list[tuple[int, str]]:
+        """(version, path) of the files that commits after `after_version`, up to `through_version`, added, in order.
+
+        Files that only rearrange rows (compaction: `dataChange` false) are left out. Reads the commits themselves,
+        which stay readable behind checkpoints for Delta's log retention; HistoryGone if they have been cleaned away.
+        """
+        added: list[tuple[int, str]] = []
+        for version in range(after_version + 1, through_version + 1):
+            for action in self._commit_actions(version):
+                add = action.get("add")
+                if add is not None and add.get("dataChange", True):
+                    added.append((version, add["path"]))
+        return added
+
+    def open_file(self, path: str) -> pq.ParquetFile:
+        """Open a data file for reading, with the store's own means; StoreUnavailable if it cannot be read."""
+        location, options = self._store.location(f"{self.prefix}/{path}")
+        try:
+            if not options and location.startswith("/"):
+                return pq.ParquetFile(location)
+            found = self._store.get(f"{self.prefix}/{path}")
+            if found is None:
+                raise FileNotFoundError(path)
+            return pq.ParquetFile(pa.BufferReader(found[0]))
+        except (OSError, pa.ArrowException) as e:
+            raise StoreUnavailable(f"{self.prefix}/{path} cannot be read: {type(e).__name__}") from e
+
+    def removed_paths(self) -> set[str]:
+        """Paths of files that were removed and that no vacuum has forgotten yet: readers of older versions use them."""
+        table = self._require()
+        removed: set[str] = set()
+        first = 0
+        checkpoint = self._checkpoint(table.version())
+        if checkpoint is not None:
+            first, actions = checkpoint
+            removed.update(r["path"] for r in actions.column("remove").drop_null().to_pylist())
+        for version in range(first, table.version() + 1):
+            for action in self._commit_actions(version):
+                if "remove" in action:
+                    removed.add(action["remove"]["path"])
+        return removed
+
+    # ---- changing ----
+
+    def evolve(self, fields: Iterable[pa.Field]) -> int:
+        """Add the columns, and the fields of structs, that the table does not have; nothing else ever changes.
+
+        A column whose metadata differ (it was dropped and made anew: another attnum) takes the new ones. SchemaConflict
+        if a column exists with another type. Returns the version from which on the table has them.
+        """
+        wanted = list(fields)
+        for _ in range(_ATTEMPTS):
+            table = self._require()
+            present = {f.name: f for f in self.schema()}
+            _check_names([*present, *(f.name for f in wanted if f.name not in present)])
+            missing, renewed = _difference(present, wanted, self.prefix)
+            if not missing and not renewed:
+                return table.version()
+            commit_id = uuid.uuid4().hex
+            try:
+                if missing:
+                    properties = _properties({}, {}, commit_id)
+                    table.alter.add_columns(
+                        list(Schema.from_arrow(pa.schema(missing)).fields), commit_properties=properties
+                    )
+                for name, metadata in renewed.items():
+                    table.alter.set_column_metadata(name, metadata)
+            except (CommitFailedError, DeltaError, OSError) as e:
+                self._after_failure(e, table.version(), commit_id)
+            self.refresh()
+        raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a change of schema")
+
+    def commit(
+        self,
+        *,
+        adds: Sequence[AddedFile] = (),
+        removes: Sequence[str] = (),
+        tokens: Mapping[str, int] | None = None,
+        expect: Mapping[str, int | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        data_change: bool = True,
+    ) -> int:
+        """Make `adds` visible, take `removes` away and set `tokens`, in one commit; returns its version. Durable.
+
+        In the version committed upon, every token of `expect` must have exactly that value (None: not set) and every
+        path of `removes` must be live, else StoreConflict: read again and build the change anew. A token that would
+        decrease is InvariantBroken. The files of `adds` must be durable in the store. `metadata` (JSON values) stands
+        in the commit's commitInfo. StoreUnavailable if it is not known whether the commit happened: what the tokens say
+        after a `refresh` is the truth then.
+        """
+        tokens, expect, commit_id = tokens or {}, expect or {}, uuid.uuid4().hex
+        for _ in range(_ATTEMPTS):
+            table = self._require()
+            base = table.version()
+            self._check(table, tokens, expect, removes)
+            try:
+                table.create_write_transaction(
+                    [*_add_actions(adds, data_change), *self._remove_actions(removes, data_change)],
+                    "append",
+                    table.schema(),
+                    partition_by=self.partition_columns(),
+                    commit_properties=_properties(tokens, metadata or {}, commit_id),
+                )
+            except (CommitFailedError, DeltaError, OSError) as e:
+                done = self._after_failure(e, base, commit_id)
+                if done is not None:
+                    return done
+                continue
+            try:
+                self.refresh()
+            except StoreUnavailable:
+                self._table = None  # the commit is done; whoever needs the table next reads it anew
+            return base + 1
+        raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a commit")
+
+    def vacuum(self, retention_s: float) -> int:
+        """Delete the objects of files that were removed more than `retention_s` ago (in whole hours, rounded up);
+        returns how many. Versions older than that can no longer be read."""
+        with _translated(self.prefix):
+            hours = math.ceil(retention_s / 3600)
+            gone = self._require().vacuum(
+                retention_hours=hours, dry_run=False, enforce_retention_duration=False, full=False
+            )
+        self.refresh()
+        return len(gone)
+
+    # ---- inside ----
+
+    def _load(self) -> DeltaTable | None:
+        if self._table is None:
+            try:
+                with _translated(self.prefix):
+                    self._table = DeltaTable(self._location, storage_options=self._options or None)
+            except TableNotFoundError:
+                return None
+            self._check_format(self._table)
+        return self._table
+
+    def _require(self) -> DeltaTable:
+        table = self._load()
+        if table is None:
+            raise StoreUnavailable(f"{self.prefix}: there is no table", hint="it is created by the first landing")
+        return table
+
+    def _at(self, version: int | None) -> DeltaTable:
+        table = self._require()
+        if version is None or version == table.version():
+            return table
+        try:
+            return DeltaTable(self._location, version=version, storage_options=self._options or None)
+        except (DeltaError, OSError) as e:
+            raise HistoryGone(f"{self.prefix}: version {version} cannot be read: {type(e).__name__}") from e
+
+    def _check_format(self, table: DeltaTable) -> None:
+        text = table.metadata().configuration.get(_FORMAT_KEY)
+        if text is None:
+            raise SchemaConflict(
+                f"{self.prefix} is a Delta table that something else made", hint="move it away, or use another lake.url"
+            )
+        if int(text) > FORMAT:
+            raise FormatTooNew(f"{self.prefix} has format {text}, this release knows {FORMAT}", hint="upgrade cdc")
+
+    def _create(
+        self,
+        schema: pa.Schema,
+        partition_by: Sequence[str],
+        configuration: Mapping[str, str],
+        tokens: Mapping[str, int],
+    ) -> bool:
+        """Create the table; False if another one came first."""
+        try:
+            DeltaTable.create(
+                self._location,
+                schema=schema,
+                mode="error",
+                partition_by=list(partition_by),
+                configuration={**_DEFAULTS, **configuration},
+                storage_options=self._options or None,
+                commit_properties=_properties(tokens, {}, uuid.uuid4().hex),
+                raise_if_key_not_exists=False,
+            )
+        except (DeltaError, OSError) as e:
+            if self._load() is not None:
+                return False
+            raise StoreUnavailable(f"{self.prefix} cannot be created: {_brief(e)}") from e
+        self._require()
+        return True
+
+    def _check(
+        self, table: DeltaTable, tokens: Mapping[str, int], expect: Mapping[str, int | None], removes: Sequence[str]
+    ) -> None:
+        """Whether a commit may stand upon the version of `table`."""
+        for app_id, value in expect.items():
+            found = table.transaction_version(app_id)
+            if found != value:
+                raise StoreConflict(f"{self.prefix}: token {app_id} is {found}, the commit was built upon {value}")
+        for app_id, value in tokens.items():
+            found = table.transaction_version(app_id)
+            if found is not None and found > value:
+                raise InvariantBroken(f"{self.prefix}: token {app_id} would go back from {found} to {value}")
+        if removes and not set(removes) <= {f.path for f in self.files()}:
+            raise StoreConflict(f"{self.prefix}: a file to be removed is not live any more")
+
+    def _remove_actions(self, removes: Sequence[str], data_change: bool) -> list[RemoveAction]:
+        if not removes:
+            return []
+        live = {f.path: f for f in self.files()}
+        now = int(time.time() * 1000)
+        return [RemoveAction(p, data_change, now, live[p].size, live[p].partition) for p in removes]
+
+    def _after_failure(self, error: Exception, base: int, commit_id: str) -> int | None:
+        """What became of a commit that raised: its version if it happened after all, None if it lost a race."""
+        try:
+            self._table = None
+            newest = self._require().version()
+            for version in range(base + 1, newest + 1):
+                for action in self._commit_actions(version):
+                    if action.get("commitInfo", {}).get(_COMMIT_KEY) == commit_id:
+                        log.info("commit happened although it reported a failure", extra={"delta_table": self.prefix})
+                        return version
+        except CdcError as e:
+            raise StoreUnavailable(f"{self.prefix}: a commit failed, and what became of it cannot be read") from e
+        if newest > base:
+            return None
+        raise StoreUnavailable(f"{self.prefix}: commit failed: {_brief(error)}") from error
+
+    def _commit_actions(self, version: int) -> list[dict[str, Any]]:
+        """The actions of one commit."""
+        found = self._store.get(f"{self.prefix}/_delta_log/{version:020d}.json")
+        if found is None:
+            raise HistoryGone(
+                f"{self.prefix}: commit {version} has been cleaned away", hint="resync the table to build it anew"
+            )
+        return [orjson.loads(line) for line in found[0].splitlines() if line.strip()]
+
+    def _checkpoint(self, version: int) -> tuple[int, pa.Table] | None:
+        """Newest checkpoint at or below `version`: the first version behind it, and its `txn` and `remove` actions."""
+        found = self._store.get(f"{self.prefix}/_delta_log/_last_checkpoint")
+        if found is None:
+            return None
+        hint = json.loads(found[0])
+        at, parts = int(hint["version"]), int(hint.get("parts") or 0)
+        if at > version:
+            return None
+        stem = f"{self.prefix}/_delta_log/{at:020d}.checkpoint"
+        names = [f"{stem}.{i:010d}.{parts:010d}.parquet" for i in range(1, parts + 1)] or [f"{stem}.parquet"]
+        tables = []
+        for name in names:
+            part = self._store.get(name)
+            if part is None:
+                return None
+            tables.append(pq.read_table(pa.BufferReader(part[0]), columns=["txn", "remove"]))
+        return at + 1, pa.concat_tables(tables)
+
+
+class _translated:
+    """Errors of deltalake as errors of the product; a table that is not there stays TableNotFoundError."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (DeltaError, OSError)) and not isinstance(error, TableNotFoundError):
+            raise StoreUnavailable(f"{self._prefix} cannot be read: {_brief(error)}") from error
+
+
+def _properties(tokens: Mapping[str, int], metadata: Mapping[str, Any], commit_id: str) -> CommitProperties:
+    # No retries inside deltalake: it would rebase upon versions whose tokens nobody has compared.
+    return CommitProperties(
+        custom_metadata={**metadata, _COMMIT_KEY: commit_id},
+        max_commit_retries=0,
+        app_transactions=[Transaction(app_id, value) for app_id, value in tokens.items()],
+    )
+
+
+def _add_actions(adds: Sequence[AddedFile], data_change: bool) -> list[AddAction]:
+    now = int(time.time() * 1000)
+    for added in adds:
+        if _PLAIN_PATH.fullmatch(added.path) is None:
+            raise InvariantBroken("a data file's path has characters that Delta would have to escape")
+    return [
+        AddAction(
+            path=a.path,
+            size=a.size,
+            partition_values=dict(a.partition),
+            modification_time=now,
+            data_change=data_change,
+            stats=json.dumps({"numRecords": a.rows, **a.stats}),
+        )
+        for a in adds
+    ]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            raise SchemaConflict(
+                f'columns "{other}" and "{name}" differ in case only, which Delta tables cannot hold',
+                hint="rename one of them at the source, or leave one out of the publication's column list",
+            )
+
+
+def _difference(
+    present: Mapping[str, pa.Field], wanted: Sequence[pa.Field], prefix: str
+) -> tuple[list[pa.Field], dict[str, dict[str, str]]]:
+    """Fields to add (of structs only the new children), and columns whose metadata are to be renewed."""
+    missing: list[pa.Field] = []
+    renewed: dict[str, dict[str, str]] = {}
+    for f in wanted:
+        old = present.get(f.name)
+        if old is None:
+            missing.append(f)
+            continue
+        grown = _grown(old.type, f.type, f.name, prefix)
+        if grown is not None:
+            missing.append(pa.field(f.name, grown))
+        metadata = {k.decode(): v.decode() for k, v in (f.metadata or {}).items()}
+        if any((old.metadata or {}).get(k.encode()) != v.encode() for k, v in metadata.items()):
+            renewed[f.name] = metadata
+    return missing, renewed
+
+
+def _grown(old: pa.DataType, new: pa.DataType, name: str, prefix: str) -> pa.DataType | None:
+    """A struct type of the children that `old` lacks; None if it lacks none."""
+    if not (pa.types.is_struct(old) and pa.types.is_struct(new)):
+        if not _same(old, new):
+            raise SchemaConflict(
+                f"{prefix}: column {name} is {old} in the lake and {new} at the source",
+                hint="declare the column's type in the configuration, or move the lake table away and resync",
+            )
+        return None
+    children = {f.name: f for f in old}
+    fields = []
+    for f in new:
+        child = children.get(f.name)
+        grown = f.type if child is None else _grown(child.type, f.type, f"{name}.{f.name}", prefix)
+        if grown is not None:
+            fields.append(f if child is None else pa.field(f.name, grown))
+    return pa.struct(fields) if fields else None
+
+
+def _same(old: pa.DataType, new: pa.DataType) -> bool:
+    """Equal types, whatever the inner fields of lists and maps are called."""
+    if pa.types.is_list(old) and pa.types.is_list(new):
+        return _same(old.value_type, new.value_type)
+    if pa.types.is_map(old) and pa.types.is_map(new):
+        return _same(old.key_type, new.key_type) and _same(old.item_type, new.item_type)
+    return bool(old == new)
+
+
+def _brief(error: BaseException) -> str:
+    """First line of a library's error: it names objects and causes, never rows."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,0 +1,101 @@
+"""Where things stand in the lake, and under which names.
+
+`<source>/<schema>.<table>/changelog/` and `…/current/` are Delta tables; `<source>/_cdc/` holds the small objects of
+the source (lease, anchor). Names are pure functions of the catalog's names: two daemons, or two releases, always agree.
+
+A name is written with every byte of its UTF-8 form other than letters, digits, `_` and `-` as `@XX` (upper-case hex).
+The escape is not `%`: deltalake 1.6 and whatever reads through the same Delta kernel decode a percent sign in a table's
+path once too often and then look for another directory, so such a table could be neither written nor opened.
+`_cdc` cannot be a table's directory, for those always contain a dot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from cdc.batch import SYSTEM
+from cdc.table import TableId
+
+ESCAPE: Final = "@"
+DATE: Final = "_date"
+"""Partition column of a changelog: the commit date in UTC, as text."""
+
+LAKE_SYSTEM: Final = (*SYSTEM, DATE)
+"""Every system column that a lake table may have, by its name without a collision."""
+
+CURRENT_SYSTEM: Final = ("_epoch", "_lsn", "_seq", "_committed_at", "_origin", "_raw")
+"""The system columns of `current`."""
+
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+_ESCAPED = re.compile(rb"@([0-9A-F]{2})")
+
+
+def encode_name(name: str) -> str:
+    """A source's, schema's or table's name as it stands in object keys; one-to-one, so different names never meet."""
+    return "".join(chr(b) if b in _PLAIN else f"{ESCAPE}{b:02X}" for b in name.encode())
+
+
+def decode_name(text: str) -> str:
+    """The name behind `encode_name`; ValueError if `text` cannot be one."""
+    raw = text.encode()
+    name = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), raw).decode()
+    if encode_name(name) != text:
+        raise ValueError(f"not an encoded name: {text!r}")
+    return name
+
+
+def source_path(source: str) -> str:
+    return encode_name(source)
+
+
+def table_path(source: str, table: TableId) -> str:
+    """Key prefix of a table, without a slash at its end."""
+    return f"{source_path(source)}/{encode_name(table.schema)}.{encode_name(table.name)}"
+
+
+def changelog_path(source: str, table: TableId) -> str:
+    return f"{table_path(source, table)}/changelog"
+
+
+def current_path(source: str, table: TableId) -> str:
+    return f"{table_path(source, table)}/current"
+
+
+def lease_key(source: str) -> str:
+    return f"{source_path(source)}/_cdc/lease.json"
+
+
+def anchor_key(source: str) -> str:
+    return f"{source_path(source)}/_cdc/source.json"
+
+
+def table_of_path(path: str) -> TableId | None:
+    """The table whose directory `path` (`<source>/<schema>.<table>` or a key below) names; None if it names none."""
+    parts = path.split("/")
+    schema, dot, name = (parts[1] if len(parts) > 1 else "").partition(".")
+    if not dot:
+        return None
+    try:
+        return TableId(decode_name(schema), decode_name(name))
+    except ValueError:
+        return None
+
+
+def system_prefix(columns: Iterable[str]) -> str:
+    """What the system columns of a table with these source columns begin with: `_`, or more underscores on collision.
+
+    One collision moves all of them, so that a reader needs one fact per table. Letters' case is ignored, as Delta and
+    most engines do.
+    """
+    taken = {c.lower() for c in columns}
+    prefix = "_"
+    while any(prefix + name[1:] in taken for name in LAKE_SYSTEM):
+        prefix += "_"
+    return prefix
+
+
+def system_name(name: str, prefix: str) -> str:
+    """The name in the lake of the system column `name` (`_lsn`) of a table with that `prefix`."""
+    return prefix + name[1:]

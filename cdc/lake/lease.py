@@ -1,0 +1,196 @@
+"""The lease: which daemon may land a source's changes in this lake.
+
+What it fences: landing, merging and confirming. Two daemons with the same configuration do not both write; the second
+one is told who holds the lease. The holder asks `check` (no I/O) before each commit.
+
+What it does not fence, and what does instead:
+- A holder that sleeps longer than the lease between `check` and its commit. The commit's own tokens are compared in the
+  version committed upon, and the fence number, which grows with every change of hands and travels as a token
+  of its own, makes a commit of a former holder fail. Nothing is lost or doubled even if the lease is wrong.
+- Who reads the source: an advisory lock there orders that.
+- Other programs that write to the lake's tables.
+
+Time: the holder trusts only its monotonic clock, counted from *before* the write that renewed the lease. Others see the
+end as wall-clock time in the object and allow for a skew; or, with a clock that is wrong by more, they watch the object
+stay unchanged for a whole term. A holder on the same machine whose process is gone is succeeded at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from cdc.errors import FormatTooNew, LeaseLost, StoreConflict, StoreUnavailable
+from cdc.lake.layout import lease_key
+from cdc.ports import ObjectStore
+
+FORMAT: Final = 1
+TTL_S: Final = 30.0
+SKEW_S: Final = 5.0
+"""How far clocks of two machines may differ before a successor has to watch for a whole term instead."""
+_POLL_S: Final = 0.5
+
+
+class Lease:
+    """The right of one process to write one source's part of the lake. Thread-safe."""
+
+    def __init__(self, store: ObjectStore, source: str, owner: str, *, ttl_s: float = TTL_S) -> None:
+        """`owner` is what others are shown (host, process); identity is a random id of this object."""
+        self._store = store
+        self._source = source
+        self._key = lease_key(source)
+        self._owner = owner
+        self._ttl_s = ttl_s
+        self._id = uuid.uuid4().hex
+        self._mutex = threading.Lock()
+        self._etag: str | None = None
+        self._fence = 0
+        self._deadline = 0.0
+        self._watched: tuple[str, float] = ("", 0.0)
+
+    @property
+    def fence(self) -> int:
+        """Number of this term, higher than that of every holder before; 0 before `acquire`."""
+        return self._fence
+
+    @property
+    def renew_every_s(self) -> float:
+        """How often `renew` should be called."""
+        return self._ttl_s / 3
+
+    def acquire(self, *, wait_s: float = 0.0) -> None:
+        """Take the lease, waiting up to `wait_s` for its holder to end; LeaseLost naming the holder if that fails."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            with self._mutex:
+                holder = self._try()
+            if holder is None:
+                return
+            if time.monotonic() >= deadline:
+                raise LeaseLost(
+                    f"source {self._source}: another daemon writes to this lake: {holder}",
+                    hint="stop it; if it is gone for good, its lease ends by itself",
+                )
+            threading.Event().wait(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+    def renew(self) -> None:
+        """Extend the lease by a term from now. LeaseLost if another holder has it; StoreUnavailable leaves it."""
+        with self._mutex:
+            if self._etag is None:
+                raise LeaseLost(f"source {self._source}: the lease is not held")
+            self._write(self._etag)
+
+    def check(self) -> None:
+        """LeaseLost if the lease may have ended. No I/O; call it before whatever the lease protects."""
+        if self._etag is None or time.monotonic() >= self._deadline:
+            raise LeaseLost(
+                f"source {self._source}: the lease was not renewed in time, another daemon may write to this lake",
+                hint="the store was out of reach for longer than the lease; start the daemon again",
+            )
+
+    def held(self) -> bool:
+        """Whether `check` would pass."""
+        return self._etag is not None and time.monotonic() < self._deadline
+
+    def release(self) -> None:
+        """Give the lease back, so that a successor need not wait; best effort, idempotent."""
+        with self._mutex:
+            if self._etag is None:
+                return
+            etag, self._etag, self._deadline = self._etag, None, 0.0
+            with suppress(StoreConflict, StoreUnavailable):
+                self._store.put(self._key, self._document(released=True), if_match=etag)
+
+    def _try(self) -> str | None:
+        """Take the lease if it is free: None, else who holds it."""
+        found = self._store.get(self._key)
+        if found is None:
+            self._fence = 1
+            return self._take(None)
+        data, etag = found
+        document: dict[str, Any] = json.loads(data)
+        if int(document.get("format", 0)) > FORMAT:
+            raise FormatTooNew(f"{self._key} has format {document['format']}", hint="upgrade cdc")
+        if document["id"] != self._id and not self._is_over(document, etag):
+            return f"{document['owner']}, until {_clock(document['expires_at'])}"
+        self._fence = int(document["fence"]) + (0 if document["id"] == self._id else 1)
+        return self._take(etag)
+
+    def _take(self, etag: str | None) -> str | None:
+        try:
+            self._write(etag)
+        except (StoreConflict, LeaseLost):
+            return "one that was faster"
+        return None
+
+    def _write(self, etag: str | None) -> None:
+        began = time.monotonic()
+        document = self._document(released=False)
+        try:
+            new = self._store.put(self._key, document, if_absent=etag is None, if_match=etag)
+        except StoreConflict:
+            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
+            found = self._store.get(self._key)
+            if found is None or json.loads(found[0])["id"] != self._id:
+                self._etag, self._deadline = None, 0.0
+                raise LeaseLost(
+                    f"source {self._source}: another daemon has taken over this lake", hint="run only one"
+                ) from None
+            new = found[1]
+        self._etag, self._deadline = new, began + self._ttl_s
+
+    def _is_over(self, document: dict[str, Any], etag: str) -> bool:
+        if document["released"] or time.time() > document["expires_at"] + SKEW_S:
+            return True
+        if document["place"] and document["place"] == _place() and _started(document["pid"]) != document["started"]:
+            return True
+        now = time.monotonic()
+        if self._watched[0] != etag:
+            self._watched = (etag, now)
+        return now - self._watched[1] > float(document["ttl_s"])
+
+    def _document(self, *, released: bool) -> bytes:
+        now = time.time()
+        values = {
+            "format": FORMAT,
+            "id": self._id,
+            "owner": self._owner,
+            "fence": self._fence,
+            "place": _place(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "ttl_s": self._ttl_s,
+            "renewed_at": now,
+            "expires_at": now + self._ttl_s,
+            "released": released,
+        }
+        return json.dumps(values, indent=1).encode()
+
+
+def _place() -> str:
+    """What makes process ids comparable: this boot of this kernel, and the name space of ids. Empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115  (no path: a name like pid:[402653])
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in the kernel's ticks, so that a reused id is another process; empty if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    state, *rest = text.rpartition(")")[2].split()
+    return "" if state in "ZX" else rest[18]
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

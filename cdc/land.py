@@ -1,0 +1,334 @@
+"""Landing: event log → changelogs in the lake, cut at common positions of a source.
+
+A cut is a point between two transactions up to which every table's changes are in the open objects; each changelog is then
+committed with the cut's position in the same Delta commit. Rows that a changelog holds already (its token says so) are left out
+by the changelog itself, so a cut that is repeated after a crash changes nothing. A transaction too big to wait for is
+written to objects while it arrives, and committed when its Commit is in the log.
+
+A table that fails stops alone. It does not merge (cdc.merge), and it does not decide what the source may forget (cdc.capture).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cdc import metrics
+from cdc.batch import Boundary
+from cdc.capture import ConfirmGate
+from cdc.errors import CdcError, LogCorrupt, StreamRestarted, Verdict
+from cdc.failpoints import failpoint
+from cdc.lake.changelog import ChangelogTable, ChangelogWriter
+from cdc.log import EventLog, LogRecord
+from cdc.ports import ObjectStore
+from cdc.schema import SchemaBook
+from cdc.state import State
+from cdc.table import TableId
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 8 << 20
+"""Log bytes in one item: bounds memory, and how late a request to land is seen."""
+OPEN_BYTES = 16 << 20
+"""From this size on an open transaction is written to objects before its Commit has arrived."""
+
+
+class LandPoint(NamedTuple):
+    """Log offset up to which everything has landed, and the source's position there (None: nothing known yet)."""
+
+    offset: int
+    boundary: Boundary | None
+
+
+@dataclass(slots=True)
+class Group:
+    """Records to land; `cut` is the position if the log may be cut behind them."""
+
+    records: list[LogRecord]
+    offset: int
+    cut: Boundary | None
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LandedCut:
+    """A position of the source at which every changelog stands, and their Delta versions there."""
+
+    boundary: Boundary
+    versions: dict[TableId, int]
+
+
+@dataclass(slots=True)
+class LandStats:
+    """What landing has done since the start, for status and benchmarks."""
+
+    rows: int = 0
+    bytes: int = 0
+    commits: int = 0
+    busy_s: float = 0.0
+    landed: Boundary | None = None
+
+
+class LogReader:
+    """The upstream end: groups of log records behind an offset, never past the beginning of a small open transaction."""
+
+    def __init__(self, source: str, log: EventLog, state: State, gate: ConfirmGate, due: Callable[[], bool]) -> None:
+        self._source = source
+        self._log = log
+        self._state = state
+        self._gate = gate
+        self._due = due
+        self._offset = 0
+        self._generation = -1
+        self._last: Boundary | None = None
+        self._in_open = False
+
+    def open(self, after: LandPoint) -> None:
+        self._offset = after.offset
+        self._generation = self._log.generation(self._source)
+        self._last = None
+        self._in_open = False
+
+    def read(self, timeout_s: float) -> Group | None:
+        with self._log.lock():
+            generation = self._log.generation(self._source)
+            position = self._log.position(self._source)
+            end = self._log.end_offset(self._source)
+        if generation != self._generation:
+            raise StreamRestarted(f"source {self._source}: the stream was restarted; landing starts again at its checkpoint")
+        if position is None:
+            self._log.wait(self._source, self._offset, timeout_s)
+            return None
+        if self._offset >= end:
+            if self._last != position:
+                self._last = position
+                return Group([], self._offset, position, generation)
+            self._log.wait(self._source, self._offset, timeout_s)
+            return None
+        records = self._log.records(self._source, self._offset, bytes_max=READ_BYTES)
+        taken = self._landable(records, position)
+        if not taken:
+            self._log.wait(self._source, end, timeout_s)
+            return None
+        self._offset = taken[-1].offset
+        return Group(taken, self._offset, self._cut(taken, end, position), generation)
+
+    def confirm(self, durable: LandPoint) -> None:
+        self._state.save_checkpoint("land", self._source, {"offset": durable.offset})
+        self._log.trim({self._source: durable.offset})
+        if durable.boundary is not None:
+            self._gate.landed(durable.boundary)
+
+    def close(self) -> None:
+        self._generation = -1
+
+    def _landable(self, records: list[LogRecord], position: Boundary) -> list[LogRecord]:
+        """Complete records, or, when there are none, those of a big open transaction."""
+        reached = (position.epoch, position.lsn)
+        complete = []
+        for record in records:
+            if record.kind == "change" and (record.epoch, record.last_lsn) > reached:
+                break
+            complete.append(record)
+        if complete:
+            return complete
+        # Once begun, an open transaction is read to its end: only there is the next cut.
+        big = self._in_open or sum(r.bytes for r in records) >= READ_BYTES or self._log_open_bytes() >= OPEN_BYTES
+        if not big or (self._due() and not self._in_open):
+            return []
+        self._in_open = True
+        return records
+
+    def _log_open_bytes(self) -> int:
+        return sum(r.bytes for r in self._log.records(self._source, self._offset, bytes_max=OPEN_BYTES))
+
+    def _cut(self, taken: list[LogRecord], end: int, position: Boundary) -> Boundary | None:
+        reached = max((r.epoch, r.last_lsn) for r in taken)
+        if reached > (position.epoch, position.lsn):
+            return None
+        self._in_open = False
+        if self._offset >= end:
+            self._last = position
+            return position
+        following = self._log.records(self._source, self._offset, limit=1)
+        if following and following[0].kind == "change" and (following[0].epoch, following[0].first_lsn) > reached:
+            # The commit record's own position: its transaction may come again, and is known by its token.
+            return Boundary(reached[0], reached[1], reached[1])
+        return None
+
+
+class Lander:
+    """The downstream end: one open writer per table, committed together at a cut."""
+
+    def __init__(
+        self,
+        source: str,
+        log: EventLog,
+        state: State,
+        book: SchemaBook,
+        store: ObjectStore,
+        *,
+        epoch: int,
+        temp_dir: Path,
+        land_every_s: float,
+        land_bytes: int,
+        check_lease: Callable[[], None],
+        stop_table: Callable[[TableId, CdcError], None],
+        is_stopped: Callable[[TableId], bool],
+    ) -> None:
+        self._source = source
+        self._log = log
+        self._state = state
+        self._book = book
+        self._store = store
+        self._epoch = epoch
+        self._temp_dir = temp_dir
+        self._land_every_s = land_every_s
+        self._land_bytes = land_bytes
+        self._check_lease = check_lease
+        self._stop_table = stop_table
+        self._is_stopped = is_stopped
+        self._changelogs: dict[TableId, ChangelogTable] = {}
+        self._writers: dict[TableId, ChangelogWriter] = {}
+        self._bytes = 0
+        self._first_at: float | None = None
+        self._point = LandPoint(0, None)
+        self._cut: LandPoint | None = None
+        self._dirty = False
+        self._asked = False
+        self._versions: dict[TableId, int] = {}
+        self._floor = -1
+        self.landed_cut: LandedCut | None = None
+        """The newest cut at which all changelogs stand; None until landing has passed what it found in the lake."""
+        self.stats = LandStats()
+
+    def ask(self) -> None:
+        """Land what is open as soon as a cut allows. Thread-safe."""
+        self._asked = True
+
+    def due(self) -> bool:
+        """Whether what is open should be committed at the next cut."""
+        if not self._dirty or self._first_at is None:
+            return False
+        if self._asked or self._bytes >= self._land_bytes:
+            return True
+        return time.monotonic() - self._first_at >= self._land_every_s
+
+    def changelog(self, table: TableId) -> ChangelogTable:
+        """The changelog of a table, as landing sees it."""
+        if table not in self._changelogs:
+            self._changelogs[table] = ChangelogTable(self._store, self._source, table)
+        return self._changelogs[table]
+
+    def resume(self) -> LandPoint:
+        self._abandon()
+        self._changelogs.clear()
+        self._look_around()
+        saved = self._state.checkpoint("land", self._source)
+        self._point = LandPoint(int(saved["offset"]) if saved else 0, None)
+        return self._point
+
+    def write(self, item: Group) -> LandPoint | None:
+        began = time.perf_counter()
+        for record in item.records:
+            self._add(record, item.generation)
+        self._point = LandPoint(item.offset, item.cut)
+        self._cut = self._point if item.cut is not None else None
+        durable = self._settle()
+        self.stats.busy_s += time.perf_counter() - began
+        return durable
+
+    def tick(self) -> LandPoint | None:
+        return self._settle()
+
+    def _look_around(self) -> None:
+        """Where the changelogs stand. A kill between two tables leaves them at different cuts, so no common one is known
+        until landing has passed the highest."""
+        self.landed_cut = None
+        self._versions.clear()
+        self._floor = -1
+        for known in self._state.tables(self._source):
+            changelog = self.changelog(known.table)
+            version = changelog.version()
+            if version >= 0:
+                self._versions[known.table] = version
+                self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
+
+    def _settle(self) -> LandPoint | None:
+        """Commit if it is due and we stand at a cut; without open rows every cut is durable as it is."""
+        if self._cut is None:
+            return None
+        if self._dirty:
+            if not self.due():
+                return None
+            self._asked = False
+            self._commit(self._cut)
+        point, self._cut = self._cut, None
+        self.stats.landed = point.boundary
+        if point.boundary is not None and point.boundary.lsn >= self._floor:
+            self.landed_cut = LandedCut(point.boundary, dict(self._versions))
+        return point
+
+    def _add(self, record: LogRecord, generation: int) -> None:
+        if self._is_stopped(record.table):
+            return
+        try:
+            batch = self._log.read(record, self._book.get(record.table, record.version))
+        except LogCorrupt:
+            if self._log.generation(self._source) != generation:
+                raise StreamRestarted(f"source {self._source}: the stream was restarted") from None
+            raise
+        try:
+            if record.table not in self._writers:
+                self._writers[record.table] = self.changelog(record.table).writer(self._temp_dir)
+            self._writers[record.table].add(batch, chunk=record.chunk)
+        except CdcError as e:
+            if e.verdict is not Verdict.OPERATOR:
+                raise
+            self._stop(record.table, e)
+            return
+        self._bytes += record.bytes
+        self._dirty = True
+        if self._first_at is None:
+            self._first_at = time.monotonic()
+
+    def _commit(self, cut: LandPoint) -> None:
+        assert cut.boundary is not None
+        self._check_lease()
+        failpoint("land.before_cut")
+        for table, writer in list(self._writers.items()):
+            began = time.perf_counter()
+            try:
+                landed = writer.commit(cut.boundary)
+            except CdcError as e:
+                if e.verdict is not Verdict.OPERATOR:
+                    raise
+                self._stop(table, e)
+                continue
+            failpoint("land.between_tables")
+            del self._writers[table]
+            self.stats.rows += landed.rows
+            self.stats.bytes += landed.bytes
+            self._versions[table] = landed.version
+            metrics.LANDED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(landed.rows)
+            metrics.LANDED_BYTES.labels(self._source).inc(landed.bytes)
+            metrics.LAND_SECONDS.labels(self._source).observe(time.perf_counter() - began)
+        failpoint("land.after_cut")
+        self.stats.commits += 1
+        self._bytes, self._first_at, self._dirty = 0, None, False
+
+    def _stop(self, table: TableId, error: CdcError) -> None:
+        writer = self._writers.pop(table, None)
+        if writer is not None:
+            writer.abandon()
+        self._stop_table(table, error)
+
+    def _abandon(self) -> None:
+        for writer in self._writers.values():
+            writer.abandon()
+        self._writers.clear()
+        self._bytes, self._first_at, self._dirty, self._cut = 0, None, False, None

@@ -1,0 +1,143 @@
+"""Merging: changelogs → current tables, all tables of a source to one common cut.
+
+After every merge round that brings each table to the versions of one landed cut, the cut is recorded with the current tables'
+versions: models and syncs read exactly these, so they never join the orders of now with the customers of before. Cadence
+follows `merge_every_s`, and merging takes at most `merge_share` of the time unless somebody waits for it. How one table
+is merged is in cdc.lake.current; what is unresolved there is read again by cdc.backfill.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cdc import metrics
+from cdc.errors import CdcError, Verdict
+from cdc.lake.changelog import ChangelogTable
+from cdc.lake.current import CurrentTable
+from cdc.land import LandedCut
+from cdc.ports import ObjectStore
+from cdc.schema import SchemaBook
+from cdc.state import State
+from cdc.table import TableId
+
+log = logging.getLogger(__name__)
+
+
+class Merger:
+    """Keeps the current tables of one source. `step` belongs to one thread; `ask` may be called from any."""
+
+    def __init__(
+        self,
+        source: str,
+        state: State,
+        book: SchemaBook,
+        store: ObjectStore,
+        *,
+        temp_dir: Path,
+        merge_every_s: float,
+        merge_share: float,
+        vacuum_after_s: float,
+        own_origins: Sequence[str],
+        landed: Callable[[], LandedCut | None],
+        wish: Callable[[TableId, Sequence[tuple[str, ...]]], None],
+        stop_table: Callable[[TableId, CdcError], None],
+        is_stopped: Callable[[TableId], bool],
+        check_lease: Callable[[], None],
+    ) -> None:
+        """`landed` gives the newest cut; `wish` asks for keys to be read again."""
+        self._source = source
+        self._state = state
+        self._book = book
+        self._store = store
+        self._temp_dir = temp_dir
+        self._merge_every_s = merge_every_s
+        self._merge_share = merge_share
+        self._vacuum_after_s = vacuum_after_s
+        self._own_origins = tuple(own_origins)
+        self._landed = landed
+        self._wish = wish
+        self._stop_table = stop_table
+        self._is_stopped = is_stopped
+        self._check_lease = check_lease
+        self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
+        self._vacuumed_at: dict[TableId, float] = {}
+        self._asked = 0
+        self._not_before = 0.0
+        self._versions: dict[TableId, int] = {}
+        self._saved_lsn = -1
+        self.merged_end_lsn = 0
+        """End LSN of the last cut that every table has been merged to."""
+        self.changed_by_others: dict[TableId, int] = {}
+        """Per table, the cut's LSN at which a change that is not our own write was last merged."""
+
+    def ask(self) -> None:
+        """Merge the newest cut without waiting for the cadence. Thread-safe."""
+        self._asked += 1
+
+    def step(self) -> bool:
+        """Merge every table to the newest landed cut, if it is due. True if there was something to merge."""
+        cut = self._landed()
+        asked = self._asked
+        if cut is None or (not asked and time.monotonic() < self._not_before):
+            return False
+        began = time.monotonic()
+        worked, whole = False, True
+        versions: dict[TableId, int] = {}
+        for table, through in cut.versions.items():
+            if self._is_stopped(table):
+                continue
+            try:
+                merged = self._merge(table, through, cut.boundary.lsn)
+            except CdcError as e:
+                if e.verdict is not Verdict.OPERATOR:
+                    raise
+                self._stop_table(table, e)
+                continue
+            whole &= merged is not None
+            if merged is not None:
+                worked |= self._versions.get(table) != merged
+                versions[table] = self._versions[table] = merged
+        if worked or cut.boundary.lsn != self._saved_lsn:
+            self._state.save_cut(self._source, cut.boundary.lsn, versions)
+            self._saved_lsn = cut.boundary.lsn
+        if whole:
+            self.merged_end_lsn = cut.boundary.end_lsn
+            # Whoever asked while this round ran may mean a newer cut: asking again costs one look.
+            self._asked = max(0, self._asked - asked)
+        took = time.monotonic() - began
+        self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
+        return worked
+
+    def _merge(self, table: TableId, through: int, lsn: int) -> int | None:
+        """Bring one table to a version of its changelog; the Delta version of `current`, None if it must wait."""
+        schema = self._book.latest(table)
+        if schema is None:
+            return None
+        if table not in self._pairs:
+            changelog = ChangelogTable(self._store, self._source, table)
+            current = CurrentTable(self._store, self._source, table, temp_dir=self._temp_dir)
+            self._pairs[table] = changelog, current
+        changelog, current = self._pairs[table]
+        if table in self._versions and current.merged() >= through:
+            return self._versions[table]
+        self._check_lease()
+        began = time.perf_counter()
+        result = current.merge(changelog, schema, through=through, own_origins=self._own_origins)
+        if result.unresolved:
+            self._wish(table, result.unresolved)
+            return None
+        if result.waiting:
+            return None
+        metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
+        rows = result.rows_upserted + result.rows_deleted
+        metrics.MERGED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(rows)
+        if result.foreign_change:
+            self.changed_by_others[table] = lsn
+        self._state.update_table(self._source, table, current_lsn=lsn)
+        if time.monotonic() - self._vacuumed_at.setdefault(table, time.monotonic()) > self._vacuum_after_s:
+            self._vacuumed_at[table] = time.monotonic()
+            current.vacuum(self._vacuum_after_s)
+        return result.version

@@ -1,0 +1,240 @@
+"""Metrics, as constants, and the small HTTP server that shows them (`/metrics`) and our health (`/health`).
+
+Units stand last in names. Labels are names of sources, tables, syncs, stages: never values of rows. The number of
+series is bounded (`TABLES_MAX`): tables beyond it are counted under `(other)`. The server has a bounded number of
+threads, answers or drops within seconds, and stops cleanly. It is for a local port: no TLS, no authentication.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, ClassVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from cdc.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+
+TABLES_MAX = 2000
+"""Tables with series of their own; see `table_label`."""
+OTHER = "(other)"
+
+_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(name, text, labels, registry=REGISTRY)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(name, text, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, text: str, *labels: str) -> Histogram:
+    return Histogram(name, text, labels, registry=REGISTRY, buckets=_SECONDS)
+
+
+BUILD = Info("cdc_build", "Version of the daemon.", registry=REGISTRY)
+START_TIME_SECONDS = _gauge("cdc_start_time_seconds", "When the daemon started (Unix time).")
+UP = _gauge("cdc_source_up", "1 while the source streams, 0 while it does not.", "source")
+
+# Capture
+RECEIVED_BYTES = _counter("cdc_received_bytes", "Bytes of the stream received.", "source")
+RECEIVED_MESSAGES = _counter("cdc_received_messages", "Messages of the stream received.", "source")
+TRANSACTIONS = _counter("cdc_transactions", "Complete transactions received.", "source")
+CHANGES = _counter("cdc_changes", "Changes received and logged.", "source", "table")
+RAW_VALUES = _counter(
+    "cdc_raw_values", "Values kept as text in _raw: their column's type cannot hold them.", "source", "table"
+)
+LOGICAL_MESSAGES = _counter("cdc_logical_messages", "Messages of pg_logical_emit_message received.", "source")
+QUEUE_BYTES = _gauge("cdc_queue_bytes", "Bytes received and not logged yet.", "source")
+
+# The ladder of positions: head, received, logged, landed, confirmed
+LAG_BYTES = _gauge(
+    "cdc_lag_bytes", "WAL between the server's head and a step (logged, landed, merged).", "source", "step"
+)
+LAG_SECONDS = _gauge("cdc_lag_seconds", "Age of the oldest commit that a step has not reached.", "source", "step")
+SLOT_RETAINED_BYTES = _gauge("cdc_slot_retained_bytes", "WAL that the server keeps for our slot.", "source")
+SLOT_SAFE_WAL_BYTES = _gauge(
+    "cdc_slot_safe_wal_bytes", "WAL that may still be written before the slot is lost.", "source"
+)
+
+# Event log
+LOG_BYTES = _gauge("cdc_log_bytes", "Size of the event log on disk.")
+LOG_LIMIT_BYTES = _gauge("cdc_log_limit_bytes", "Size at which capture waits (log_bytes_max).")
+LOG_APPENDED_BYTES = _counter("cdc_log_appended_bytes", "Bytes appended to the event log.", "source")
+LOG_APPEND_SECONDS = _histogram("cdc_log_append_seconds", "Time of one append, fsync and index included.", "source")
+
+# Snapshots
+SNAPSHOT_ROWS = _counter("cdc_snapshot_rows", "Rows read by snapshots and logged.", "source", "table")
+SNAPSHOT_CHUNK_SECONDS = _histogram(
+    "cdc_snapshot_chunk_seconds", "Time of one chunk, from its snapshot to its append.", "source"
+)
+
+# Lake
+LANDED_ROWS = _counter("cdc_landed_rows", "Rows committed to changelogs.", "source", "table")
+LANDED_BYTES = _counter("cdc_landed_bytes", "Bytes of Parquet committed to changelogs.", "source")
+LAND_SECONDS = _histogram("cdc_land_seconds", "Time of one landing of a table.", "source")
+MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from current tables.", "source", "table")
+MERGE_SECONDS = _histogram("cdc_merge_seconds", "Time of one merge of a table.", "source")
+TABLES = _gauge("cdc_tables", "Tables by state (new, snapshotting, streaming, stopped, removed).", "source", "state")
+
+# Models and syncs
+MODEL_RUNS = _counter("cdc_model_runs", "Runs of models by outcome.", "model", "outcome")
+MODEL_SECONDS = _histogram("cdc_model_seconds", "Time of one run of a model.", "model")
+SYNC_RUNS = _counter("cdc_sync_runs", "Runs of syncs by outcome.", "sync", "outcome")
+SYNC_ROWS = _counter(
+    "cdc_sync_rows", "Rows of syncs by outcome (written, rejected, held, unchanged).", "sync", "outcome"
+)
+SYNC_SECONDS = _histogram("cdc_sync_seconds", "Time of one run of a sync.", "sync")
+
+# The process
+STAGE_SECONDS = _counter("cdc_stage_seconds", "Time spent working (receive, decode, log, land, merge, sync).", "stage")
+ERRORS = _counter("cdc_errors", "Errors by the part that met them and their class.", "part", "error")
+RESTARTS = _counter("cdc_restarts", "Restarts of a part after an error.", "part")
+
+_tables: set[tuple[str, str]] = set()
+_tables_lock = threading.Lock()
+
+
+def table_label(source: str, table: object) -> str:
+    """The label of a table: its name, or `(other)` for tables beyond TABLES_MAX. Thread-safe."""
+    name = str(table)
+    pair = (source, name)
+    if pair in _tables:
+        return name
+    with _tables_lock:
+        if len(_tables) >= TABLES_MAX:
+            return OTHER
+        _tables.add(pair)
+    return name
+
+
+Health = Callable[[], Mapping[str, Any]]
+"""Answers at once, from memory; `ok` (bool) decides between 200 and 503, the rest is shown."""
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class MetricsServer:
+    """Serves `/metrics` and `/health` from daemon threads, at most `THREADS_MAX` at a time."""
+
+    THREADS_MAX: ClassVar[int] = 8
+
+    def __init__(self, listen: str, health: Health) -> None:
+        """Bind `host:port` (port 0: any). ConfigError if the address is not to be had."""
+        host, port = split_address(listen)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server_class = type("_Family", (_Server,), {"address_family": family})
+        try:
+            self._server: _Server = server_class((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(
+                f"cannot listen on metrics_listen {listen}: {reason}", hint="choose another address, or port 0"
+            ) from error
+        self._server.health = health
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), name="metrics", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """`host:port` that is really bound."""
+        host, port = self._server.server_address[:2]
+        name = host if isinstance(host, str) else host.decode()
+        return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+    def start(self) -> str:
+        """Begin serving; returns `address`."""
+        self._thread.start()
+        _log.info("metrics and health", extra={"listen": self.address})
+        return self.address
+
+    def stop(self) -> None:
+        """Stop serving and free the port; bounded, idempotent."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join(timeout=5)
+        self._server.server_close()
+
+
+class _Server(HTTPServer):
+    """One thread per connection, bounded; a connection beyond the bound is closed at once."""
+
+    allow_reuse_address = True
+    request_queue_size = 16
+    health: Health
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._slots = threading.BoundedSemaphore(MetricsServer.THREADS_MAX)
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Without the look-up of our own name that HTTPServer does: it can hang."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "cdc", self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        threading.Thread(
+            target=self._answer, args=(request, client_address), name="metrics-answer", daemon=True
+        ).start()
+
+    def _answer(self, request: Any, client_address: Any) -> None:
+        try:
+            request.settimeout(5)
+            self.finish_request(request, client_address)
+        except OSError as error:
+            _log.debug("metrics connection ended early", extra={"reason": str(error)})
+        finally:
+            self.shutdown_request(request)
+            self._slots.release()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = 5
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._reply(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
+        elif path == "/health":
+            health = dict(self.server.health())
+            self._reply(200 if health.get("ok") else 503, "application/json", json.dumps(health, default=str).encode())
+        else:
+            self._reply(404, "text/plain; charset=utf-8", b"/metrics and /health are here\n")
+
+    do_HEAD = do_GET
+
+    def _reply(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def version_string(self) -> str:
+        return "cdc"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("http %s", format % args)

@@ -1,0 +1,136 @@
+"""Typed Arrow values back to the text that Postgres prints for them.
+
+For keys that are sent back to the server, and for comparing a lake with its source. The text equals the server's own,
+byte for byte, under the design's session settings. Scalars are vectorised; lists and maps, which are hardly ever keys,
+take a Python loop. The other direction is cdc.casts.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_QUOTED = re.compile(r'[\s{}"\\]|^$|^null$', re.IGNORECASE)
+
+
+def print_values(array: pa.Array, marks: bytes = b"{,}") -> pa.Array:
+    """Typed array → string array. `marks`: opening byte, separator and closing byte of lists."""
+    kind = array.type
+    if kind == pa.string():
+        return array
+    if pa.types.is_boolean(kind):
+        return pc.if_else(array, "t", "f")
+    if pa.types.is_binary(kind):
+        return _print_bytea(array)
+    if pa.types.is_floating(kind):
+        return _print_floats(array)
+    if pa.types.is_decimal(kind):
+        return _print_decimals(array)
+    if pa.types.is_timestamp(kind):
+        text = array.cast(pa.timestamp("us")).cast(pa.string())
+        text = pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), ".")
+        return pc.binary_join_element_wise(text, "+00", "") if kind.tz else text
+    if pa.types.is_map(kind):
+        return _print_maps(array)
+    if pa.types.is_list(kind):
+        return _print_lists(array, marks)
+    return array.cast(pa.string())
+
+
+def _print_bytea(array: pa.Array) -> pa.Array:
+    filled = array.fill_null(b"")
+    sizes = pc.binary_length(filled).to_numpy(zero_copy_only=False).astype(np.int64)
+    joined = binascii.hexlify(b"".join(filled.to_pylist())) if len(array) else b""
+    text = np.empty(int((2 * sizes + 2).sum()), np.uint8)
+    ends = np.cumsum(2 * sizes + 2)
+    starts = ends - (2 * sizes + 2)
+    digit = np.ones(len(text), np.bool_)
+    digit[starts] = digit[starts + 1] = False
+    text[starts], text[starts + 1] = ord("\\"), ord("x")
+    text[digit] = np.frombuffer(joined, np.uint8)
+    offsets = pa.py_buffer(np.concatenate([[0], ends]).astype(np.int32))
+    made = pa.Array.from_buffers(pa.string(), len(array), [None, offsets, pa.py_buffer(text)])
+    return pc.if_else(array.is_valid(), made, pa.scalar(None, pa.string())) if array.null_count else made
+
+
+def _replace(text: pa.Array, chosen: np.ndarray[Any, Any], values: list[str]) -> pa.Array:
+    return pc.replace_with_mask(text, pa.array(chosen), pa.array(values, pa.string()))
+
+
+def _print_floats(array: pa.Array) -> pa.Array:
+    """pyarrow's digits are the shortest, as Postgres' are; only when to use an exponent differs."""
+    text = array.cast(pa.string())
+    single = array.type == pa.float32()
+    values = array.fill_null(0).to_numpy(zero_copy_only=False)
+    size = np.abs(values)
+    odd = ~((size >= 1e-4) & (size < (1e6 if single else 1e15))) & (size != 0)
+    if not odd.any():
+        return text
+    return _replace(text, odd, [_print_float(v) for v in values[odd]])
+
+
+def _print_float(value: Any) -> str:
+    if np.isnan(value):
+        return "NaN"
+    if np.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    sign, digits, exponent = Decimal(str(value)).as_tuple()
+    text = "".join(map(str, digits)).rstrip("0")
+    power = len(digits) + int(exponent) - 1
+    point = "." if len(text) > 1 else ""
+    return f"{'-' if sign else ''}{text[0]}{point}{text[1:]}e{'-' if power < 0 else '+'}{abs(power):02d}"
+
+
+def _print_decimals(array: pa.Array) -> pa.Array:
+    """pyarrow writes very small numbers and their zeros with an exponent; Postgres never does."""
+    text = array.cast(pa.string())
+    if array.type.scale <= 6:
+        return text
+    odd = pc.match_substring(text, "E").fill_null(False)
+    if not pc.any(odd).as_py():
+        return text
+    zero = pc.starts_with(text, "0E").fill_null(False)
+    text = pc.if_else(zero, "0." + "0" * array.type.scale, text)
+    odd = pc.and_not(odd, zero).to_numpy(zero_copy_only=False)
+    return _replace(text, odd, [f"{v:f}" for v in array.filter(pa.array(odd)).to_pylist()])
+
+
+def _escape(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _print_lists(array: pa.Array, marks: bytes) -> pa.Array:
+    opening, separator, closing = (chr(mark) for mark in marks)
+    elements = print_values(array.flatten(), marks).to_pylist()
+    sizes = pc.list_value_length(array).to_pylist()
+    lists: list[str | None] = []
+    at = 0
+    for size in sizes:
+        if size is None:
+            lists.append(None)
+            continue
+        parts = [
+            "NULL" if e is None else _escape(e) if _QUOTED.search(e) or separator in e else e
+            for e in elements[at : at + size]
+        ]
+        at += size
+        lists.append(opening + separator.join(parts) + closing)
+    return pa.array(lists, pa.string())
+
+
+def _print_maps(array: pa.Array) -> pa.Array:
+    return pa.array(
+        [
+            None
+            if pairs is None
+            else ", ".join(f"{_escape(k)}=>{'NULL' if v is None else _escape(v)}" for k, v in pairs)
+            for pairs in array.to_pylist()
+        ],
+        pa.string(),
+    )

@@ -1,0 +1,383 @@
+"""One source from its slot to its current tables: the parts, their threads, and the life of its tables.
+
+Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and discovery of
+tables). They meet only in the log, the state database and the lake, so none blocks another; the log is the buffer. It
+holds the rules by which a table begins, stops alone and comes back. What each part does is in its own module.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cdc import metrics, registry
+from cdc.backfill import Backfill
+from cdc.batch import Boundary, Portion
+from cdc.capture import ConfirmGate, LogEnd, SourceStream
+from cdc.config import Config, SourceConfig
+from cdc.errors import CdcError, LeaseLost, SourceUnavailable, StoreConflict, Verdict
+from cdc.lake.anchor import Anchor, AnchorState
+from cdc.lake.changelog import ChangelogTable
+from cdc.lake.lease import Lease
+from cdc.land import Group, Lander, LandPoint, LogReader
+from cdc.log import EventLog
+from cdc.merge import Merger
+from cdc.origin import settle
+from cdc.ports import ObjectStore
+from cdc.runs import Run
+from cdc.schema import SchemaBook
+from cdc.stage import Stage
+from cdc.state import State, TableState
+from cdc.status import progress_fact
+from cdc.table import TableId
+from cdc.worker import Worker
+
+log = logging.getLogger(__name__)
+
+DISCOVER_S = 10.0
+"""How often the publication is looked at for new and vanished tables."""
+READ_S = 0.2
+"""Longest wait of one step for input: how soon a stop or a request is seen."""
+PRUNE_S = 60.0
+
+
+class Pipeline:
+    """Everything of one source. Built before its source can be reached; the capture thread prepares it."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: SourceConfig,
+        state: State,
+        event_log: EventLog,
+        store: ObjectStore,
+        *,
+        owner: str,
+        own_origins: Sequence[str],
+        stop: threading.Event,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.name = source.name
+        self._config = config
+        self._source_config = source
+        self._state = state
+        self._log = event_log
+        self._store = store
+        self._own_origins = own_origins
+        self._stop = stop
+        kind = registry.source_kind(source.type)
+        self._source = kind.source(source, application_name="cdc")
+        self._reader = kind.reader(source)
+        self.admin = kind.admin(source)
+        self._book = SchemaBook(state, source.name)
+        self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
+        self._anchor = Anchor(store, source.name)
+        self._anchor_lock = threading.Lock()
+        self._temp = config.state_dir / "tmp" / source.name
+        self._prepared = threading.Event()
+        self._stopped: set[TableId] = set()
+        self._discover_at = 0.0
+        self._prune_at = 0.0
+        self._renew_at = 0.0
+        self.workers = [
+            Worker(f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s)
+            for part, step, idle_s in (
+                ("capture", self._capture_step, 0.2),
+                ("land", self._land_step, 0.2),
+                ("merge", self._merge_step, 0.1),
+                ("backfill", self._backfill_step, 0.05),
+            )
+        ]
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Start the threads; returns at once."""
+        for worker in self.workers:
+            worker.start()
+
+    def close(self, deadline: float) -> None:
+        """After `stop` was set: wait for the threads, then let go of source, reader and lease."""
+        for worker in self.workers:
+            worker.join(max(0.1, deadline - time.monotonic()))
+        if self._prepared.is_set():
+            self._capture.close()
+        self._source.close()
+        self._lease.release()
+        self._state.save_source(self.name, phase="stopped")
+
+    @property
+    def error(self) -> BaseException | None:
+        """What a part stands still for, if one does."""
+        return next((w.error for w in self.workers if w.error is not None), None)
+
+    @property
+    def streaming(self) -> bool:
+        return self._prepared.is_set() and not self._paused() and self.workers[0].error is None
+
+    def _paused(self) -> bool:
+        return self._state.is_paused("source", self.name)
+
+    def _note_error(self, error: CdcError | None) -> None:
+        if error is None:
+            self._state.save_source(self.name, error="", hint="", phase="streaming")
+            return
+        self._state.save_source(self.name, error=error.args[0], hint=error.hint, phase=error.verdict.value)
+        if isinstance(error, (SourceUnavailable,)):
+            metrics.UP.labels(self.name).set(0)
+
+    # ---- capture ----
+
+    def _capture_step(self) -> bool:
+        if not self._prepared.is_set():
+            self._prepare()
+        if self._paused():
+            self._capture.close()
+            self._state.save_source(self.name, phase="paused")
+            metrics.UP.labels(self.name).set(0)
+            return False
+        progress = self._capture.step(READ_S)
+        metrics.UP.labels(self.name).set(1)
+        return progress.read
+
+    def _prepare(self) -> None:
+        self._state.save_source(self.name, phase="starting")
+        try:
+            self._lease.acquire()
+        except LeaseLost as e:
+            # At the start this is a daemon that waits for its turn, not one that has lost it.
+            raise SourceUnavailable(e.args[0], hint=e.hint) from e
+        self._renew_at = time.monotonic() + self._lease.renew_every_s
+        identity = self._source.identity()
+        anchor = settle(self._source_config, identity, self.admin, self._anchor, self._log)
+        self._state.save_source(
+            self.name,
+            identity={
+                "system_id": identity.system_id,
+                "timeline": identity.timeline,
+                "database": identity.database,
+                "server_version": identity.server_version,
+            },
+        )
+        self._build(anchor)
+        self._prepared.set()
+        self._state.save_source(self.name, phase="streaming", error="", hint="")
+
+    def _build(self, anchor: AnchorState) -> None:
+        lake = self._config.lake
+        self._epoch = anchor.epoch
+        self._temp.mkdir(parents=True, exist_ok=True)
+        tables = self._state.tables(self.name)
+        self._stopped = {t.table for t in tables if t.state in ("stopped", "removed")}
+        self._stopped |= {t.table for t in tables if self._state.is_paused("table", f"{self.name}/{t.table}")}
+        self._gate = ConfirmGate(
+            confirm_after=self._source_config.confirm_after,
+            save_anchor=self._save_anchor,
+            anchored_lsn=anchor.may_confirm_lsn,
+            every_s=self._source_config.confirm_every_s,
+        )
+        self.lander = Lander(
+            self.name, self._log, self._state, self._book, self._store,
+            epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
+            check_lease=self._lease.check, stop_table=self.stop_table, is_stopped=self.is_stopped,
+        )  # fmt: skip
+        self.backfill = Backfill(
+            self.name, self._reader, self._log, self._state, self._book,
+            chunk_rows=self._source_config.chunk_rows, landed_lsn=self._landed_lsn, stop_table=self.stop_table,
+        )  # fmt: skip
+        self.merger = Merger(
+            self.name, self._state, self._book, self._store,
+            temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
+            vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
+            wish=self.backfill.wish, stop_table=self.stop_table, is_stopped=self.is_stopped,
+            check_lease=self._lease.check,
+        )  # fmt: skip
+        reader = LogReader(self.name, self._log, self._state, self._gate, self.lander.due)
+        self.log_end = LogEnd(self.name, self._log)
+        stream = SourceStream(self.name, self._source, self._book, self._gate, self._epoch)
+        self._capture: Stage[Portion, Boundary | None] = Stage(f"capture:{self.name}", stream, self.log_end)
+        self._land: Stage[Group, LandPoint] = Stage(f"land:{self.name}", reader, self.lander)
+
+    def _save_anchor(self, may_confirm_lsn: int) -> None:
+        with self._anchor_lock:
+            self._lease.check()
+            known = self._anchor.state
+            assert known is not None
+            try:
+                self._anchor.save(replace(known, may_confirm_lsn=max(may_confirm_lsn, known.may_confirm_lsn)))
+            except StoreConflict as e:
+                raise LeaseLost(f"source {self.name}: another daemon wrote the lake's anchor", hint="run only one") from e
+
+    # ---- the other parts ----
+
+    def _land_step(self) -> bool:
+        if not self._prepared.wait(READ_S):
+            return False
+        if time.monotonic() >= self._renew_at:
+            self._lease.renew()
+            self._renew_at = time.monotonic() + self._lease.renew_every_s
+        progress = self._land.step(READ_S)
+        return progress.read
+
+    def _merge_step(self) -> bool:
+        if not self._prepared.wait(READ_S):
+            return False
+        return self.merger.step()
+
+    def _backfill_step(self) -> bool:
+        if not self._prepared.wait(READ_S) or self._paused():
+            return False
+        now = time.monotonic()
+        if now >= self._discover_at:
+            self.discover()
+            self._discover_at = now + DISCOVER_S
+        if now >= self._prune_at:
+            self._prune_at = now + PRUNE_S
+            # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
+            self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
+        return self.backfill.step()
+
+    # ---- tables ----
+
+    def discover(self) -> None:
+        """Take notice of tables that came or went, and order first snapshots."""
+        published = {s.table: s for s in self._reader.tables()}
+        known = {t.table: t for t in self._state.tables(self.name)}
+        for table, schema in published.items():
+            before = known.get(table)
+            if before is not None and before.state != "removed" and before.oid == schema.oid:
+                continue
+            self._adopt(table, schema.oid, before)
+        for table, before in known.items():
+            if table not in published and before.state != "removed":
+                self._state.update_table(
+                    self.name, table, state="removed", reason="not in the publication any more", hint="cdc setup"
+                )
+                self._stopped.add(table)
+
+    def _adopt(self, table: TableId, oid: int, before: TableState | None) -> None:
+        """A table that is new here: its snapshot is done if the lake says so for this epoch and OID."""
+        tokens = ChangelogTable(self._store, self.name, table).tokens()
+        complete = tokens.complete(self._epoch, oid) and str(table) not in self._anchor_marks()
+        came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
+        self._stopped.discard(table)
+        counter = max(tokens.snapshot_seq + 1, before.snapshot_seq if before is not None else 0)
+        state = "streaming" if complete and not came_back else "new"
+        self._state.update_table(
+            self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter
+        )
+        if state == "new":
+            self.backfill.order(table, "first", "table came back" if came_back else "")
+
+    def _anchor_marks(self) -> frozenset[str]:
+        known = self._anchor.state
+        return frozenset(known.needs_resync) if known is not None else frozenset()
+
+    def _landed_lsn(self, table: TableId) -> int:
+        return ChangelogTable(self._store, self.name, table).tokens().stream(self._epoch)
+
+    def is_stopped(self, table: TableId) -> bool:
+        return table in self._stopped
+
+    def stop_table(self, table: TableId, error: CdcError) -> None:
+        """Let one table stand still; first the lake is told that it needs a resync, then its changes are passed over."""
+        self._mark(table, True)
+        self._stopped.add(table)
+        self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
+        log.error(
+            error.args[0], extra={"source": self.name, "table": str(table), "error": type(error).__name__, "hint": error.hint}
+        )
+
+    def pause_table(self, table: TableId, pause: bool) -> None:
+        """A paused table takes no part and holds nothing back; on resume it is snapshotted anew."""
+        name = f"{self.name}/{table}"
+        if pause:
+            if self._prepared.is_set():
+                self._mark(table, True)
+            self._state.pause("table", name)
+            self._stopped.add(table)
+            return
+        if self._state.is_paused("table", name):
+            self._state.resume("table", name)
+            self._stopped.discard(table)
+            self.backfill.order(table, "resync", "resumed")
+            self._mark(table, False)
+
+    def resync(self, table: TableId, kind: str = "resync") -> Run:
+        """Order a new snapshot; a stopped table takes part again from here on."""
+        known = self._state.table(self.name, table)
+        if known.state in ("stopped", "new"):
+            kind = "first"
+        run = self.backfill.order(table, kind, "ordered")
+        if known.state == "stopped":
+            self._stopped.discard(table)
+            self._state.update_table(self.name, table, state="new", reason="", hint="")
+        self._mark(table, False)
+        return run
+
+    def _mark(self, table: TableId, needs: bool) -> None:
+        with self._anchor_lock:
+            known = self._anchor.state
+            if known is None or (str(table) in known.needs_resync) == needs:
+                return
+            marks = {t for t in known.needs_resync if t != str(table)} | ({str(table)} if needs else set())
+            self._anchor.save(replace(known, needs_resync=tuple(sorted(marks))))
+
+    # ---- waiting and telling ----
+
+    @property
+    def discovered(self) -> bool:
+        """Whether the publication has been looked at since the start."""
+        return self._discover_at > 0.0
+
+    @property
+    def prepared(self) -> bool:
+        return self._prepared.is_set()
+
+    def reached(self) -> dict[str, int]:
+        """End LSNs up to which the log, the changelogs and the current tables hold everything."""
+        logged = self._log.position(self.name)
+        landed = self.lander.stats.landed if self._prepared.is_set() else None
+        return {
+            "logged": logged.end_lsn if logged is not None else 0,
+            "landed": landed.end_lsn if landed is not None else 0,
+            "merged": self.merger.merged_end_lsn if self._prepared.is_set() else 0,
+        }
+
+    def has_reached(self, end_lsn: int) -> bool:
+        """Whether log, changelogs and current tables hold everything up to `end_lsn`; asks for what is missing."""
+        if not self._prepared.is_set():
+            return False
+        reached = self.reached()
+        if reached["logged"] >= end_lsn > reached["landed"]:
+            self.lander.ask()
+        if reached["landed"] >= end_lsn > reached["merged"]:
+            self.merger.ask()
+        return min(reached.values()) >= end_lsn
+
+    def operator_error(self) -> CdcError | None:
+        """An error of a part that only an operator can mend."""
+        errors = (w.error for w in self.workers)
+        return next((e for e in errors if isinstance(e, CdcError) and e.verdict is not Verdict.RETRY), None)
+
+    def beat(self) -> None:
+        """Write what `status` shows, once a second."""
+        if not self._prepared.is_set():
+            return
+        reached = self.reached()
+        self._state.save_source(
+            self.name, received_lsn=self.log_end.received_lsn, confirmed_lsn=self._gate.allowed
+        )
+        facts: dict[str, Any] = {"landed_lsn": reached["landed"], "merged_lsn": reached["merged"]}
+        self._state.set(progress_fact(self.name), facts)
+        head = self.log_end.received_lsn
+        for step, lsn in reached.items():
+            metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn) if lsn else 0)
+        for table_state in ("new", "snapshotting", "streaming", "stopped", "removed"):
+            count = sum(t.state == table_state for t in self._state.tables(self.name))
+            metrics.TABLES.labels(self.name, table_state).set(count)

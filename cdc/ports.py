@@ -1,0 +1,253 @@
+"""The protocols that connectors implement, and the values that cross them.
+
+The text of each method is the contract that the contract suites quote. A connector imports this layer of cdc, its
+client library, and nothing else. Kinds are found through the entry points `cdc.sources`, `cdc.sinks`, `cdc.stores`.
+Implementations raise the errors of cdc.errors only; blocking calls are bounded by the time-out that they are given
+or by the connector's own connect and statement time-outs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from cdc.batch import Boundary, Portion
+from cdc.table import TableSchema
+
+RegisterSchema = Callable[[TableSchema], TableSchema]
+"""Gives a schema its durable version number; equal schemas of a table get the same number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceIdentity:
+    """Facts that tell one server's history from another's."""
+
+    system_id: str
+    timeline: int
+    database: str
+    server_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One result of a preflight check. severity: ok | info | warning | error. `fix` is the statement or setting."""
+
+    name: str
+    severity: str
+    message: str
+    fix: str = ""
+    object: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceStatus:
+    """What the server says of itself and of our slot, at one moment. LSNs are integers, 0 = unknown."""
+
+    head_lsn: int
+    slot_exists: bool
+    slot_active: bool = False
+    slot_active_pid: int = 0
+    confirmed_lsn: int = 0
+    restart_lsn: int = 0
+    retained_bytes: int = 0
+    wal_status: str = ""
+    safe_wal_bytes: int | None = None
+    oldest_xmin: int = 0
+    """Every snapshot taken from now on sees all transactions below it (64 bit)."""
+
+
+class Source(Protocol):
+    """A stream of changes with a resume point that the server keeps for us."""
+
+    def open(self, after: Boundary | None, register: RegisterSchema, epoch: int) -> None:
+        """Start streaming. Transactions with a commit LSN at or below `after.lsn` are not yielded again.
+
+        `after` None: from where the server's slot stands. Raises SlotLost if the slot is missing or cannot serve.
+        """
+
+    def read(self, timeout_s: float) -> Portion | None:
+        """The next portion, in stream order; None if nothing arrived within `timeout_s`. Keepalives are answered
+        meanwhile and between calls, whatever the caller does. A quiet stream yields portions with only a boundary."""
+
+    def confirm(self, end_lsn: int) -> None:
+        """Tell the server that it may forget everything that ends at or before `end_lsn`. Never goes backwards;
+        returns at once, and is sent with the next status update. Thread-safe."""
+
+    def identity(self) -> SourceIdentity:
+        """Facts of the server, from a connection of its own."""
+
+    def close(self) -> None:
+        """End the stream and its threads; idempotent, bounded to a few seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visibility:
+    """What a snapshot sees: 64-bit transaction ids, as `pg_current_snapshot()` prints them."""
+
+    xmin: int
+    xmax: int
+    in_progress: frozenset[int]
+
+    def sees(self, xids: np.ndarray) -> np.ndarray:
+        """Mask of the 32-bit transaction ids whose effects the snapshot sees, if they committed (bool, same length).
+
+        The ids are widened by the epoch of `xmax`: each is taken as the 64-bit id nearest to `xmax`.
+        """
+        low = np.int64(self.xmax & 0xFFFFFFFF)
+        delta = (xids.astype(np.int64) - low + (1 << 31)) % (1 << 32) - (1 << 31)
+        wide = np.int64(self.xmax) + delta
+        seen = wide < self.xmax
+        if self.in_progress:
+            seen &= ~np.isin(wide, np.fromiter(self.in_progress, np.int64))
+        return np.asarray(seen, dtype=np.bool_)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSnapshot:
+    """An open snapshot of one table: what it sees, and the table's facts under its lock."""
+
+    visibility: Visibility
+    schema: TableSchema
+    relfilenode: int
+    lsn: int
+    taken_at_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsRead:
+    """Rows of a snapshot: typed columns in the order of `schema.columns`; `raw` as in the batch's `_raw`, or None.
+
+    `last_key` is the text of the last row's key values as Postgres prints them (None if no rows); `done` says that
+    nothing stands behind it.
+    """
+
+    columns: list[pa.Array]
+    raw: pa.Array | None
+    rows: int
+    last_key: tuple[str, ...] | None
+    done: bool
+
+
+class SnapshotReader(Protocol):
+    """Reads existing rows in snapshots of its own. One open snapshot at a time; not thread-safe."""
+
+    def tables(self) -> list[TableSchema]:
+        """The selected, published tables as the catalog has them now (version 0)."""
+
+    def writers(self) -> dict[str, str]:
+        """Transactions that have written and not ended: id → who it is (pid, application), for rule 0."""
+
+    def begin(self, schema: TableSchema) -> TableSnapshot:
+        """Lock the table in ACCESS SHARE mode, take a snapshot, and read the table's facts under it. Raises
+        SourceUnavailable if the lock is not to be had within `lock_timeout`, SourceRefused if the table is gone."""
+
+    def read(
+        self, *, after: tuple[str, ...] | None = None, keys: Sequence[tuple[str, ...]] | None = None, rows_max: int = 0
+    ) -> RowsRead:
+        """Rows of the open snapshot in key order: those after the key `after`, at most `rows_max` (0: no bound), or
+        exactly those with one of `keys` (texts). A table without a key is read in the order it has."""
+
+    def end(self) -> None:
+        """Close the open snapshot, if any; the connection stays."""
+
+
+class SourceAdmin(Protocol):
+    """What an operator's command does at a source, each on a connection of its own."""
+
+    def check(self) -> list[Finding]:
+        """Everything that would stop or endanger capture, without side effects."""
+
+    def setup(self, *, dry_run: bool) -> list[str]:
+        """Create publication, then slot, where missing; the SQL in the order in which it ran (or would run)."""
+
+    def teardown(self, *, dry_run: bool) -> list[str]:
+        """Drop slot and our publication, if they exist; the SQL."""
+
+    def status(self) -> SourceStatus:
+        """Server and slot, now."""
+
+    def barrier(self) -> int:
+        """Write and flush a transactional logical message; everything committed before now has a lower commit LSN
+        than the returned one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushResult:
+    """What a target did with one batch of a plan."""
+
+    written: int
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """Key and the target's reason (never values other than the key)."""
+
+
+class Sink(Protocol):
+    """A target of reverse ETL that keeps, with the data, what it has acknowledged."""
+
+    def check(self, sync: str, table: str, columns: Sequence[str], key: Sequence[str]) -> list[Finding]:
+        """Whether the target can take these columns by this key; no side effects."""
+
+    def acknowledged(self, sync: str) -> pa.Table:
+        """Columns `key` (string: JSON array of the key's texts) and `digest` (string) of every row that the target has
+        acknowledged for the sync; empty if none."""
+
+    def upsert(self, sync: str, table: str, key: Sequence[str], rows: pa.Table, acks: pa.Table) -> PushResult:
+        """Write `rows` by `key` and remember `acks` in the same transaction; idempotent; durable on return."""
+
+    def origin(self) -> str:
+        """Name of the replication origin under which it writes, empty if it cannot mark its writes."""
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredObject:
+    key: str
+    size: int
+    modified_at_us: int
+    etag: str
+
+
+class ObjectStore(Protocol):
+    """Objects under keys with '/' separators, below one root URL. Every write is atomic and durable on return."""
+
+    def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """Write bytes (anything with the buffer protocol), return the etag. `if_absent`/`if_match` make it
+        conditional: StoreConflict if the object exists / has another etag."""
+
+    def get(self, key: str) -> tuple[bytes, str] | None:
+        """The object's bytes and etag, None if there is none."""
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Objects whose key starts with `prefix`, in key order."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that do not exist are no error."""
+
+    def location(self, key: str) -> tuple[str, dict[str, str]]:
+        """URL of a key and the storage options, for libraries that read and write by themselves (deltalake, DuckDB).
+        A local directory's URL is an absolute path."""
+
+
+__all__ = [
+    "Boundary",
+    "Finding",
+    "ObjectStore",
+    "Portion",
+    "PushResult",
+    "RegisterSchema",
+    "RowsRead",
+    "Sink",
+    "SnapshotReader",
+    "Source",
+    "SourceAdmin",
+    "SourceIdentity",
+    "SourceStatus",
+    "StoredObject",
+    "TableSnapshot",
+    "Visibility",
+]

@@ -1,0 +1,89 @@
+"""Finds kinds of sources, sinks and stores through entry points, so that a third party can add one.
+
+Groups: `cdc.sources`, `cdc.sinks` (by the `type` of a section) and `cdc.stores` (by the scheme of the lake's URL).
+Nothing is imported before it is asked for. A kind that is missing or does not import is a ConfigError that lists
+those that are known; this module never falls back to another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, cast
+
+from cdc.config import LakeConfig, SourceConfig, TargetConfig
+from cdc.errors import ConfigError
+from cdc.ports import ObjectStore, Sink, SnapshotReader, Source, SourceAdmin
+
+SOURCES, SINKS, STORES = "cdc.sources", "cdc.sinks", "cdc.stores"
+
+StoreFactory = Callable[[str, Mapping[str, str]], ObjectStore]
+
+
+class SourceKind(Protocol):
+    """What an entry point of `cdc.sources` names. None of its methods connects."""
+
+    def source(self, config: SourceConfig, *, application_name: str) -> Source:
+        """The stream of this source."""
+
+    def reader(self, config: SourceConfig) -> SnapshotReader:
+        """A reader of existing rows, with a connection of its own."""
+
+    def admin(self, config: SourceConfig) -> SourceAdmin:
+        """What operator's commands do at this source."""
+
+
+class SinkKind(Protocol):
+    """What an entry point of `cdc.sinks` names."""
+
+    def __call__(self, config: TargetConfig) -> Sink:
+        """The target; connects at first use."""
+
+
+def source_kind(name: str) -> SourceKind:
+    """The kind of source of that name (`type` in [source.X]); ConfigError lists the known ones."""
+    found = _load(SOURCES, name)
+    return cast(SourceKind, found() if isinstance(found, type) else found)
+
+
+def sink_kind(name: str) -> SinkKind:
+    """The kind of target of that name (`type` in [target.X]); ConfigError lists the known ones."""
+    return cast(SinkKind, _load(SINKS, name))
+
+
+def store(url: str, options: Mapping[str, str] | None = None) -> ObjectStore:
+    """The object store at `url` (`scheme://…`); ConfigError lists the known schemes. May touch the store."""
+    scheme, separator, _ = url.partition("://")
+    factory = cast(StoreFactory, _load(STORES, scheme if separator else "file"))
+    return factory(url, options or {})
+
+
+def lake_store(lake: LakeConfig) -> ObjectStore:
+    """The object store that holds the lake."""
+    return store(lake.url, lake.options)
+
+
+def known(group: str) -> list[str]:
+    """Names that are installed in a group, sorted."""
+    return sorted(_entry_points(group))
+
+
+@cache
+def _entry_points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+@cache
+def _load(group: str, name: str) -> Any:
+    point = _entry_points(group).get(name)
+    if point is None:
+        kinds = ", ".join(known(group)) or "none; is the package installed?"
+        word = {SOURCES: "source", SINKS: "target", STORES: "store"}[group]
+        raise ConfigError(f'there is no {word} of kind "{name}"', hint=f"known kinds: {kinds}")
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f'kind "{name}" ({point.value}) does not import: {error}', hint="install the extra that it needs"
+        ) from error

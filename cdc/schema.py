@@ -1,0 +1,94 @@
+"""The schema book: every version of every table's schema that a source has shown, numbered and durable.
+
+Guarantees: equal content of a table gets the same number, new content the highest number plus one, and a number is
+durable before anyone can write a record that names it. It does not judge whether a change of schema can be held.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+
+from cdc.errors import InvariantBroken
+from cdc.state import State
+from cdc.table import TableId, TableSchema
+
+
+def _content(schema: TableSchema) -> str:
+    """Canonical text of everything but the number."""
+    return json.dumps(replace(schema, version=0).to_json(), sort_keys=True, separators=(",", ":"))
+
+
+class SchemaBook:
+    """Schemas of one source; thread-safe, cached. On a read-only state only `get` and `latest` work."""
+
+    def __init__(self, state: State, source: str) -> None:
+        self._state = state
+        self._source = source
+        self._lock = threading.Lock()
+        self._versions: dict[TableId, dict[int, TableSchema]] = {}
+
+    def register(self, schema: TableSchema) -> TableSchema:
+        """The schema with its version number; durable before it returns. Must not be called inside a transaction."""
+        plain = replace(schema, version=0)
+        with self._lock:
+            for version in self._known(schema.table).values():
+                if replace(version, version=0) == plain:
+                    return version
+            numbered = self._insert(schema)
+            self._versions[schema.table] = self._load(schema.table)
+            return numbered
+
+    def get(self, table: TableId, version: int) -> TableSchema:
+        """A version by number; InvariantBroken if the book has none such."""
+        with self._lock:
+            found = self._known(table).get(version)
+            if found is None:
+                self._versions[table] = self._load(table)
+                found = self._versions[table].get(version)
+        if found is None:
+            raise InvariantBroken(f"there is no version {version} of the schema of {table} in source {self._source}")
+        return found
+
+    def latest(self, table: TableId) -> TableSchema | None:
+        """The version with the highest number, None if the table was never registered."""
+        with self._lock:
+            if self._state.readonly:
+                self._versions.pop(table, None)
+            known = self._known(table)
+            return known[max(known)] if known else None
+
+    def tables(self) -> list[TableId]:
+        """Every table with at least one version, by name."""
+        rows = self._state.query(
+            "select distinct schema, name from schemas where source = ? order by schema, name", (self._source,)
+        )
+        return [TableId(*row) for row in rows]
+
+    def _insert(self, schema: TableSchema) -> TableSchema:
+        text = _content(schema)
+        with self._state.transaction() as tx:
+            # Read again under the write lock: another book of this source may have been quicker.
+            stored = tx.execute(
+                "select version, content from schemas where source = ? and schema = ? and name = ?",
+                (self._source, *schema.table),
+            ).fetchall()
+            for version, content in stored:
+                if content == text:
+                    return replace(schema, version=version)
+            number = max((version for version, _ in stored), default=0) + 1
+            tx.execute("insert into schemas values (?, ?, ?, ?, ?)", (self._source, *schema.table, number, text))
+        return replace(schema, version=number)
+
+    def _known(self, table: TableId) -> dict[int, TableSchema]:
+        if table not in self._versions:
+            self._versions[table] = self._load(table)
+        return self._versions[table]
+
+    def _load(self, table: TableId) -> dict[int, TableSchema]:
+        rows = self._state.query(
+            "select version, content from schemas where source = ? and schema = ? and name = ?",
+            (self._source, *table),
+        )
+        return {number: replace(TableSchema.from_json(json.loads(text)), version=number) for number, text in rows}

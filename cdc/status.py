@@ -1,0 +1,238 @@
+"""What `cdc status` shows, as one JSON document, from the state database and, live, from each source.
+
+Works with the daemon up or down, and with a source that does not answer: what is not known is null, never invented.
+Reads only. The keys are a contract with operators' scripts (docs/operations.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cdc import control, registry
+from cdc.config import Config, SyncConfig
+from cdc.console import lsn_text, time_text
+from cdc.errors import CdcError
+from cdc.ports import SourceStatus
+from cdc.state import HistoryEntry, Run, SourceState, State, TableState
+
+STEPS = ("head", "received", "logged", "landed", "confirmed")
+RUNS_OPEN = ("pending", "running")
+
+Live = Mapping[str, SourceStatus | CdcError]
+"""What each source's server says now, or why it does not."""
+
+
+def progress_fact(source: str) -> str:
+    """Key of the fact in which the daemon notes, each second: {landed_lsn, landed_committed_at} (µs, 0 unknown)."""
+    return f"progress:{source}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rung of the ladder: how far a step is, and how much the server is ahead of it (None: not known)."""
+
+    step: str
+    lsn: int
+    lag_bytes: int | None
+    lag_seconds: float | None
+
+
+def ask_sources(config: Config) -> dict[str, SourceStatus | CdcError]:
+    """Ask every source's server at the same time; bounded by its connector's time-outs."""
+
+    def ask(name: str) -> SourceStatus | CdcError:
+        section = config.sources[name]
+        try:
+            return registry.source_kind(section.type).admin(section).status()
+        except CdcError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(config.sources, pool.map(ask, config.sources), strict=True))
+
+
+def gather(config: Config, state: State | None, live: Live) -> dict[str, Any]:
+    """The whole status document. `state` None: no daemon has ever run here."""
+    now = time.time()
+    return {
+        "at": time_text(now),
+        "daemon": _daemon(state, now),
+        "state_dir": str(config.state_dir),
+        "lake": config.lake.url,
+        "log": {"bytes": _log_bytes(config), "bytes_max": config.log_bytes_max},
+        "sources": [_source(config, name, state, live.get(name), now) for name in config.sources],
+        "syncs": [_sync(sync, state) for sync in config.syncs.values()],
+        "models": [{"name": name, "last_run": _last(state, "model", name)} for name in config.models],
+    }
+
+
+def ladder(
+    source: SourceState | None, server: SourceStatus | None, progress: Mapping[str, Any], now: float
+) -> list[Step]:
+    """Head, received, logged, landed, confirmed: each with its distance from the server's head.
+
+    `lag_seconds` is the age of the newest commit that a step holds while it is behind: an upper bound of the age of
+    the oldest that it lacks. It is 0 when the step holds all that was logged and the log all that the server has.
+    """
+    known = source or SourceState(name="")
+    head = max(server.head_lsn if server else 0, known.head_lsn, known.received_lsn)
+    logged = max(known.end_lsn, known.lsn)
+    landed = int(progress.get("landed_lsn") or 0)
+    landed = logged if known.positioned and landed >= known.lsn > 0 else landed
+    confirmed = max(server.confirmed_lsn if server else 0, known.confirmed_lsn)
+    received = max(known.received_lsn, known.head_lsn if known.positioned else 0, logged)
+    logged_at, landed_at = known.committed_at, int(progress.get("landed_committed_at") or 0)
+
+    def step(name: str, lsn: int, committed_at_us: int) -> Step:
+        if not lsn or not head:
+            return Step(name, lsn, None, None)
+        behind = max(0, head - lsn)
+        if not behind:
+            return Step(name, lsn, 0, 0.0)
+        age = max(0.0, now - committed_at_us / 1e6) if committed_at_us else None
+        return Step(name, lsn, behind, age)
+
+    return [
+        step("head", head, 0),
+        step("received", received, logged_at),
+        step("logged", logged, logged_at),
+        step("landed", landed, logged_at if landed >= logged else landed_at),
+        step("confirmed", confirmed, logged_at if confirmed >= logged else (landed_at if confirmed >= landed else 0)),
+    ]
+
+
+def _daemon(state: State | None, now: float) -> dict[str, Any]:
+    facts = control.daemon(state) if state else None
+    if facts is None:
+        return {"running": False, "pid": None, "host": None, "started_at": None, "heartbeat_age_seconds": None}
+    return {
+        "running": facts.is_alive,
+        "pid": facts.pid,
+        "host": facts.host,
+        "started_at": time_text(facts.started_at),
+        "heartbeat_age_seconds": round(max(0.0, now - facts.heartbeat_at), 3),
+    }
+
+
+def _source(
+    config: Config, name: str, state: State | None, live: SourceStatus | CdcError | None, now: float
+) -> dict[str, Any]:
+    section = config.sources[name]
+    known = state.source(name) if state else None
+    server = live if isinstance(live, SourceStatus) else None
+    progress = _progress(state, name)
+    return {
+        "name": name,
+        "type": section.type,
+        "phase": (known.phase if known else "") or "new",
+        "phase_since": time_text(known.phase_since / 1e6) if known else None,
+        "error": known.error if known else "",
+        "hint": known.hint if known else "",
+        "paused": bool(state and state.is_paused("source", name)),
+        "epoch": known.epoch if known and known.positioned else None,
+        "slot": _slot(section.slot, live),
+        "ladder": [
+            {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
+            for step in ladder(known, server, progress, now)
+        ],
+        "tables": [_table(state, table) for table in state.tables(name)] if state else [],
+    }
+
+
+def _progress(state: State | None, source: str) -> dict[str, Any]:
+    """What the daemon noted; before it has noted anything, the last position that all tables were merged up to."""
+    if state is None:
+        return {}
+    cut = state.cut(source)
+    return state.get(progress_fact(source)) or ({"landed_lsn": cut.lsn} if cut else {})
+
+
+def _slot(name: str, live: SourceStatus | CdcError | None) -> dict[str, Any]:
+    if not isinstance(live, SourceStatus):
+        return {"name": name, "exists": None, "error": str(live.args[0]) if live else "not asked"}
+    return {
+        "name": name,
+        "exists": live.slot_exists,
+        "active": live.slot_active,
+        "active_pid": live.slot_active_pid or None,
+        "confirmed_lsn": lsn_text(live.confirmed_lsn) or None,
+        "restart_lsn": lsn_text(live.restart_lsn) or None,
+        "retained_bytes": live.retained_bytes,
+        "wal_status": live.wal_status or None,
+        "safe_wal_bytes": live.safe_wal_bytes,
+    }
+
+
+def _table(state: State, table: TableState) -> dict[str, Any]:
+    runs = state.runs(table.source, table.table, states=RUNS_OPEN)
+    return {
+        "table": str(table.table),
+        "state": table.state,
+        "reason": table.reason,
+        "hint": table.hint,
+        "paused": state.is_paused("table", f"{table.source}/{table.table}"),
+        "rows": table.rows,
+        "last_change_at": time_text(table.last_change_us / 1e6),
+        "landed_lsn": lsn_text(table.landed_lsn) or None,
+        "current_lsn": lsn_text(table.current_lsn) or None,
+        "snapshot": _snapshot(runs[-1]) if runs else None,
+    }
+
+
+def _snapshot(run: Run) -> dict[str, Any]:
+    return {
+        "run": run.id,
+        "kind": run.kind,
+        "state": run.state,
+        "chunks": run.chunk_no + 1,
+        "rows": run.rows,
+        "started_at": time_text(run.started_at / 1e6),
+        "reason": run.reason,
+    }
+
+
+def _sync(sync: SyncConfig, state: State | None) -> dict[str, Any]:
+    return {
+        "name": sync.name,
+        "target": sync.target,
+        "table": sync.table,
+        "paused": bool(state and (state.is_paused("sync", sync.name) or state.is_paused("sink", sync.target))),
+        "last_run": _last(state, "sync", sync.name),
+    }
+
+
+def _last(state: State | None, kind: str, name: str) -> dict[str, Any] | None:
+    entries = state.history(kind, name, limit=1) if state else []
+    return history_entry(entries[0]) if entries else None
+
+
+def history_entry(entry: HistoryEntry) -> dict[str, Any]:
+    """One run of a sync or model as JSON."""
+    return {
+        "id": entry.id,
+        "cause": entry.cause,
+        "started_at": time_text(entry.started_at / 1e6),
+        "ended_at": time_text(entry.ended_at / 1e6),
+        "outcome": entry.outcome,
+        "counts": entry.counts,
+        "error": entry.error,
+    }
+
+
+def _log_bytes(config: Config) -> int:
+    """Size of the event log's segments on disk; one that is unlinked meanwhile counts nothing."""
+    total = 0
+    for segment in config.log_dir.glob("*.seg"):
+        try:
+            total += segment.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

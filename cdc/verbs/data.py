@@ -1,0 +1,214 @@
+"""Verbs over data: verify, query, model run, sync plan, apply and history."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdc import control
+from cdc.errors import CdcError, TimedOut
+from cdc.table import TableId
+from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, UsageError, pick, resolve_tables, tables_of
+from cdc.verbs.lake import lake_tables
+from cdc.verbs.orders import Named, follow, order_resync, wait_lake
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from cdc.state import State
+    from cdc.verify import TableReport
+
+MEMORY_LIMIT = "1GB"
+"""Memory of one `cdc query`; what does not fit spills to temporary files."""
+
+
+def verify(call: Call) -> int:
+    """Compare source and current; 0 equal, 3 different or not compared, 1 if a table could not be read."""
+    if call.args.sample is not None:
+        raise UsageError("verify --sample is not supported yet", hint="leave it out: all rows are compared")
+    with call.state() as state:
+        control.require_daemon(state)
+        known = tables_of(state, call.sources())
+        tables = resolve_tables(known, call.args.table) if call.args.table else known
+        reports, timed_out = _verify_tables(call, state, tables)
+        repaired: list[Named] = []
+        if call.args.repair:
+            repaired = [(r.source, r.table) for r in reports if any(r.counts.values())]
+            if repaired:
+                _repair(call, state, repaired)
+                again, timed_out = _verify_tables(call, state, repaired)
+                fresh = {(r.source, r.table): r for r in again}
+                reports = [fresh.get((r.source, r.table), r) for r in reports]
+    equal = all(r.equal for r in reports)
+    names = [f"{source}.{table}" for source, table in repaired]
+    call.console.document({"equal": equal, "repaired": names, "tables": [_report(r) for r in reports]})
+    for report in reports:
+        _show_report(call, report)
+    if timed_out:
+        return TIMED_OUT
+    if any(r.error for r in reports):
+        return FAILED
+    return OK if equal else FOUND
+
+
+def query(call: Call) -> int:
+    """DuckDB over the lake."""
+    from cdc import models
+
+    connection = models.connect_lake(call.store, lake_tables(call), None, memory_limit=MEMORY_LIMIT)
+    try:
+        result = models.query(connection, call.args.sql)
+    finally:
+        connection.close()
+    form = "json" if call.console.as_json else call.args.format
+    if form == "json":
+        rows = list(zip(*(column.to_pylist() for column in result.columns), strict=True))
+        call.console.document({"columns": result.schema.names, "rows": rows}, always=True)
+    elif form == "csv":
+        call.console.raw(_csv(result))
+    else:
+        shown = result.slice(0, call.args.limit)
+        columns = [column.to_pylist() for column in shown.columns]
+        call.console.table(result.schema.names, list(zip(*columns, strict=True)))
+        if result.num_rows > call.args.limit:
+            call.console.note(f"{result.num_rows - call.args.limit} more rows: --limit, or --format csv")
+    return OK
+
+
+def model_run(call: Call) -> int:
+    """Have the daemon run a model now: its SQL, its key, and what of its rows would be held."""
+    name = call.args.name
+    pick([name], list(call.config.models), "model")
+    return _ask_run(call, "model_run", name)
+
+
+def sync_apply(call: Call) -> int:
+    """Have the daemon push now; 3 if rows were held or rejected."""
+    name = call.args.name
+    pick([name], list(call.config.syncs), "sync")
+    return _ask_run(call, "sync_apply", name)
+
+
+def sync_plan(call: Call) -> int:
+    """What an apply would write now; 3 if rows are held."""
+    from cdc import sync
+
+    pick([call.args.name], list(call.config.syncs), "sync")
+    plan = sync.plan_now(call.config, call.store, lake_tables(call), call.args.name)
+    call.console.document(plan)
+    for key, value in plan.items():
+        call.console.line(f"{key}: {value}")
+    return FOUND if plan.get("held") else OK
+
+
+def sync_history(call: Call) -> int:
+    """Runs of a sync, newest first."""
+    from cdc.status import history_entry
+
+    pick([call.args.name], list(call.config.syncs), "sync")
+    with call.state(readonly=True) as state:
+        entries = [history_entry(e) for e in state.history("sync", call.args.name, limit=call.args.limit)]
+    call.console.document({"sync": call.args.name, "runs": entries})
+    call.console.table(
+        ("id", "started", "ended", "cause", "outcome", "counts", "error"),
+        [
+            (e["id"], e["started_at"], e["ended_at"], e["cause"], e["outcome"], _counts(e["counts"]), e["error"])
+            for e in entries
+        ],
+    )
+    return OK
+
+
+def _ask_run(call: Call, verb: str, name: str) -> int:
+    with call.state() as state:
+        answer = control.ask(state, verb, {"name": name}, timeout_s=call.args.timeout)
+    call.console.document({"name": name, **answer})
+    for key, value in answer.items():
+        call.console.line(f"{key}: {_counts(value) if isinstance(value, dict) else value}")
+    counts = answer.get("counts", answer)
+    return FOUND if counts.get("held") or counts.get("rejected") else OK
+
+
+def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[TableReport], bool]:
+    """A report per table, and whether time ran out."""
+    from cdc import registry
+    from cdc.verify import verify_table
+
+    deadline = time.monotonic() + call.args.timeout
+    reports, timed_out = [], False
+    with tempfile.TemporaryDirectory(prefix="cdc-verify-") as folder:
+        for source, table in tables:
+
+            def await_lake(awaited: TableId, lsn: int, source: str = source) -> int:
+                nonlocal timed_out
+                try:
+                    wait_lake(state, source, [awaited], lsn, deadline)
+                except TimedOut:
+                    timed_out = True
+                    raise
+                return lsn
+
+            section = call.config.sources[source]
+            reader = registry.source_kind(section.type).reader(section)
+            call.console.note(f"comparing {source}.{table}")
+            reports.append(
+                verify_table(
+                    source,
+                    table,
+                    reader,
+                    call.store,
+                    await_lake,
+                    temp_dir=Path(folder),
+                    show_values=call.args.show_values,
+                )
+            )
+    return reports, timed_out
+
+
+def _repair(call: Call, state: State, tables: list[Named]) -> None:
+    """Order a resync of each table and follow it to its end."""
+    call.console.note("resyncing " + ", ".join(f"{source}.{table}" for source, table in tables))
+    ordered = [order_resync(state, named) or {} for named in tables]
+    if follow(call, state, tables, ordered, time.monotonic() + call.args.timeout) != OK:
+        raise CdcError("the repairing resync did not end well", hint="cdc status shows why")
+
+
+def _report(report: TableReport) -> dict[str, Any]:
+    return {**asdict(report), "table": str(report.table), "equal": report.equal}
+
+
+def _show_report(call: Call, report: TableReport) -> None:
+    line = call.console.line
+    name = f"{report.source}.{report.table}"
+    if report.error:
+        line(f"{name}: not compared: {report.error}" + (f" ({report.hint})" if report.hint else ""))
+        return
+    verdict = "equal" if report.equal else "DIFFERENT" if any(report.counts.values()) else "not fully compared"
+    rest = f", {report.not_compared} keys not compared: they changed in every round" if report.not_compared else ""
+    line(f"{name}: {verdict}, {report.rows} rows{rest}")
+    for kind, keys in (("missing", report.missing), ("extra", report.extra), ("different", report.different)):
+        if report.counts[kind]:
+            more = ", …" if report.counts[kind] > len(keys[:20]) else ""
+            line(f"  {kind} in the lake: {report.counts[kind]}: {', '.join(keys[:20])}{more}")
+    if report.columns:
+        line("  by column: " + _counts(report.columns))
+    for entry in report.values:
+        line(f"  {entry}")
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in counts.items())
+
+
+def _csv(result: pa.Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(result.schema.names)
+    columns = [column.to_pylist() for column in result.columns]
+    writer.writerows(zip(*columns, strict=True))
+    return out.getvalue()

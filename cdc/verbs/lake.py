@@ -1,0 +1,68 @@
+"""Verbs over the lake itself: ls; and which tables it holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cdc.console import bytes_text
+from cdc.table import TableId
+from cdc.verbs.call import OK, Call
+
+if TYPE_CHECKING:
+    from cdc.ports import ObjectStore
+
+
+def list_tables(call: Call) -> int:
+    """Tables of the lake, as they stand there."""
+    from cdc.lake.layout import changelog_path, current_path
+
+    rows: list[dict[str, Any]] = [
+        {
+            "source": source,
+            "table": str(table),
+            "current": _delta(call.store, current_path(source, table)),
+            "changelog": _delta(call.store, changelog_path(source, table)),
+        }
+        for source, tables in lake_tables(call).items()
+        for table in tables
+    ]
+    call.console.document({"lake": call.config.lake.url, "tables": rows})
+    headers = ("table", "current: rows", "size", "files", "version", "changelog: rows", "size", "files", "version")
+    call.console.table(
+        headers, [(f"{r['source']}.{r['table']}", *_cells(r["current"]), *_cells(r["changelog"])) for r in rows]
+    )
+    return OK
+
+
+def lake_tables(call: Call) -> dict[str, list[TableId]]:
+    """The tables that the lake holds, by configured source, as the store lists them: needs no state of the daemon."""
+    from cdc.lake.layout import source_path, table_of_path
+
+    found: dict[str, list[TableId]] = {}
+    for source in call.sources():
+        tables = {table_of_path(stored.key) for stored in call.store.list(source_path(source) + "/")}
+        found[source] = sorted(table for table in tables if table is not None)
+    return found
+
+
+def _delta(store: ObjectStore, path: str) -> dict[str, Any] | None:
+    """Version, files, rows and size of a Delta table; None if there is none."""
+    from cdc.lake.delta import DeltaLog
+
+    table = DeltaLog(store, path)
+    if not table.exists():
+        return None
+    files = table.files()
+    return {
+        "path": path,
+        "version": table.version(),
+        "files": len(files),
+        "rows": sum(f.rows for f in files),
+        "bytes": sum(f.size for f in files),
+    }
+
+
+def _cells(table: dict[str, Any] | None) -> tuple[Any, ...]:
+    if table is None:
+        return ("-", "-", "-", "-")
+    return (table["rows"], bytes_text(table["bytes"]), table["files"], table["version"])

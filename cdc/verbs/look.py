@@ -1,0 +1,157 @@
+"""Verbs that look: status and tables. They read only, and work with the daemon up or down."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from cdc.console import bytes_text, seconds_text
+from cdc.verbs.call import OK, Call
+
+if TYPE_CHECKING:
+    from cdc.state import State
+    from cdc.table import TableSchema
+
+
+def status(call: Call) -> int:
+    """Phases, the ladder of positions, tables, syncs."""
+    from cdc import status as gathering
+
+    live = gathering.ask_sources(call.config)
+    with call.state(readonly=True) if call.has_state else nullcontext() as state:
+        document = gathering.gather(call.config, state, live)
+    call.console.document(document)
+    if not call.console.as_json:
+        _show_status(call, document)
+    return OK
+
+
+def tables(call: Call) -> int:
+    """Tables with key, identity, columns and types, and how each is held in the lake."""
+    documents = []
+    with call.state(readonly=True) if call.has_state else nullcontext() as state:
+        for source in call.sources():
+            documents += [_describe_table(source, schema) for schema in _schemas(call, state, source)]
+    call.console.document({"tables": documents})
+    for table in documents:
+        key = ", ".join(table["key"]) or "none"
+        call.console.line(f"{table['source']}.{table['table']}  key: {key}  identity: {table['identity']}")
+        rows = [(c["name"], c["type"], "not null" if c["not_null"] else "", c["held"]) for c in table["columns"]]
+        call.console.table(("column", "type", "", "in the lake"), rows, indent="  ")
+        call.console.line()
+    return OK
+
+
+_IDENTITY = {"d": "default", "f": "full", "i": "index", "n": "nothing"}
+
+
+def _schemas(call: Call, state: State | None, source: str) -> list[TableSchema]:
+    """What the daemon has noted of a source's tables; if it has noted nothing, what the catalog says now."""
+    from cdc import registry
+    from cdc.schema import SchemaBook
+
+    if state is not None:
+        book = SchemaBook(state, source)
+        noted = [book.latest(t.table) for t in state.tables(source) if t.state != "removed"]
+        if any(noted):
+            return [schema for schema in noted if schema is not None]
+    section = call.config.sources[source]
+    return registry.source_kind(section.type).reader(section).tables()
+
+
+def _describe_table(source: str, schema: TableSchema) -> dict[str, Any]:
+    from cdc.types import describe
+
+    return {
+        "source": source,
+        "table": str(schema.table),
+        "oid": schema.oid,
+        "version": schema.version,
+        "key": list(schema.key),
+        "identity": _IDENTITY.get(schema.identity, schema.identity),
+        "columns": [
+            {"name": c.name, "attnum": c.attnum, "type": c.type_name, "not_null": c.not_null, "held": describe(c)}
+            for c in schema.columns
+        ],
+    }
+
+
+def _show_status(call: Call, document: dict[str, Any]) -> None:
+    line = call.console.line
+    daemon = document["daemon"]
+    if daemon["running"]:
+        line(f"daemon   running, pid {daemon['pid']}, since {daemon['started_at']}")
+    elif daemon["pid"]:
+        line(f"daemon   down; last sign of life {seconds_text(daemon['heartbeat_age_seconds'])} ago")
+    else:
+        line("daemon   has never run on this state directory")
+    log = document["log"]
+    line(f"log      {bytes_text(log['bytes'])} of {bytes_text(log['bytes_max'])}")
+    line(f"lake     {document['lake']}")
+    for source in document["sources"]:
+        line()
+        _show_source(call, source)
+    if document["syncs"]:
+        line()
+        call.console.table(
+            ("sync", "target", "last run", "outcome", "counts"), [_sync_row(s) for s in document["syncs"]]
+        )
+
+
+def _show_source(call: Call, source: dict[str, Any]) -> None:
+    line = call.console.line
+    paused = ", paused" if source["paused"] else ""
+    since = f" since {source['phase_since']}" if source["phase_since"] else ""
+    line(f"source {source['name']}: {source['phase']}{paused}{since}")
+    if source["error"]:
+        line(f"  ERROR {source['error']}")
+    if source["hint"]:
+        line(f"  mend it: {source['hint']}")
+    slot = source["slot"]
+    if slot.get("error"):
+        line(f"  slot {slot['name']}: server not asked: {slot['error']}")
+    elif not slot["exists"]:
+        line(f"  slot {slot['name']}: does not exist (cdc setup, or cdc run, creates it)")
+    else:
+        active = f"active, pid {slot['active_pid']}" if slot["active"] else "not active"
+        retained = bytes_text(slot["retained_bytes"])
+        line(f"  slot {slot['name']}: {active}, {retained} retained, wal_status {slot['wal_status']}")
+    steps = [
+        (s["step"], s["lsn"] or "-", bytes_text(s["lag_bytes"]), seconds_text(s["lag_seconds"]))
+        for s in source["ladder"]
+    ]
+    call.console.table(("step", "position", "behind", "age"), steps, indent="  ")
+    if source["tables"]:
+        line()
+        rows = [
+            (
+                t["table"],
+                t["state"] + (", paused" if t["paused"] else ""),
+                t["rows"],
+                t["last_change_at"] or "-",
+                _note(t),
+            )
+            for t in source["tables"]
+        ]
+        call.console.table(("table", "state", "rows", "last change", ""), rows, indent="  ")
+
+
+def _note(table: dict[str, Any]) -> str:
+    snapshot = table["snapshot"]
+    parts = []
+    if snapshot:
+        parts.append(
+            f"{snapshot['kind']} snapshot {snapshot['state']}: {snapshot['rows']} rows in {snapshot['chunks']} chunks"
+        )
+        parts.append(snapshot["reason"])
+    parts += [table["reason"], f"mend it: {table['hint']}" if table["hint"] else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:
+    last = sync["last_run"]
+    name = sync["name"] + (" (paused)" if sync["paused"] else "")
+    if last is None:
+        return (name, sync["target"], "never", "", "")
+    counts = ", ".join(f"{key} {value}" for key, value in last["counts"].items())
+    return (name, sync["target"], last["ended_at"] or last["started_at"], last["outcome"], last["error"] or counts)

@@ -1,0 +1,106 @@
+"""Verbs around the daemon's life: run, check, setup, teardown, demo, version."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cdc
+from cdc.verbs.call import FAILED, FOUND, OK, Call
+
+if TYPE_CHECKING:
+    from cdc.ports import Finding
+
+
+def run(call: Call) -> int:
+    """The daemon in the foreground."""
+    from cdc import logs
+    from cdc.daemon import Daemon
+
+    config = call.config
+    logs.configure(config.log_level, config.log_format)
+    code = Daemon(config).run(once=call.args.once)
+    call.console.document({"outcome": "ok" if code == OK else "failed", "once": call.args.once})
+    return code
+
+
+def check(call: Call) -> int:
+    """Preflight; 3 if something stands in the way (with --strict: warnings too)."""
+    from cdc import preflight
+
+    findings = preflight.check(call.config)
+    worst = preflight.worst(findings)
+    found = worst == "error" or (call.args.strict and worst == "warning")
+    call.console.document({"ok": not found, "findings": [asdict(f) for f in findings]})
+    for finding in findings:
+        _show_finding(call, finding)
+    count = {severity: sum(f.severity == severity for f in findings) for severity in preflight.SEVERITIES}
+    call.console.line(f"{count['error']} errors, {count['warning']} warnings")
+    return FOUND if found else OK
+
+
+def setup(call: Call) -> int:
+    """Create publication and slot of each source."""
+    return _change_sources(call, "setup")
+
+
+def teardown(call: Call) -> int:
+    """Drop slot and publication of each source."""
+    if call.has_state and not call.args.dry_run:
+        from cdc import control
+
+        with call.state(readonly=True) as state:
+            if control.is_running(state):
+                call.console.note("the daemon is running and holds the slots; stop it first")
+                return FAILED
+    return _change_sources(call, "teardown")
+
+
+def demo(call: Call) -> int:
+    """The whole thing on an embedded Postgres."""
+    from cdc.demo import run_demo
+
+    directory = Path(call.args.directory).absolute() if call.args.directory else None
+    return run_demo(call.args.duration, call.args.keep, directory)
+
+
+def show_version(call: Call) -> int:
+    """Versions of cdc and of what it stands on."""
+    libraries = {name: _installed(name) for name in ("psycopg", "pyarrow", "deltalake", "duckdb")}
+    facts = {"cdc": cdc.__version__, "python": platform.python_version(), **libraries}
+    call.console.document(facts)
+    call.console.line(f"cdc {cdc.__version__}")
+    call.console.line(", ".join(f"{name} {v}" for name, v in facts.items() if name != "cdc") + f", {sys.platform}")
+    return OK
+
+
+def _change_sources(call: Call, what: str) -> int:
+    """Run setup or teardown at the chosen sources; prints the SQL in the order in which it ran (or would run)."""
+    done: dict[str, list[str]] = {}
+    for name in call.sources(call.args.source):
+        statements = getattr(call.admin(name), what)(dry_run=call.args.dry_run)
+        done[name] = statements
+        mode = "would run" if call.args.dry_run else "ran"
+        call.console.line(f"-- source {name}: {mode if statements else 'nothing to do'}")
+        for statement in statements:
+            call.console.line(statement.rstrip(";") + ";")
+    call.console.document({"dry_run": call.args.dry_run, "sources": done})
+    return OK
+
+
+def _show_finding(call: Call, finding: Finding) -> None:
+    mark = {"ok": "ok     ", "info": "info   ", "warning": "WARNING", "error": "ERROR  "}[finding.severity]
+    call.console.line(f"{mark} {finding.object}: {finding.name}: {finding.message}")
+    if finding.fix and finding.severity != "ok":
+        call.console.line(f"        mend it: {finding.fix}")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,373 @@
+"""What an operator's command does at a Postgres source: check, set up, tear down, look, and wait for "now".
+
+`check` and `status` have no side effects. `setup` creates the publication first and the slot second: a slot that is older than
+its publication cannot decode what lies between them. Every statement that changes something is returned as text, so that
+an operator can read or run it by hand. Each call has a connection of its own and its waits are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cdc.config import SourceConfig
+from cdc.errors import CdcError, SourceRefused, SourceUnavailable
+from cdc.ports import Finding, SourceStatus
+from connectors.postgres import catalog
+from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.replication import parse_lsn
+
+STATUS = """
+select case when pg_is_in_recovery() then pg_last_wal_receive_lsn() else pg_current_wal_lsn() end::text,
+       s.slot_name is not null, coalesce(s.active, false), coalesce(s.active_pid, 0),
+       s.confirmed_flush_lsn::text, s.restart_lsn::text,
+       coalesce(s.wal_status, ''), s.safe_wal_size,
+       pg_snapshot_xmin(pg_current_snapshot())::text::int8
+from (select 1) one left join pg_replication_slots s on s.slot_name = %s
+"""
+
+SETTINGS = """
+select name, setting from pg_settings
+where name in ('wal_level', 'max_replication_slots', 'max_wal_senders', 'max_slot_wal_keep_size', 'wal_sender_timeout')
+"""
+
+SLOT_LOCK_TIMEOUT_S = 20
+"""Creating a slot waits for every running transaction; past this we say whom it waits for."""
+
+
+class PostgresAdmin:
+    """Implements `SourceAdmin`."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._where = describe(config.dsn)
+
+    def check(self) -> list[Finding]:
+        findings: list[Finding] = []
+        try:
+            with self._connected() as connection:
+                findings.append(
+                    Finding(name="connection", severity="ok", message=f"connected to {self._where}", object=self._where)
+                )
+                findings += self._check_server(connection)
+                findings += self._check_slot(connection)
+                findings += self._check_tables(connection)
+        except CdcError as e:
+            findings.append(
+                Finding(name="connection", severity="error", message=e.args[0], fix=e.hint, object=self._where)
+            )
+        return findings
+
+    def setup(self, *, dry_run: bool) -> list[str]:
+        done: list[str] = []
+        with self._connected() as connection:
+            for statement in self._publication_sql(connection):
+                done.append(statement)
+                if not dry_run:
+                    connection.execute(statement.encode())
+            if not self._slot_exists(connection):
+                statement = sql.SQL("select pg_create_logical_replication_slot({}, 'pgoutput')").format(
+                    sql.Literal(self._config.slot)
+                )
+                done.append(statement.as_string(connection))
+                if not dry_run:
+                    self._create_slot(connection, statement)
+        return done
+
+    def teardown(self, *, dry_run: bool) -> list[str]:
+        done: list[str] = []
+        with self._connected() as connection:
+            if self._slot_exists(connection):
+                statement = sql.SQL("select pg_drop_replication_slot({})").format(sql.Literal(self._config.slot))
+                done.append(statement.as_string(connection))
+                if not dry_run:
+                    connection.execute(statement)
+            for name in self._config.publication:
+                comment = connection.execute(
+                    "select obj_description(oid, 'pg_publication') from pg_publication where pubname = %s", [name]
+                ).fetchone()
+                # One that existed before us is not ours to drop.
+                if comment is None or comment[0] != MADE_BY_US:
+                    continue
+                statement = sql.SQL("drop publication {}").format(sql.Identifier(name))
+                done.append(statement.as_string(connection))
+                if not dry_run:
+                    connection.execute(statement)
+        return done
+
+    def status(self) -> SourceStatus:
+        with self._connected() as connection:
+            row = connection.execute(STATUS, [self._config.slot]).fetchone()
+        assert row is not None
+        head, exists, active, pid, confirmed, restart, wal_status, safe, xmin = row
+        restart_lsn = parse_lsn(restart)
+        return SourceStatus(
+            head_lsn=parse_lsn(head),
+            slot_exists=exists,
+            slot_active=active,
+            slot_active_pid=pid,
+            confirmed_lsn=parse_lsn(confirmed),
+            restart_lsn=restart_lsn,
+            retained_bytes=max(0, parse_lsn(head) - restart_lsn) if restart_lsn else 0,
+            wal_status=wal_status,
+            safe_wal_bytes=safe,
+            oldest_xmin=xmin,
+        )
+
+    def barrier(self) -> int:
+        with self._connected() as connection:
+            # A commit flushes everything before it, also commits of sessions with synchronous_commit = off.
+            connection.execute("begin")
+            connection.execute("set local synchronous_commit = local")
+            row = connection.execute("select pg_logical_emit_message(true, 'cdc', 'barrier')::text").fetchone()
+            connection.execute("commit")
+        assert row is not None
+        # The message's own position: its transaction carries the stream past it, however quiet the server is.
+        return parse_lsn(row[0])
+
+    @contextmanager
+    def _connected(self) -> Iterator[psycopg.Connection[Any]]:
+        config = self._config
+        connection = connect(
+            config.dsn,
+            password=password_of(config.password_file, config.password_env),
+            application_name="cdc admin",
+            connect_timeout_s=config.connect_timeout_s,
+            settings={
+                "lock_timeout": f"{config.lock_timeout_s:g}s",
+                "statement_timeout": f"{config.statement_timeout_s:g}s",
+            },
+        )
+        try:
+            with translated(self._where):
+                yield connection
+        finally:
+            connection.close()
+
+    def _slot_exists(self, connection: psycopg.Connection[Any]) -> bool:
+        row = connection.execute(
+            "select database = current_database(), plugin, slot_type, coalesce(database, '')"
+            " from pg_replication_slots where slot_name = %s",
+            [self._config.slot],
+        ).fetchone()
+        if row is None:
+            return False
+        if row[2] != "logical" or row[1] != "pgoutput" or not row[0]:
+            raise SourceRefused(
+                f"{self._where}: slot {self._config.slot!r} exists, but it is a {row[2]} slot with plugin {row[1]!r}"
+                f" in database {row[3]!r}",
+                hint="set another `slot` for this source in the configuration",
+            )
+        return True
+
+    def _create_slot(self, connection: psycopg.Connection[Any], statement: sql.Composable) -> None:
+        connection.execute(f"set lock_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
+        connection.execute(f"set statement_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
+        try:
+            connection.execute(statement)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled) as e:
+            with self._connected() as other:
+                rows = other.execute(
+                    "select distinct pid from pg_locks where locktype = 'transactionid'"
+                    " and mode = 'ExclusiveLock' and granted and pid is not null and pid <> pg_backend_pid()"
+                ).fetchall()
+            pids = ", ".join(str(r[0]) for r in rows) or "a prepared transaction"
+            raise SourceUnavailable(
+                f"{self._where}: creating slot {self._config.slot!r} waits for running transactions (pid {pids})",
+                hint="end them, or wait: it is tried again",
+            ) from e
+
+    def _publication_sql(self, connection: psycopg.Connection[Any]) -> list[str]:
+        """What is missing of the configured publications, as statements."""
+        statements: list[str] = []
+        wanted = catalog.candidates(connection, self._config)
+        existing = {
+            r[0]: r[1]
+            for r in connection.execute(
+                "select p.pubname, obj_description(p.oid, 'pg_publication') from pg_publication p"
+                " where p.pubname = any(%s)",
+                [list(self._config.publication)],
+            ).fetchall()
+        }
+        missing = [p for p in self._config.publication if p not in existing]
+        if len(self._config.publication) > 1 and missing:
+            raise SourceRefused(
+                f"{self._where}: publication {missing[0]!r} does not exist",
+                hint="create it, or name one publication only: `cdc setup` then makes it",
+            )
+        name = self._config.publication[0]
+        if missing:
+            if not wanted:
+                raise SourceRefused(
+                    f"{self._where}: no table matches `tables` of source {self._config.name!r}",
+                    hint="check the globs; they match `schema.table`",
+                )
+            tables = sql.SQL(", ").join(sql.Identifier(*t) for t in wanted.values())
+            statements.append(
+                sql.SQL("create publication {} for table {} with (publish_via_partition_root = true)")
+                .format(sql.Identifier(name), tables)
+                .as_string(connection)
+            )
+            comment = sql.SQL("comment on publication {} is {}").format(sql.Identifier(name), sql.Literal(MADE_BY_US))
+            statements.append(comment.as_string(connection))
+        elif existing[name] == MADE_BY_US:
+            there = catalog.published(connection, self._config)
+            statements += [
+                sql.SQL("alter publication {} add table {}")
+                .format(sql.Identifier(name), sql.Identifier(*table))
+                .as_string(connection)
+                for oid, table in wanted.items()
+                if oid not in there
+            ]
+        return statements
+
+    def _check_server(self, connection: psycopg.Connection[Any]) -> list[Finding]:
+        settings = dict(connection.execute(SETTINGS).fetchall())
+        findings: list[Finding] = []
+        if settings["wal_level"] != "logical":
+            findings.append(
+                Finding(
+                    name="wal_level",
+                    severity="error",
+                    message=f"wal_level is {settings['wal_level']!r}, logical replication needs 'logical'",
+                    fix="alter system set wal_level = 'logical'; -- then restart the server",
+                    object=self._where,
+                )
+            )
+        counts = connection.execute(
+            "select (select count(*) from pg_replication_slots), (select count(*) from pg_stat_replication),"
+            " pg_is_in_recovery(), (select rolreplication or rolsuper from pg_roles where rolname = current_user),"
+            " current_user"
+        ).fetchone()
+        assert counts is not None
+        slots, senders, standby, may_replicate, user = counts
+        for setting, used in (("max_replication_slots", slots), ("max_wal_senders", senders)):
+            left = int(settings[setting]) - used
+            if left <= 0 and not self._slot_exists(connection):
+                findings.append(
+                    Finding(
+                        name=setting,
+                        severity="error",
+                        message=f"{setting} is {settings[setting]} and all are used",
+                        fix=f"alter system set {setting} = {used + 2}; -- then restart the server",
+                        object=self._where,
+                    )
+                )
+        if standby:
+            findings.append(
+                Finding(
+                    name="standby",
+                    severity="error",
+                    message="the server is a standby: snapshots there leave out running transactions",
+                    fix="point the source's dsn at the primary",
+                    object=self._where,
+                )
+            )
+        if not may_replicate:
+            findings.append(
+                Finding(
+                    name="replication privilege",
+                    severity="error",
+                    message=f"role {user!r} may not replicate",
+                    fix=f'alter role "{user}" replication;',
+                    object=user,
+                )
+            )
+        if settings["max_slot_wal_keep_size"] == "-1":
+            findings.append(
+                Finding(
+                    name="max_slot_wal_keep_size",
+                    severity="info",
+                    message="a slot that is not read keeps WAL without a limit",
+                    fix="alter system set max_slot_wal_keep_size = '100GB'; -- the disk's share that WAL may take",
+                    object=self._where,
+                )
+            )
+        return findings
+
+    def _check_slot(self, connection: psycopg.Connection[Any]) -> list[Finding]:
+        try:
+            exists = self._slot_exists(connection)
+        except SourceRefused as e:
+            return [
+                Finding(name="slot", severity="error", message=e.args[0], fix=e.hint, object=self._config.slot)
+            ]
+        severity, message = ("ok", "exists") if exists else ("warning", "does not exist yet")
+        return [
+            Finding(
+                name="slot",
+                severity=severity,
+                message=f"slot {self._config.slot!r} {message}",
+                fix="" if exists else "cdc setup",
+                object=self._config.slot,
+            )
+        ]
+
+    def _check_tables(self, connection: psycopg.Connection[Any]) -> list[Finding]:
+        there = catalog.published(connection, self._config)
+        wanted = catalog.candidates(connection, self._config)
+        findings = [
+            Finding(
+                name="publication",
+                severity="warning",
+                message=f"table {table} is wanted, but publication {self._config.publication[0]!r} does not have it",
+                fix="cdc setup",
+                object=str(table),
+            )
+            for oid, table in wanted.items()
+            if oid not in there
+        ]
+        if not wanted and not there:
+            findings.append(
+                Finding(
+                    name="tables",
+                    severity="error",
+                    message=f"no table matches `tables` of source {self._config.name!r}",
+                    fix="check the globs; they match `schema.table`",
+                    object=self._config.name,
+                )
+            )
+        oids = sorted(set(there) | set(wanted))
+        for oid, described in catalog.describe(connection, oids).items():
+            findings += self._check_table(connection, oid, described)
+        return findings
+
+    def _check_table(
+        self, connection: psycopg.Connection[Any], oid: int, described: catalog.Described
+    ) -> list[Finding]:
+        schema = described.schema
+        findings: list[Finding] = []
+        if not schema.key:
+            findings.append(
+                Finding(
+                    name="replica identity",
+                    severity="warning",
+                    message=f"table {schema.table} has no key: inserts are captured, an update or delete stops it",
+                    fix=f"alter table {schema.table} add primary key (…);",
+                    object=str(schema.table),
+                )
+            )
+        row = connection.execute(
+            "select has_table_privilege(%s::oid, 'select'), has_schema_privilege(relnamespace, 'usage'),"
+            " current_user from pg_class where oid = %s::oid",
+            [oid, oid],
+        ).fetchone()
+        if row is not None and not (row[0] and row[1]):
+            findings.append(
+                Finding(
+                    name="select privilege",
+                    severity="error",
+                    message=f"role {row[2]!r} may not read {schema.table}",
+                    fix=f'grant usage on schema {schema.table.schema} to "{row[2]}";'
+                    f' grant select on {schema.table} to "{row[2]}";',
+                    object=str(schema.table),
+                )
+            )
+        return findings
+
+
+MADE_BY_US = "made by cdc"

@@ -1,0 +1,135 @@
+"""The pgoutput messages that come rarely (Relation, Type, Truncate, Origin, Message), one at a time.
+
+Row messages, Begin and Commit are read by the thousand, elsewhere. Every reader here checks that the message ends
+exactly where its frame does; it raises ValueError saying what is wrong, which the decoder turns into a ProtocolError
+that names LSN and kind.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+INSERT, UPDATE, DELETE, TRUNCATE = b"IUDT"
+BEGIN, COMMIT, RELATION, TYPE, ORIGIN, MESSAGE = b"BCRYOM"
+NEW, KEY, OLD = b"NKO"
+TEXT, NULL, UNCHANGED = b"tnu"
+
+_UINT16 = struct.Struct(">H")
+_UINT32 = struct.Struct(">I")
+_TYPE_TYPMOD = struct.Struct(">Ii")
+
+
+@dataclass(frozen=True, slots=True)
+class RelationColumn:
+    """A column as a Relation message names it; `is_key`: part of the replica identity."""
+
+    name: str
+    type_oid: int
+    typmod: int
+    is_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A table as a Relation message describes it; `identity` is `pg_class.relreplident`."""
+
+    oid: int
+    schema: str
+    name: str
+    identity: str
+    columns: tuple[RelationColumn, ...]
+
+
+class _Reader:
+    """Walks one message's bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 1  # behind the kind byte
+
+    def take(self, count: int) -> bytes:
+        end = self._at + count
+        if end > len(self._data):
+            raise ValueError("it is cut short")
+        taken = self._data[self._at : end]
+        self._at = end
+        return taken
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u16(self) -> int:
+        return int(_UINT16.unpack(self.take(2))[0])
+
+    def u32(self) -> int:
+        return int(_UINT32.unpack(self.take(4))[0])
+
+    def text(self) -> str:
+        end = self._data.find(0, self._at)
+        if end < 0:
+            raise ValueError("a name in it does not end")
+        name = self._data[self._at : end]
+        self._at = end + 1
+        return name.decode()  # UnicodeDecodeError is a ValueError
+
+    def rest(self) -> int:
+        return len(self._data) - self._at
+
+    def end(self) -> None:
+        if self.rest():
+            raise ValueError("it is longer than its fields")
+
+
+def read_relation(data: bytes) -> Relation:
+    """A Relation message, kind byte included."""
+    reader = _Reader(data)
+    oid, schema, name = reader.u32(), reader.text() or "pg_catalog", reader.text()
+    identity, count = reader.u8(), reader.u16()
+    if identity not in b"dnfi":
+        raise ValueError("unknown replica identity")
+    columns = []
+    for _ in range(count):
+        flags, column = reader.u8(), reader.text()
+        type_oid, typmod = _TYPE_TYPMOD.unpack(reader.take(8))
+        columns.append(RelationColumn(name=column, type_oid=type_oid, typmod=typmod, is_key=bool(flags & 1)))
+    reader.end()
+    if len({c.name for c in columns}) != count:
+        raise ValueError("two columns have one name")
+    return Relation(oid=oid, schema=schema, name=name, identity=chr(identity), columns=tuple(columns))
+
+
+def read_type(data: bytes) -> tuple[int, str, str]:
+    """OID, schema and name of a Type message."""
+    reader = _Reader(data)
+    oid, schema, name = reader.u32(), reader.text() or "pg_catalog", reader.text()
+    reader.end()
+    return oid, schema, name
+
+
+def read_truncate(data: bytes) -> list[int]:
+    """The OIDs of the relations that a Truncate message names."""
+    reader = _Reader(data)
+    count = reader.u32()
+    reader.u8()  # options: cascade, restart identity; the relations are all named
+    if reader.rest() != 4 * count:
+        raise ValueError("its length does not fit its number of relations")
+    return [reader.u32() for _ in range(count)]
+
+
+def read_origin(data: bytes) -> str:
+    """The name in an Origin message."""
+    reader = _Reader(data)
+    reader.take(8)  # the LSN at the origin
+    name = reader.text()
+    reader.end()
+    return name
+
+
+def check_message(data: bytes) -> None:
+    """A logical message is not for us; only its shape is checked."""
+    reader = _Reader(data)
+    reader.take(9)  # flags, LSN
+    reader.text()
+    reader.take(reader.u32())
+    reader.end()

@@ -1,0 +1,522 @@
+"""The pgoutput decoder: CopyData frames in, batches per table out, columnar all the way.
+
+A read's frames are joined once; kinds, transaction boundaries, ordinals and relation ids of all messages are found
+with numpy in the joined bytes, rows are grouped by relation and schema, and each group is walked column by column
+(columns.py; few rows: rows.py) and cast in bulk (image.py, cdc.types). No Python object per row or value.
+
+Guarantees: every change of a selected table comes out exactly once, in order per table, with the commit LSN and the
+ordinal of its transaction, however the stream is cut into reads; what is not understood is a ProtocolError, never
+skipped. Any error leaves the decoder unusable: the stream is to be started again from the last logged position.
+
+Deliberately does no I/O, reads no clock, answers no keepalive, and knows no catalog: `resolve` does. Protocol version
+1 only (no streaming of open transactions, no two-phase), values in text form.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from cdc.batch import Batch, Boundary, Portion
+from cdc.errors import ProtocolError
+from cdc.table import TableSchema
+from connectors.postgres.buffer import HEADER, Bools, Buffer, Bytes, Ints
+from connectors.postgres.columns import walk_columns
+from connectors.postgres.image import UNKNOWN_TIME, Layout, Rows, Tagged
+from connectors.postgres.messages import (
+    BEGIN,
+    COMMIT,
+    DELETE,
+    INSERT,
+    MESSAGE,
+    ORIGIN,
+    RELATION,
+    TRUNCATE,
+    TYPE,
+    UPDATE,
+    Relation,
+    RelationColumn,
+    check_message,
+    read_origin,
+    read_relation,
+    read_truncate,
+    read_type,
+)
+from connectors.postgres.rows import walk_rows
+
+__all__ = ["Decoder", "Relation", "RelationColumn", "ResolveRelation"]
+
+ResolveRelation = Callable[[Relation], TableSchema | None]
+"""Gives the schema of a relation whose message is new or changed; None: not selected, its rows are left out."""
+
+PART_BYTES = 16 << 20
+"""A longer read is decoded in parts of about this size: it bounds memory, and 2 GiB bound Arrow's offsets."""
+
+_POSTGRES_EPOCH_US = 946_684_800_000_000
+_XLOGDATA, _KEEPALIVE = b"wk"
+_KEEPALIVE_BYTES = 18
+_UINT32 = struct.Struct(">I")
+
+
+def _kinds(kinds: bytes | list[int]) -> Bools:
+    table = np.zeros(256, np.bool_)
+    table[list(kinds)] = True
+    return table
+
+
+_ROW = _kinds([INSERT, UPDATE, DELETE])
+_CHANGE = _kinds([INSERT, UPDATE, DELETE, TRUNCATE])
+_RARE = _kinds([RELATION, TYPE, TRUNCATE, ORIGIN, MESSAGE])
+_KNOWN = _ROW | _RARE | _kinds([BEGIN, COMMIT])
+
+
+@dataclass(slots=True)
+class _Known:
+    """A relation as its newest message has it; `layout` None: not selected."""
+
+    data: bytes
+    layout: Layout | None
+
+
+@dataclass(slots=True)
+class _Open:
+    """The transaction whose Commit has not been read."""
+
+    lsn: int
+    xid: int
+    committed: int
+    origin: str | None
+    ordinal: int
+
+
+@dataclass(slots=True)
+class _Messages:
+    """The frames of one part: kind byte of the message (0: keepalive), where it starts, where its frame ends."""
+
+    buffer: Buffer
+    kind: Bytes
+    start: Ints
+    end: Ints
+    keepalives: Ints
+
+    def data(self, i: int) -> bytes:
+        return self.buffer.blob[int(self.start[i]) : int(self.end[i])]
+
+    def malformed(self, i: int, why: str) -> ProtocolError:
+        return self.buffer.malformed(int(self.start[i]), why)
+
+    def refuse(self, messages: Ints, wrong: Bools, why: str) -> None:
+        """ProtocolError for the first of these messages that is wrong."""
+        if wrong.any():
+            raise self.malformed(int(messages[int(np.argmax(wrong))]), why)
+
+
+@dataclass(slots=True)
+class _Transactions:
+    """The transactions of one part. Entry 0 is the one that was open before it (or none), then one per Begin.
+
+    `of` is the entry of every message, `inside` says whether a message stands between Begin and Commit. `first` is the
+    number of changes of the part before the transaction; entry 0 counts its earlier ones as negative.
+    """
+
+    of: Ints
+    inside: Bools
+    commits: Ints
+    lsn: Ints
+    xid: Ints
+    committed: Ints
+    first: Ints
+    end_lsn: Ints
+    origins: dict[int, str]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Rows of one relation message that make one batch; a truncate has no layout's rows but is one itself."""
+
+    first: int
+    layout: Layout
+    messages: Ints
+    ordinals: Ints
+    truncate: bool = False
+
+
+class Decoder:
+    """Decodes one replication stream. Not thread-safe; `feed` does not block, unless `resolve` does.
+
+    Transactions with a commit LSN at or below `after_lsn` are left out completely; a boundary never stands below
+    (`after_lsn`, `after_end_lsn`). `row_plan` "auto" walks groups of fewer than `small_rows` rows one by one.
+    """
+
+    def __init__(
+        self,
+        resolve: ResolveRelation,
+        *,
+        epoch: int,
+        after_lsn: int = 0,
+        after_end_lsn: int = 0,
+        small_rows: int = 80,
+        row_plan: Literal["auto", "columns", "rows"] = "auto",
+    ) -> None:
+        self._resolve = resolve
+        self._epoch = epoch
+        self._after_lsn = after_lsn
+        self._small_rows = {"auto": small_rows, "columns": 0, "rows": 1 << 62}[row_plan]
+        self._relations: dict[int, _Known] = {}
+        self._open: _Open | None = None
+        self._begun_lsn = 0
+        self._lsn = after_lsn
+        self._end_lsn = max(after_lsn, after_end_lsn)
+        self._head_lsn = 0
+        self._broken = False
+        self.types: dict[int, tuple[str, str]] = {}
+        """Schema and name of the types that Type messages named, by OID."""
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the newest frame left a transaction open."""
+        return self._open is not None
+
+    def feed(self, frames: Sequence[bytes]) -> Portion:
+        """Decode the next CopyData payloads of the stream, in order; as `feed_blob`."""
+        return self.feed_blob(b"".join(frames), np.fromiter(map(len, frames), np.int64, len(frames)))
+
+    def feed_blob(self, blob: bytes, lengths: Ints) -> Portion:
+        """Decode the next CopyData payloads of the stream, joined, with the length of each.
+
+        Raises ProtocolError for anything not understood, and what `resolve` raises; then the decoder is of no further
+        use and says so.
+        """
+        if self._broken:
+            raise ProtocolError("the decoder stopped at an earlier error")
+        self._broken = True
+        portion = Portion()
+        for part, of_part in _parts(blob, lengths):
+            self._decode(part, of_part, portion)
+        portion.head_lsn = self._head_lsn
+        self._broken = False
+        return portion
+
+    def _decode(self, blob: bytes, lengths: Ints, portion: Portion) -> None:
+        messages = _split(blob, lengths)
+        portion.received_bytes += messages.buffer.size
+        portion.messages += len(lengths) - len(messages.keepalives)
+        transactions = self._transactions(messages)
+        changed, truncates = self._rare(messages, transactions)
+        tail = int(transactions.commits[-1]) + 1 if len(transactions.commits) else 0
+        for piece in self._pieces(messages, transactions, changed, truncates, tail):
+            portion.batches.append(self._batch(messages, transactions, piece))
+        self._finish(messages, transactions, portion)
+
+    # --- transactions -------------------------------------------------------------------------------------------
+
+    def _transactions(self, messages: _Messages) -> _Transactions:
+        """Find Begin and Commit, check that they alternate and agree, and number the changes."""
+        kind = messages.kind
+        is_begin, is_commit, is_change = kind == BEGIN, kind == COMMIT, _CHANGE.take(kind)
+        begins, commits = np.flatnonzero(is_begin), np.flatnonzero(is_commit)
+        edges = np.flatnonzero(is_begin | is_commit)
+        if len(edges):
+            order = kind.take(edges)
+            previous = np.concatenate(([COMMIT if self._open is None else BEGIN], order[:-1]))
+            messages.refuse(edges, order == previous, "Begin and Commit do not alternate")
+        of = np.cumsum(is_begin, dtype=np.int64)
+        inside = (of - np.cumsum(is_commit, dtype=np.int64)) == (1 if self._open is None else 0)
+        outside = is_change & ~inside
+        if outside.any():
+            raise messages.malformed(int(np.argmax(outside)), "a change outside of a transaction")
+        lsn, xid, committed = self._begins(messages, begins)
+        counted = np.cumsum(is_change, dtype=np.int64)
+        first = np.concatenate(([-self._open.ordinal if self._open else 0], counted.take(begins)))
+        end_lsn = self._commits(messages, commits, lsn.take(of.take(commits)))
+        origins = {0: self._open.origin} if self._open and self._open.origin is not None else {}
+        return _Transactions(of, inside, commits, lsn, xid, committed, first, end_lsn, origins)
+
+    def _begins(self, messages: _Messages, begins: Ints) -> tuple[Ints, Ints, Ints]:
+        """Commit LSN, xid and commit time of the open transaction and of each Begin."""
+        at, buffer = messages.start.take(begins), messages.buffer
+        messages.refuse(begins, messages.end.take(begins) != at + 21, "wrong length")
+        opened = self._open or _Open(self._begun_lsn, 0, UNKNOWN_TIME, None, 0)
+        lsn = np.concatenate(([opened.lsn], buffer.i64(at + 1)))
+        messages.refuse(begins, np.diff(lsn) <= 0, "its commit LSN is not above the one before")
+        committed = buffer.i64(at + 9)
+        committed = np.where(committed == 0, UNKNOWN_TIME, committed + _POSTGRES_EPOCH_US)
+        xid = np.concatenate(([opened.xid], buffer.u32(at + 17)))
+        return lsn, xid, np.concatenate(([opened.committed], committed))
+
+    def _commits(self, messages: _Messages, commits: Ints, begun: Ints) -> Ints:
+        """End LSN of each Commit, checked against the Begin of its transaction."""
+        at, buffer = messages.start.take(commits), messages.buffer
+        messages.refuse(commits, messages.end.take(commits) != at + 26, "wrong length")
+        messages.refuse(commits, buffer.i64(at + 2) != begun, "its commit LSN is not that of Begin")
+        end_lsn = buffer.i64(at + 10)
+        messages.refuse(commits, end_lsn < begun, "it ends before its commit LSN")
+        return end_lsn
+
+    def _finish(self, messages: _Messages, transactions: _Transactions, portion: Portion) -> None:
+        """Take over what the part says of complete transactions, of the stream's end, and of the open one."""
+        t, buffer = transactions, messages.buffer
+        closed = t.of.take(t.commits)
+        lsns = t.lsn.take(closed)
+        new = lsns > self._after_lsn
+        reached = bool(new.any())
+        if len(t.commits):
+            self._end_lsn = max(self._end_lsn, int(t.end_lsn.max()))
+            self._head_lsn = max(self._head_lsn, int(t.end_lsn.max()))
+        if reached:
+            self._lsn = int(lsns[-1])
+            portion.xids = np.concatenate((portion.xids, t.xid.take(closed[new]).astype(np.uint32)))
+            portion.xid_lsns = np.concatenate((portion.xid_lsns, lsns[new]))
+            times = t.committed.take(closed[new])
+            times = times[times != UNKNOWN_TIME]
+            if len(times):
+                portion.committed_at_us = int(times[-1])
+        reached |= self._keepalives(messages, t)
+        last = np.flatnonzero(messages.kind)[-1:]
+        if len(last):
+            self._head_lsn = max(self._head_lsn, int(buffer.i64(messages.start.take(last) - HEADER + 9)[0]))
+        if reached:
+            portion.boundary = Boundary(self._epoch, self._lsn, self._end_lsn)
+        end = len(t.lsn) - 1
+        self._begun_lsn = int(t.lsn[end])
+        if not t.inside[-1]:
+            self._open = None
+            return
+        ordinal = int(_CHANGE.take(messages.kind).sum()) - int(t.first[end])
+        self._open = _Open(int(t.lsn[end]), int(t.xid[end]), int(t.committed[end]), t.origins.get(end), ordinal)
+
+    def _keepalives(self, messages: _Messages, transactions: _Transactions) -> bool:
+        """Take over the positions in keepalives; whether one stood between two transactions."""
+        if not len(messages.keepalives):
+            return False
+        wal_end = messages.buffer.i64(messages.start.take(messages.keepalives) + 1)
+        messages.refuse(messages.keepalives, wal_end < 0, "its position is out of range")
+        self._head_lsn = max(self._head_lsn, int(wal_end.max()))
+        outside = ~transactions.inside.take(messages.keepalives)
+        if not outside.any():
+            return False
+        self._end_lsn = max(self._end_lsn, int(wal_end[outside].max()))
+        return True
+
+    # --- relations and other rare messages ----------------------------------------------------------------------
+
+    def _rare(
+        self, messages: _Messages, transactions: _Transactions
+    ) -> tuple[dict[int, list[tuple[int, _Known | None]]], list[_Piece]]:
+        """Read the rare messages in order.
+
+        Returns, for each relation that changed in this part, its versions with the message from which each holds
+        (the first: what held before the part), and the truncates of selected tables.
+        """
+        changed: dict[int, list[tuple[int, _Known | None]]] = {}
+        truncates: list[_Piece] = []
+        rare = np.flatnonzero(_RARE.take(messages.kind))
+        if not len(rare):
+            return changed, truncates
+        counted = np.cumsum(_CHANGE.take(messages.kind), dtype=np.int64)
+        for i in rare.tolist():
+            kind, data, inside = messages.kind[i], messages.data(i), bool(transactions.inside[i])
+            if kind == RELATION:
+                self._relation(messages, i, changed)
+                continue
+            try:
+                if kind == TYPE:
+                    oid, schema, name = read_type(data)
+                    self.types[oid] = (schema, name)
+                elif kind == ORIGIN:
+                    name = read_origin(data)
+                    if not inside:
+                        raise ValueError("outside of a transaction")
+                    transactions.origins[int(transactions.of[i])] = name
+                elif kind == TRUNCATE:
+                    ordinal = int(counted[i]) - 1 - int(transactions.first[transactions.of[i]])
+                    truncates += self._truncated(i, read_truncate(data), ordinal)
+                else:
+                    check_message(data)
+            except ValueError as error:
+                raise messages.malformed(i, _reason(error)) from error
+        after = transactions.lsn > self._after_lsn
+        return changed, [piece for piece in truncates if after[transactions.of[piece.first]]]
+
+    def _relation(self, messages: _Messages, i: int, changed: dict[int, list[tuple[int, _Known | None]]]) -> None:
+        """The same message comes again and again: only other bytes make another version."""
+        data = messages.data(i)
+        oid = _UINT32.unpack_from(data, 1)[0] if len(data) >= 5 else 0
+        before = self._relations.get(oid)
+        if before is not None and before.data == data:
+            return
+        try:
+            relation = read_relation(data)
+        except ValueError as error:
+            raise messages.malformed(i, _reason(error)) from error
+        schema = self._resolve(relation)
+        known = _Known(data, None if schema is None else Layout(relation, schema))
+        self._relations[oid] = known
+        changed.setdefault(oid, [(-1, before)]).append((i, known))
+
+    def _truncated(self, i: int, oids: list[int], ordinal: int) -> Iterator[_Piece]:
+        for oid in oids:
+            known = self._relations.get(oid)
+            if known is None:
+                raise ValueError("no Relation message before it")
+            if known.layout is not None:
+                yield _Piece(i, known.layout, np.array([i]), np.array([ordinal]), truncate=True)
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _pieces(
+        self,
+        messages: _Messages,
+        transactions: _Transactions,
+        changed: dict[int, list[tuple[int, _Known | None]]],
+        truncates: list[_Piece],
+        tail: int,
+    ) -> list[_Piece]:
+        """Group the rows by relation, cut each group where its schema changes, at its truncates and at `tail`."""
+        changes = np.flatnonzero(_CHANGE.take(messages.kind))
+        if not len(changes):
+            return []
+        of = transactions.of.take(changes)
+        ordinals = np.arange(len(changes)) - transactions.first.take(of)
+        kept = transactions.lsn.take(of) > self._after_lsn
+        kept &= messages.kind.take(changes) != TRUNCATE
+        if not kept.all():
+            changes, ordinals = changes[kept], ordinals[kept]
+        pieces = list(truncates)
+        start = messages.start.take(changes)
+        # Kind, relation, kind of tuple, number of columns: checked here also for rows that nobody will walk.
+        messages.refuse(changes, messages.end.take(changes) < start + 8, "it is cut short")
+        oids = messages.buffer.u32(start + 1)
+        for oid, rows in _groups(oids):
+            versions = changed.get(oid) or [(-1, self._relations.get(oid))]
+            cuts = [first for first, _ in versions[1:]] + [tail]
+            cuts += [piece.first for piece in truncates]
+            numbers = changes.take(rows)
+            edges = [0, *np.unique(np.searchsorted(numbers, cuts)).tolist(), len(numbers)]
+            for begin, end in pairwise(edges):
+                if begin == end:
+                    continue
+                first = int(numbers[begin])
+                known = next(version for since, version in reversed(versions) if since < first)
+                if known is None:
+                    raise messages.malformed(first, "no Relation message before it")
+                if known.layout is not None:
+                    pieces.append(_Piece(first, known.layout, numbers[begin:end], ordinals.take(rows[begin:end])))
+        pieces.sort(key=lambda piece: piece.first)
+        return pieces
+
+    def _batch(self, messages: _Messages, transactions: _Transactions, piece: _Piece) -> Batch:
+        t = transactions
+        of = t.of.take(piece.messages)
+        tagged = Tagged(
+            epoch=self._epoch,
+            lsn=t.lsn.take(of),
+            seq=piece.ordinals,
+            xid=t.xid.take(of),
+            committed=t.committed.take(of),
+            origin=_origins(t.origins, of) if t.origins else None,
+        )
+        if piece.truncate:
+            return piece.layout.truncate(tagged)
+        rows = Rows(
+            messages.kind.take(piece.messages), messages.start.take(piece.messages), messages.end.take(piece.messages)
+        )
+        walk = walk_rows if len(rows.kind) < self._small_rows else walk_columns
+        image = walk(messages.buffer, rows, piece.layout.width, piece.layout.sources)
+        return piece.layout.batch(rows.kind, image, tagged)
+
+
+def _parts(blob: bytes, lengths: Ints) -> Iterator[tuple[bytes, Ints]]:
+    """The frames and their lengths, in parts of about PART_BYTES (a longer frame is a part)."""
+    if not len(lengths):
+        return
+    if len(blob) <= PART_BYTES:
+        yield blob, lengths
+        return
+    ends = np.cumsum(lengths)
+    begin, done = 0, 0
+    while begin < len(lengths):
+        end = max(begin + 1, int(np.searchsorted(ends, done + PART_BYTES, side="right")))
+        yield blob[done : int(ends[end - 1])], lengths[begin:end]
+        begin, done = end, int(ends[end - 1])
+
+
+def _split(blob: bytes, lengths: Ints) -> _Messages:
+    """Look at the first byte of each frame, and at that of its message."""
+    end = np.cumsum(lengths)
+    start = end - lengths
+    if int(lengths.min()) < _KEEPALIVE_BYTES:
+        raise ProtocolError("a replication frame is cut short")
+    if int(end[-1]) != len(blob):
+        raise ProtocolError("replication frames do not fill what was received")
+    buffer = Buffer(blob)
+    tag = buffer.u8(start)
+    keepalives = np.flatnonzero(tag != _XLOGDATA)
+    if len(keepalives):
+        if (tag.take(keepalives) != _KEEPALIVE).any():
+            raise ProtocolError("a replication frame is neither WAL data nor a keepalive")
+        if (lengths.take(keepalives) != _KEEPALIVE_BYTES).any():
+            raise ProtocolError("a keepalive has a wrong length")
+        if (lengths[tag == _XLOGDATA] <= HEADER).any():
+            raise ProtocolError("a replication frame is cut short")
+        kind, message = _with_keepalives(buffer, start, keepalives)
+    else:
+        if int(lengths.min()) <= HEADER:
+            raise ProtocolError("a replication frame is cut short")
+        message = start + HEADER
+        kind = buffer.u8(message)
+    unknown = ~_KNOWN.take(kind)
+    unknown[keepalives] = False
+    if unknown.any():
+        raise buffer.malformed(int(message[int(np.argmax(unknown))]), "unknown kind of message")
+    return _Messages(buffer, kind, message, end, keepalives)
+
+
+def _with_keepalives(buffer: Buffer, start: Ints, keepalives: Ints) -> tuple[Bytes, Ints]:
+    message = start + HEADER
+    message[keepalives] = start[keepalives]
+    kind = buffer.u8(message)
+    kind[keepalives] = 0
+    return kind, message
+
+
+def _groups(oids: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each OID and where it stands, in order. A scan per OID while they are few, a sort when they are many."""
+    rest: Ints | None = None
+    for _ in range(8):
+        left = oids if rest is None else oids.take(rest)
+        if not len(left):
+            return
+        oid = int(left[0])
+        same = left == oid
+        if rest is None:
+            rest = np.arange(len(oids))
+        yield oid, rest[same]
+        rest = rest[~same]
+    assert rest is not None
+    if not len(rest):
+        return
+    left = oids.take(rest)
+    order = np.argsort(left, kind="stable")
+    edges = np.flatnonzero(np.diff(left.take(order))) + 1
+    for group in np.split(rest.take(order), edges):
+        yield int(oids[group[0]]), group
+
+
+def _origins(names: dict[int, str], of: Ints) -> pa.Array:
+    """The origin of each row's transaction."""
+    known = sorted(names)
+    place = np.searchsorted(known, of)
+    place[place == len(known)] = 0
+    absent = np.asarray(known, np.int64).take(place) != of
+    return pa.array([names[t] for t in known], pa.string()).take(pa.array(place, mask=absent))
+
+
+def _reason(error: ValueError) -> str:
+    return "a name in it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

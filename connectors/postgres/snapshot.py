@@ -1,0 +1,265 @@
+"""Reads existing rows: one table at a time, in a snapshot of its own, as typed columns.
+
+The rules of snapshots hold here by construction: ACCESS SHARE lock first and only then the snapshot; repeatable read, read
+only; `row_security = off`; the publication's row filter and column list apply; keys are compared in Postgres only; COPY as
+CSV parsed into strings, then the same cast as the stream. Writes nothing. Which chunks are read, and what of them is
+kept, is decided in cdc.backfill.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+from psycopg import sql
+
+from cdc.config import SourceConfig
+from cdc.errors import SourceRefused
+from cdc.ports import RowsRead, TableSnapshot, Visibility
+from cdc.table import TableSchema
+from cdc.types import build_raw, cast
+from connectors.postgres import catalog
+from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.replication import parse_lsn
+
+WRITERS = """
+select l.transactionid::text || coalesce('/' || l.pid::text, ''),
+       coalesce('pid ' || l.pid::text || ' (' || coalesce(nullif(a.application_name, ''), a.usename, '?') || ', ' ||
+                coalesce(a.state, '?') || ')', 'prepared transaction ' || coalesce(p.gid, '?'))
+from pg_locks l
+left join pg_stat_activity a on a.pid = l.pid
+left join pg_prepared_xacts p on p.transaction = l.transactionid
+where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
+"""
+
+BLOCKS_PER_CHUNK = 4096
+"""A keyless table is read in ranges of blocks of one snapshot: 32 MB at the usual block size."""
+
+
+class PostgresSnapshotReader:
+    """Implements `SnapshotReader`; keeps one connection, reopened when it broke."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._where = describe(config.dsn)
+        self._connection: psycopg.Connection[Any] | None = None
+        self._open: catalog.Described | None = None
+        self._filter: str | None = None
+
+    def tables(self) -> list[TableSchema]:
+        with translated(self._where):
+            connection = self._ready()
+            found = catalog.published(connection, self._config)
+            described = catalog.describe(connection, list(found))
+        return [
+            catalog.restricted(described[oid].schema, p.columns) for oid, p in found.items() if oid in described
+        ]
+
+    def writers(self) -> dict[str, str]:
+        with translated(self._where):
+            return {str(i): str(who) for i, who in self._ready().execute(WRITERS).fetchall()}
+
+    def begin(self, schema: TableSchema) -> TableSnapshot:
+        self.end()
+        where = f"{self._where} table {schema.table}"
+        with translated(where):
+            connection = self._ready()
+            found = catalog.published(connection, self._config).get(schema.oid)
+            described = catalog.describe(connection, [schema.oid]).get(schema.oid)
+            if found is None or described is None:
+                raise SourceRefused(
+                    f"{where} is not published any more, or another table has its name now",
+                    hint=f"`alter publication {self._config.publication[0]} add table {schema.table}`",
+                )
+            connection.execute("begin isolation level repeatable read read only")
+            connection.execute(
+                sql.SQL("lock table {} in access share mode").format(self._relation(described))
+            )
+            row = connection.execute(
+                "select pg_current_snapshot()::text, pg_is_in_recovery(),"
+                " case when not pg_is_in_recovery() then pg_current_wal_insert_lsn()::text end"
+            ).fetchone()
+            assert row is not None
+            if row[1]:
+                raise SourceRefused(f"{where}: a standby's snapshots leave out running transactions",
+                                    hint="point the source at the primary")
+            under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
+            if under_lock is None:
+                raise SourceRefused(f"{where} was dropped")
+        readable = catalog.restricted(under_lock.schema, found.columns)
+        self._open = catalog.Described(readable, under_lock.kind, under_lock.relfilenode)
+        self._filter = found.row_filter
+        xmin, xmax, running = row[0].split(":")
+        return TableSnapshot(
+            visibility=Visibility(
+                xmin=int(xmin),
+                xmax=int(xmax),
+                in_progress=frozenset(int(x) for x in running.split(",") if x),
+            ),
+            schema=readable,
+            relfilenode=under_lock.relfilenode,
+            lsn=parse_lsn(row[2]),
+            taken_at_us=time.time_ns() // 1000,
+        )
+
+    def read(
+        self, *, after: tuple[str, ...] | None = None, keys: Sequence[tuple[str, ...]] | None = None, rows_max: int = 0
+    ) -> RowsRead:
+        assert self._open is not None, "begin first"
+        schema = self._open.schema
+        conditions = [sql.SQL("({})").format(sql.SQL(self._filter))] if self._filter else []  # type: ignore[arg-type]
+        order, limit = sql.SQL(""), sql.SQL("")
+        if keys is not None:
+            conditions.append(self._among(schema, keys))
+        elif schema.key:
+            if after is not None:
+                conditions.append(sql.SQL("({}) > ({})").format(_names(schema.key), _values(schema, after)))
+            order = sql.SQL("order by {}").format(_names(schema.key))
+            limit = sql.SQL("limit {}").format(sql.Literal(rows_max)) if rows_max else limit
+        else:
+            return self._read_blocks(conditions, int(after[0]) if after else 0)
+        table, texts = self._copy(conditions, order, limit)
+        last = tuple(str(texts[_index(schema, k)][-1].as_py()) for k in schema.key) if table.rows else None
+        done = keys is not None or not rows_max or table.rows < rows_max
+        return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=last, done=done)
+
+    def end(self) -> None:
+        self._open = None
+        connection = self._connection
+        if connection is not None and connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+            try:
+                connection.execute("rollback")
+            except psycopg.Error:
+                connection.close()
+                self._connection = None
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _ready(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            config = self._config
+            self._connection = connect(
+                config.dsn,
+                password=password_of(config.password_file, config.password_env),
+                application_name="cdc snapshot",
+                connect_timeout_s=config.connect_timeout_s,
+                settings={
+                    "lock_timeout": f"{config.lock_timeout_s:g}s",
+                    "statement_timeout": f"{config.statement_timeout_s:g}s",
+                    "row_security": "off",
+                },
+            )
+        return self._connection
+
+    def _relation(self, described: catalog.Described) -> sql.Composable:
+        """The table itself; a partitioned root stands for its partitions."""
+        name = sql.Identifier(*described.schema.table)
+        return name if described.kind == "p" else sql.SQL("only {}").format(name)
+
+    def _among(self, schema: TableSchema, keys: Sequence[tuple[str, ...]]) -> sql.Composable:
+        if not keys:
+            return sql.SQL("false")
+        rows = sql.SQL(", ").join(sql.SQL("({})").format(_values(schema, key)) for key in keys)
+        return sql.SQL("({}) in ({})").format(_names(schema.key), rows)
+
+    def _read_blocks(self, conditions: list[sql.Composable], first: int) -> RowsRead:
+        """Rows of the next range of blocks; `last_key` is the block to go on with."""
+        assert self._open is not None
+        connection = self._ready()
+        with translated(self._where):
+            row = connection.execute(
+                "select coalesce(pg_relation_size(%s::oid) / current_setting('block_size')::int8, 0)",
+                [self._open.schema.oid],
+            ).fetchone()
+        blocks = int(row[0]) if row else 0
+        end = first + BLOCKS_PER_CHUNK
+        ranged = [
+            *conditions,
+            sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)")),
+        ]
+        table, _ = self._copy(ranged if self._open.kind != "p" else conditions, sql.SQL(""), sql.SQL(""))
+        done = end >= blocks or self._open.kind == "p"
+        return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=(str(end),), done=done)
+
+    def _copy(
+        self, conditions: list[sql.Composable], order: sql.Composable, limit: sql.Composable
+    ) -> tuple[RowsRead, list[pa.Array]]:
+        """Typed rows of one COPY, and the text columns that they were cast from."""
+        assert self._open is not None
+        schema = self._open.schema
+        where = sql.SQL("where {}").format(sql.SQL(" and ").join(conditions)) if conditions else sql.SQL("")
+        names = _names([c.name for c in schema.columns])
+        relation = self._relation(self._open)
+        if not schema.columns:
+            query = sql.SQL("select count(*) from {} {}").format(relation, where)
+            with translated(self._where):
+                row = self._ready().execute(query).fetchone()
+            return RowsRead(columns=[], raw=None, rows=int(row[0]) if row else 0, last_key=None, done=True), []
+        query = sql.SQL("copy (select {} from {} {} {} {}) to stdout (format csv)").format(
+            names, relation, where, order, limit
+        )
+        buffer = pa.BufferOutputStream()
+        with translated(f"{self._where} table {schema.table}"), self._ready().cursor() as cursor:
+            with cursor.copy(query) as copy:
+                for data in copy:
+                    buffer.write(data)
+        texts = parse_csv(buffer.getvalue(), [c.name for c in schema.columns])
+        columns: list[pa.Array] = []
+        masks: list[np.ndarray | None] = []
+        for column, text in zip(schema.columns, texts, strict=True):
+            typed, mask = cast(column, text)
+            columns.append(typed)
+            masks.append(mask)
+        raw = build_raw([c.name for c in schema.columns], texts, masks)
+        return RowsRead(columns=columns, raw=raw, rows=len(texts[0]), last_key=None, done=True), texts
+
+
+def parse_csv(data: pa.Buffer, names: list[str]) -> list[pa.Array]:
+    """String columns of COPY's CSV: unquoted empty is NULL, quoted empty the empty string."""
+    if data.size == 0:
+        return [pa.array([], pa.string()) for _ in names]
+    # Positions as names: a table may have columns that differ only in ways CSV readers do not keep apart.
+    positions = [str(i) for i in range(len(names))]
+    table = pa_csv.read_csv(
+        pa.BufferReader(data),
+        # One block holds the longest row whatever it is; an empty line is a NULL in a one-column table.
+        read_options=pa_csv.ReadOptions(column_names=positions, block_size=data.size + 1, use_threads=False),
+        parse_options=pa_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(positions, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            check_utf8=False,
+        ),
+    )
+    return [_one(column) for column in table.columns]
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _index(schema: TableSchema, name: str) -> int:
+    return next(i for i, c in enumerate(schema.columns) if c.name == name)
+
+
+def _names(names: Sequence[str]) -> sql.Composable:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _values(schema: TableSchema, key: tuple[str, ...]) -> sql.Composable:
+    """Key texts as literals of their columns' types; types' names come from format_type, which quotes them."""
+    return sql.SQL(", ").join(
+        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(schema.column(name).type_name))  # type: ignore[arg-type]
+        for name, text in zip(schema.key, key, strict=True)
+    )

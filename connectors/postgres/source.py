@@ -1,0 +1,193 @@
+"""The stream of one Postgres database: slot, publication and relations put together into portions of batches.
+
+Guarantees: portions come in stream order, each change exactly once per open; a second daemon on the same slot waits
+(advisory lock on the source, held by a connection of its own). Confirming only records a number here: who may call it is
+decided in cdc.capture. It does not create slot or publication (admin.py does) and reads no rows (snapshot.py does).
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from typing import Any
+
+import psycopg
+
+from cdc.batch import Boundary, Portion
+from cdc.config import SourceConfig
+from cdc.errors import SlotLost, SourceUnavailable
+from cdc.ports import RegisterSchema, SnapshotReader, Source, SourceAdmin, SourceIdentity
+from cdc.table import Column, TableId, TableSchema
+from connectors.postgres import catalog
+from connectors.postgres.admin import PostgresAdmin
+from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
+from connectors.postgres.replication import Receiver, start_statement
+from connectors.postgres.snapshot import PostgresSnapshotReader
+
+log = logging.getLogger(__name__)
+
+
+class PostgresSource:
+    """One slot's stream. Not thread-safe but for `confirm`."""
+
+    def __init__(self, config: SourceConfig, *, application_name: str = "cdc") -> None:
+        self._config = config
+        self._application_name = application_name
+        self._where = describe(config.dsn)
+        self._receiver: Receiver | None = None
+        self._catalog: psycopg.Connection[Any] | None = None
+        self._decoder: Decoder | None = None
+        self._register: RegisterSchema | None = None
+        self._published: dict[int, catalog.Published] = {}
+        self._known: dict[int, TableSchema] = {}
+
+    def open(self, after: Boundary | None, register: RegisterSchema, epoch: int) -> None:
+        self.close()
+        self._register = register
+        self._catalog = self._connect(replication=False)
+        self._take_turn(self._catalog)
+        with translated(self._where):
+            self._published = catalog.published(self._catalog, self._config)
+        connection = self._connect(replication=True)
+        try:
+            self._receiver = Receiver(
+                connection,
+                start=start_statement(
+                    self._config.slot, after.end_lsn if after is not None else 0, self._config.publication
+                ),
+                where=f"{self._where} slot {self._config.slot}",
+                buffer_bytes=self._config.buffer_bytes,
+                poll_sleep_s=self._config.poll_sleep_s,
+            )
+        except psycopg.errors.UndefinedObject as e:
+            connection.close()
+            raise SlotLost(
+                f"{self._where}: replication slot {self._config.slot!r} does not exist",
+                hint="`cdc teardown` then `cdc setup`: the next start snapshots every table anew",
+            ) from e
+        except BaseException:
+            connection.close()
+            raise
+        self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=after.lsn if after is not None else 0)
+
+    def read(self, timeout_s: float) -> Portion | None:
+        assert self._receiver is not None and self._decoder is not None, "open first"
+        blob = self._receiver.take(timeout_s)
+        if blob is None:
+            return None
+        return self._decoder.feed_blob(blob.data, blob.lengths)
+
+    def confirm(self, end_lsn: int) -> None:
+        if self._receiver is not None:
+            self._receiver.confirm(end_lsn)
+
+    def identity(self) -> SourceIdentity:
+        connection = self._connect(replication=True)
+        with translated(self._where), connection:
+            row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+            assert row is not None
+            return SourceIdentity(
+                system_id=row[0],
+                timeline=int(row[1]),
+                database=row[3],
+                server_version=connection.info.server_version,
+            )
+
+    def close(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+
+    @property
+    def receive_cpu_s(self) -> float:
+        """Processor time of the receiving thread, once it has ended."""
+        return self._receiver.busy_s if self._receiver is not None else 0.0
+
+    def _connect(self, *, replication: bool) -> psycopg.Connection[Any]:
+        config = self._config
+        return connect(
+            config.dsn,
+            password=password_of(config.password_file, config.password_env),
+            application_name=self._application_name,
+            connect_timeout_s=config.connect_timeout_s,
+            # A walsender runs no statement that could time out, and must not be cut for being idle.
+            settings={} if replication else {"statement_timeout": f"{config.statement_timeout_s:g}s"},
+            replication=replication,
+        )
+
+    def _take_turn(self, connection: psycopg.Connection[Any]) -> None:
+        """Only one daemon reads a slot: the lock lives as long as this connection."""
+        key = zlib.crc32(f"cdc:{self._config.slot}".encode())
+        with translated(self._where):
+            row = connection.execute("select pg_try_advisory_lock(%s)", [key]).fetchone()
+        if not row or not row[0]:
+            raise SourceUnavailable(
+                f"{self._where}: another daemon reads slot {self._config.slot!r}",
+                hint="it is waited for; find it by `select * from pg_locks where locktype = 'advisory'`",
+            )
+
+    def _resolve(self, relation: Relation) -> TableSchema | None:
+        """The schema of a Relation message: its columns as the message has them, their facts from the catalog.
+
+        The catalog may be newer than the message. What it no longer has is taken from the version known before.
+        """
+        assert self._catalog is not None and self._register is not None
+        table = TableId(relation.schema, relation.name)
+        with translated(self._where):
+            if relation.oid not in self._published:
+                self._published = catalog.published(self._catalog, self._config)
+            described = catalog.describe(self._catalog, [relation.oid]).get(relation.oid)
+        if relation.oid not in self._published and not catalog.selected(self._config, table):
+            return None
+        now = {c.name: c for c in described.schema.columns} if described is not None else {}
+        before = {c.name: c for c in self._known[relation.oid].columns} if relation.oid in self._known else {}
+        columns = [self._column(sent, now, before) for sent in relation.columns]
+        if relation.identity == "f":
+            names = {c.name for c in columns}
+            key = described.schema.key if described is not None else ()
+            key = key if set(key) <= names else ()
+        else:
+            sent_key = {c.name for c in relation.columns if c.is_key}
+            ordered = described.schema.key if described is not None else ()
+            key = ordered if set(ordered) == sent_key else tuple(c.name for c in relation.columns if c.is_key)
+        schema = TableSchema(
+            table=table, oid=relation.oid, columns=tuple(columns), key=key, identity=relation.identity
+        )
+        registered = self._register(schema)
+        self._known[relation.oid] = registered
+        return registered
+
+    def _column(self, sent: RelationColumn, now: dict[str, Column], before: dict[str, Column]) -> Column:
+        """The catalog's column if it is of the type that was sent, else the one known before, else made from types."""
+        assert self._catalog is not None
+        with translated(self._where):
+            facts = catalog.type_facts(self._catalog, [sent.type_oid])
+        base, domain_typmod, element, type_name = facts.get(sent.type_oid, (sent.type_oid, -1, 0, ""))
+        typmod = sent.typmod if sent.typmod >= 0 else domain_typmod
+        for known in (now.get(sent.name), before.get(sent.name)):
+            if known is not None and (known.type_oid, known.typmod) == (base, typmod):
+                return known
+        attnum = next((k.attnum for k in (now.get(sent.name), before.get(sent.name)) if k is not None), 0)
+        return Column(
+            name=sent.name, attnum=attnum, type_oid=base, typmod=typmod, type_name=type_name, element_oid=element
+        )
+
+
+class PostgresKind:
+    """Entry point `cdc.sources: postgres`: makes the parts of one configured source."""
+
+    @staticmethod
+    def source(config: SourceConfig, *, application_name: str = "cdc") -> Source:
+        return PostgresSource(config, application_name=application_name)
+
+    @staticmethod
+    def reader(config: SourceConfig) -> SnapshotReader:
+        return PostgresSnapshotReader(config)
+
+    @staticmethod
+    def admin(config: SourceConfig) -> SourceAdmin:
+        return PostgresAdmin(config)

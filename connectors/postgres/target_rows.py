@@ -1,0 +1,85 @@
+"""Result rows as the text that Postgres reads: Arrow columns → one CSV buffer for COPY, in bulk.
+
+Every value keeps its exact text; the server casts it to the column's type and refuses what does not fit. NULL is an
+unquoted empty field, so an empty string stays an empty string. Lists become Postgres arrays. It does not guess how a
+struct or a map should look: the query says so (`to_json(…)`).
+"""
+
+from __future__ import annotations
+
+import binascii
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
+
+_CSV = csv.WriteOptions(include_header=False, quoting_style="all_valid")
+
+
+class Unwritable(ValueError):
+    """Values of this Arrow type have no text form here."""
+
+
+def copy_csv(columns: list[pa.ChunkedArray]) -> pa.Buffer:
+    """The columns as CSV for `COPY … (FORMAT csv)`. Unwritable for a type that has no one text form."""
+    texts = pa.table({f"c{i}": text_of(column) for i, column in enumerate(columns)})
+    out = pa.BufferOutputStream()
+    csv.write_csv(texts, out, _CSV)
+    return out.getvalue()
+
+
+def text_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as strings that Postgres' input functions read; nulls stay null."""
+    return pa.chunked_array([_text(chunk) for chunk in column.chunks], pa.string())
+
+
+def _text(array: pa.Array) -> pa.Array:
+    kind = array.type
+    if isinstance(kind, pa.ExtensionType):
+        return _text(array.storage)
+    if pa.types.is_dictionary(kind):
+        return _text(array.dictionary_decode())
+    if pa.types.is_string(kind):
+        return array
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _array_literals(array)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return _hex(array.cast(pa.binary()))
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        # The same instant without a zone name, and its offset said aloud: the session's zone cannot change it.
+        plain = array.cast(pa.timestamp(kind.unit, tz="UTC")).cast(pa.timestamp(kind.unit)).cast(pa.string())
+        return pc.binary_join_element_wise(plain, "+00", "")
+    if any(test(kind) for test in (pa.types.is_struct, pa.types.is_map, pa.types.is_union, pa.types.is_interval)):
+        raise Unwritable(f"{kind}")
+    return array.cast(pa.string())
+
+
+def _array_literals(array: pa.Array) -> pa.Array:
+    """`{…}` as Postgres reads arrays; elements quoted, inner lists as they are."""
+    lists = array.cast(pa.list_(array.type.value_type))
+    elements = _text(lists.flatten())
+    if not pa.types.is_nested(lists.type.value_type):
+        escaped = pc.replace_substring(pc.replace_substring(elements, "\\", "\\\\"), '"', '\\"')
+        elements = pc.binary_join_element_wise('"', escaped, '"', "")
+    elements = pc.fill_null(elements, "NULL")
+    # flatten() leaves out what stands behind null lists, so the lists are built anew from their own lengths.
+    lengths = pc.fill_null(pc.list_value_length(lists), 0)
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum(lengths.to_numpy(zero_copy_only=False), out=offsets[1:])
+    joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements), ",")
+    text = pc.binary_join_element_wise("{", joined, "}", "")
+    return pc.if_else(lists.is_valid(), text, pa.scalar(None, pa.string()))
+
+
+def _hex(array: pa.Array) -> pa.Array:
+    """`\\x…` as Postgres reads bytea: one conversion of the whole data buffer."""
+    if len(array) == array.null_count:
+        return pa.nulls(len(array), pa.string())
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+    data = array.buffers()[2]
+    digits = binascii.hexlify(memoryview(data)[offsets[0] : offsets[-1]]) if data is not None else b""
+    doubled = ((offsets.astype(np.int64) - offsets[0]) * 2).astype(np.int32)
+    body = pa.StringArray.from_buffers(len(array), pa.py_buffer(doubled), pa.py_buffer(digits))
+    text = pc.binary_join_element_wise("\\x", body, "")
+    return pc.if_else(array.is_valid(), text, pa.scalar(None, pa.string()))

@@ -1,0 +1,295 @@
+"""The configuration file: what is taken, what is refused and how it is told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdc.config import (
+    Config,
+    LakeConfig,
+    ModelConfig,
+    SourceConfig,
+    SyncConfig,
+    TargetConfig,
+    dsn_with_password,
+    has_inline_password,
+    load,
+    parse,
+    size_bytes,
+)
+from cdc.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
+
+SECTIONS: dict[str, Any] = {
+    "": Config,
+    "source": SourceConfig,
+    "lake": LakeConfig,
+    "model": ModelConfig,
+    "target": TargetConfig,
+    "sync": SyncConfig,
+}
+NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "extra"}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """A small valid document; `changes` are laid over it, dotted by double underscores."""
+    base: dict[str, Any] = {
+        "state_dir": "/var/lib/cdc",
+        "source": {"shop": {"dsn": "postgresql://cdc@db/shop"}},
+        "lake": {"url": "file:///srv/lake"},
+        "model": {"value": {"sql": "select 1 as id", "key": ["id"]}},
+        "target": {"crm": {"type": "postgres", "dsn": "host=crm"}},
+        "sync": {"value": {"model": "value", "target": "crm", "table": "public.value", "key": ["id"]}},
+    }
+    for path, value in changes.items():
+        *folders, key = path.split("__")
+        table = base
+        for folder in folders:
+            table = table.setdefault(folder, {})
+        if value is None:
+            table.pop(key, None)
+        else:
+            table[key] = value
+    return base
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(document(**changes))
+    return str(caught.value)
+
+
+def test_a_small_document_gives_every_default_and_those_that_depend_on_names() -> None:
+    config = parse(document())
+    shop = config.sources["shop"]
+    assert (shop.slot, shop.publication, shop.tables) == ("cdc_shop", ("cdc_shop",), ())
+    assert config.targets["crm"].origin == "cdc_crm"
+    assert config.log_bytes_max == 10 << 30
+    assert config.lake.url == "file:///srv/lake"
+    assert config.state_path == Path("/var/lib/cdc/state.db")
+
+
+def test_the_example_file_is_valid() -> None:
+    config = load(EXAMPLE)
+    assert list(config.sources) == ["shop"]
+    assert config.syncs["customer_value"].model == "customer_value"
+
+
+def test_the_example_file_names_every_key_and_no_other() -> None:
+    named: dict[str, set[str]] = {section: set() for section in SECTIONS}
+    section = ""
+    for line in EXAMPLE.read_text().splitlines():
+        if header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
+            if header[1] == "lake" and header[2]:
+                named["lake"].add(header[2])
+            else:
+                section = header[1]
+        elif key := re.match(r"(?:# )?([a-z_]+) = ", line):
+            named[section].add(key[1])
+    for section, cls in SECTIONS.items():
+        assert named[section] == {f.name for f in fields(cls)} - NO_KEYS, f"section [{section}]"
+
+
+def test_the_example_file_shows_the_defaults() -> None:
+    config = load(EXAMPLE)
+    shown: dict[str, Any] = {
+        "": config,
+        "source": config.sources["shop"],
+        "lake": config.lake,
+        "target": config.targets["crm"],
+        "sync": config.syncs["customer_value"],
+    }
+    compared = 0
+    for section, value in shown.items():
+        for f in fields(SECTIONS[section]):
+            if f.name in NO_KEYS or f.default in (MISSING, None, "", ()):
+                continue
+            assert getattr(value, f.name) == f.default, f"[{section}] {f.name}"
+            compared += 1
+    assert compared > 25
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("128MB", 128 << 20),
+        ("10GB", 10 << 30),
+        ("64kB", 64 << 10),
+        ("1 TiB", 1 << 40),
+        ("1.5MB", 3 << 19),
+        ("7B", 7),
+        (9, 9),
+    ],
+)
+def test_sizes_are_powers_of_1024_as_in_postgresql_conf(text: str | int, expected: int) -> None:
+    assert size_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["128", "MB", "-1MB", "128 megs", "1e3MB", "", "128MB "[::-1]])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        size_bytes(text)
+
+
+def test_an_unknown_key_names_its_path_and_the_nearest_known_one() -> None:
+    assert "source.shop.slto: unknown key; did you mean slot?" in refusal(source__shop__slto="x")
+    assert "lake.land_every: unknown key; did you mean land_every_s?" in refusal(lake__land_every=3)
+    assert "sourcee: unknown key; did you mean source?" in refusal(sourcee={})
+    assert "source.shop.name: unknown key" in refusal(source__shop__name="x")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(source__shop__slto="x", lake__url=None, sync__value__target="cmr", state_dir=None)
+    for part in ("source.shop.slto", "lake.url: is required", "state_dir: is required", "did you mean crm?"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"source__shop__mode": "snapshot"}, 'source.shop.mode: "snapshot" is not supported yet'),
+        ({"source__shop__every": "15m"}, "source.shop.every: not supported yet"),
+        ({"source__shop__cron": "0 * * * *"}, "source.shop.cron: not supported yet"),
+        ({"source__shop__table": {"public.users": {}}}, "source.shop.table: not supported yet"),
+        ({"source__shop__type": "kafka"}, 'source.shop.type: "kafka" is not supported yet'),
+        ({"lake__url": "s3://bucket/lake"}, "lake.url: s3:// is not supported yet"),
+        ({"lake__region": "eu-central-1"}, "lake.region: not supported yet"),
+        ({"target__crm__type": "http"}, 'target.crm.type: "http" is not supported yet'),
+        ({"sync__value__mode": "mirror"}, 'sync.value.mode: "mirror" is not supported yet'),
+    ],
+)
+def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], part: str) -> None:
+    assert part in refusal(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sync__value__model": "valu"}, "sync.value.model: there is no [model.valu]; did you mean value?"),
+        ({"sync__value__sql": "select 1"}, "set exactly one of model and sql"),
+        ({"sync__value__model": None}, "set exactly one of model and sql"),
+        ({"sync__value__key": []}, "sync.value.key: name at least one column"),
+        ({"model__value__key": ["id", "id"]}, "model.value.key: a column stands there twice"),
+        ({"source__shop__dsn": None}, "source.shop.dsn: is required"),
+        ({"source__shop__tables": ["orders"]}, 'write "public.orders"'),
+        ({"source__shop__tables": "public.*"}, "source.shop.tables: a list of texts is expected"),
+        ({"source__shop__slot": "Shop-1"}, "source.shop.slot: only a-z"),
+        ({"source__shop__confirm_after": "land"}, "did you mean landed?"),
+        ({"source__shop__chunk_rows": 0}, "source.shop.chunk_rows: must be at least 1"),
+        ({"source__shop__chunk_rows": True}, "a whole number is expected, not a boolean"),
+        ({"source__shop__connect_timeout_s": "10s"}, "seconds as a number expected, not a text"),
+        ({"source__shop__connect_timeout_s": float("inf")}, "seconds as a number"),
+        ({"lake__land_every_s": 0}, "lake.land_every_s: must be greater than 0"),
+        ({"lake__merge_share": 1.5}, "is a share, at most 1"),
+        ({"lake__url": "file://lake"}, "absolute path"),
+        ({"lake__options": {"a": "b"}}, "a local directory has no options"),
+        ({"metrics_listen": "9187"}, 'metrics_listen: write "host:port"'),
+        ({"metrics_listen": "127.0.0.1:99999"}, "metrics_listen"),
+        ({"log_bytes_max": "100MB"}, "at least two segments"),
+        ({"log_level": "warn"}, "did you mean warning?"),
+        ({"state_dir": ""}, "a path is expected"),
+        ({"source__shop": {}}, "source.shop.dsn: is required"),
+        ({"source": None}, "write a [source.NAME] section"),
+        ({"source__1shop": {"dsn": "x"}}, "source.1shop: a name is a letter"),
+        ({"source__shop__password_env": "A", "source__shop__password_file": "b"}, "one of them is enough"),
+        (
+            {"source__shop__password_env": "A", "source__shop__dsn": "postgresql://cdc:x@db/shop"},
+            "the dsn holds a password too",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_path(changes: dict[str, Any], part: str) -> None:
+    assert part in refusal(**changes)
+
+
+def test_two_sources_on_one_slot_are_refused() -> None:
+    twin = {"dsn": "postgresql://cdc@db/shop", "slot": "cdc_shop"}
+    assert "a slot has one reader" in refusal(source__twin=twin)
+
+
+def test_secrets_stand_neither_in_errors_nor_in_repr() -> None:
+    secret = "hunter2"
+    config = parse(document(source__shop__dsn=f"postgresql://cdc:{secret}@db/shop"))
+    assert secret not in repr(config)
+    assert secret not in refusal(source__shop__dsn=f"postgresql://cdc:{secret}@db/shop", source__shop__slto="x")
+    assert secret not in refusal(source__shop__chunk_rows=secret)
+
+
+def test_a_password_comes_from_its_file_or_variable_at_the_time_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pg"
+    file.write_text("it's\\ a/secret&\n")
+    by_url = parse(document(source__shop__password_file=str(file))).sources["shop"]
+    assert dsn_with_password(by_url) == "postgresql://cdc@db/shop?password=it%27s%5C%20a%2Fsecret%26"
+    file.write_text("rotated")
+    assert dsn_with_password(by_url).endswith("?password=rotated")
+
+    monkeypatch.setenv("CRM_PASSWORD", "it's\\")
+    by_keys = parse(document(target__crm__password_env="CRM_PASSWORD")).targets["crm"]
+    assert dsn_with_password(by_keys) == r"host=crm password='it\'s\\'"
+
+
+def test_a_secret_that_is_missing_is_named_and_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    source = parse(document(source__shop__password_env="NO_SUCH")).sources["shop"]
+    with pytest.raises(ConfigError, match="NO_SUCH is not set"):
+        dsn_with_password(source)
+    source = parse(document(source__shop__password_file=str(tmp_path / "none"))).sources["shop"]
+    with pytest.raises(ConfigError, match="none: No such file"):
+        dsn_with_password(source)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "expected"),
+    [
+        ("postgresql://u:p@h/d", True),
+        ("postgres://u@h:5432/d", False),
+        ("postgresql:///d?host=/tmp&password=x", True),
+        ("postgresql:///d?passfile=/x", False),
+        ("host=h password = x", True),
+        ("host=h user=u", False),
+    ],
+)
+def test_a_password_inside_a_connection_string_is_noticed(dsn: str, expected: bool) -> None:
+    assert has_inline_password(dsn) is expected
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "cdc.toml"
+    file.write_text('state_dir = "state"\n[source.a]\ndsn = "host=x"\npassword_file = "pw"\n[lake]\nurl = "lake"\n')
+    config = load(file)
+    assert config.state_dir == tmp_path / "state"
+    assert config.sources["a"].password_file == tmp_path / "pw"
+    assert config.lake.url == f"file://{tmp_path}/lake"
+
+
+def test_the_file_is_found_by_argument_then_variable_then_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CDC_CONFIG", raising=False)
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load()
+    text = '[source.a]\ndsn = "host=x"\n[lake]\nurl = "/lake"\n'
+    for name in ("cdc.toml", "variable.toml", "argument.toml"):
+        (tmp_path / name).write_text(f'state_dir = "{name}.d"\n{text}')
+    assert load().state_dir.name == "cdc.toml.d"
+    monkeypatch.setenv("CDC_CONFIG", "variable.toml")
+    assert load().state_dir.name == "variable.toml.d"
+    assert load("argument.toml").state_dir.name == "argument.toml.d"
+    with pytest.raises(ConfigError, match="does not exist"):
+        load("none.toml")
+
+
+def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "cdc.toml"
+    file.write_text("state_dir = \n")
+    with pytest.raises(ConfigError, match=r"cdc\.toml: .*line 1"):
+        load(file)
