@@ -25,13 +25,16 @@ Indices = npt.NDArray[np.int64]
 Result = tuple[pa.Array, Bools | None]
 Cast = Callable[[pa.Array], Result]
 
+# What a pattern refuses is masked when pyarrow has refused an array. So that it does not depend on its neighbours what
+# a value becomes, each pattern takes everything that the usual way takes.
 _INTEGER = r"^-?[0-9]+$"
-_FLOAT = r"^(-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?|-?Infinity|NaN)$"
-_DECIMAL = r"^-?[0-9]+(\.[0-9]+)?$"
+_FLOAT = r"^([-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|-?Infinity|NaN)$"
+_DECIMAL = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)$"
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"
 _TIMESTAMP = r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?$"
 _TIMESTAMPTZ = _TIMESTAMP[:-1] + r"\+00$"
-_ZERO = r"^-?[0.]+(e.*)?$"
+_NOT_FINITE = r"^(-?Infinity|NaN)$"
+_ZERO = r"^[-+]?[0.]+([eE].*)?$"
 
 _YEAR_ONE_DAYS = -719162
 _YEAR_ONE_US = _YEAR_ONE_DAYS * 86_400_000_000
@@ -186,9 +189,10 @@ def cast_float(array: pa.Array, target: pa.DataType) -> Result:
     if not len(typed):
         return typed, mask
     values = _values(typed, np.float32 if single else np.float64)
-    lost = np.isinf(values)
-    if lost.any():
-        lost &= text.at(text.offsets[1:] - 1) != ord("y")
+    lost = ~np.isfinite(values)
+    if lost.any():  # overflow, or a spelling that is not the server's
+        rows = np.flatnonzero(lost)
+        lost[rows] = _mismatch(array.take(pa.array(rows)), _NOT_FINITE)
     suspects = np.flatnonzero((values == 0) & (lengths > 2))
     if len(suspects):
         lost[suspects] |= _mismatch(array.take(pa.array(suspects)), _ZERO)
@@ -200,10 +204,13 @@ def cast_decimal(array: pa.Array, target: pa.Decimal128Type) -> Result:
     """decimal128. NaN, infinities and values with more digits than the type has, before or after the point, are masked;
     nothing is rounded."""
     text = _Text(array)
-    window = text.window()
+    letters = np.flatnonzero(text.window() > ord("9"))
     mask = None
-    if len(window) and window.max() > 0x39:
-        mask = _some(text.among_valid(text.at(text.offsets[1:] - 1) > 0x39))
+    if len(letters):  # NaN, infinities
+        rows = np.searchsorted(text.offsets, letters + text.offsets[0], "right") - 1
+        mask = np.zeros(len(array), np.bool_)
+        mask[rows] = True
+        mask = _some(text.among_valid(mask))
     long = text.among_valid(text.lengths() > _DECIMAL_DIGITS)
     if long.any():  # pyarrow wraps at 2^127 without an error
         mask = _either(mask, _some(_too_many_digits(array, text, long)))
@@ -232,7 +239,7 @@ def _too_many_digits(array: pa.Array, text: _Text, long: Bools) -> Bools:
 def _decimal_unfit(array: pa.Array, target: pa.Decimal128Type) -> Bools:
     """Mask of the plain values with too many digits on one side of the point; zeros behind the last digit are none."""
     values = pc.replace_substring_regex(array.view(pa.binary()), r"(\.[0-9]*[1-9])0+$|\.0*$", r"\1")
-    values = pc.replace_substring_regex(values, r"^-?0*", "")
+    values = pc.replace_substring_regex(values, r"^[-+]?0*", "")
     point = pc.find_substring(values, ".").fill_null(-1).to_numpy(zero_copy_only=False)
     length = pc.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False)
     whole = np.where(point < 0, length, point)
@@ -258,7 +265,7 @@ def cast_timestamp(array: pa.Array, target: pa.TimestampType) -> Result:
         strange |= (text.at(ends - 3) != ord("+")) | (text.at(ends - 2) != ord("0")) | (text.at(ends - 1) != ord("0"))
     else:
         strange |= text.at(text.offsets[1:] - 1) > ord("9")
-    strange |= text.at(text.offsets[:-1] + 4) != ord("-")
+    strange |= (text.at(text.offsets[:-1] + 4) != ord("-")) | (text.at(text.offsets[:-1] + 10) != ord(" "))
     mask = _some(text.among_valid(strange))
     typed, mask = _parse(array.view(pa.string()), target, _TIMESTAMPTZ if zone else _TIMESTAMP, mask)
     return _after_year_zero(typed, mask, np.int64, _YEAR_ONE_US)

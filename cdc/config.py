@@ -392,7 +392,7 @@ class _Reader:
             self.problems.append('lake.url: a file URL has an absolute path after "file://"')
         elif (not separator or scheme == "file") and lake.options:
             self.problems.append("lake.options: a local directory has no options")
-        return lake if separator else replace(lake, url=f"file://{self.folder / Path(lake.url).expanduser()}")
+        return lake if separator else replace(lake, url=(self.folder / Path(lake.url).expanduser()).as_uri())
 
     def _finish_source(self, source: SourceConfig) -> SourceConfig:
         """Fill the defaults that depend on the name, and check what depends on several keys."""

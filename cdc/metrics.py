@@ -137,12 +137,15 @@ class MetricsServer:
     THREADS_MAX: ClassVar[int] = 8
 
     def __init__(self, listen: str, health: Health) -> None:
-        """Bind `host:port` (port 0: any). ConfigError if the address is not to be had."""
+        """Bind `host:port` (port 0: any; "": serve nothing). ConfigError if the address is not to be had."""
+        self._server: _Server | None = None
+        if not listen:
+            return
         host, port = split_address(listen)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         server_class = type("_Family", (_Server,), {"address_family": family})
         try:
-            self._server: _Server = server_class((host, port), _Handler)
+            self._server = server_class((host, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(
@@ -153,19 +156,24 @@ class MetricsServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that is really bound."""
+        """`host:port` that is really bound; empty if none is."""
+        if self._server is None:
+            return ""
         host, port = self._server.server_address[:2]
         name = host if isinstance(host, str) else host.decode()
         return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
     def start(self) -> str:
         """Begin serving; returns `address`."""
-        self._thread.start()
-        _log.info("metrics and health", extra={"listen": self.address})
+        if self._server is not None:
+            self._thread.start()
+            _log.info("metrics and health", extra={"listen": self.address})
         return self.address
 
     def stop(self) -> None:
         """Stop serving and free the port; bounded, idempotent."""
+        if self._server is None:
+            return
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join(timeout=5)
@@ -218,12 +226,18 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/metrics":
             self._reply(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
         elif path == "/health":
-            health = dict(self.server.health())
+            health = self._health()
             self._reply(200 if health.get("ok") else 503, "application/json", json.dumps(health, default=str).encode())
         else:
             self._reply(404, "text/plain; charset=utf-8", b"/metrics and /health are here\n")
 
     do_HEAD = do_GET
+
+    def _health(self) -> Mapping[str, Any]:
+        try:
+            return self.server.health()
+        except Exception as error:  # noqa: BLE001 - who cannot say how it is, is not well; and the asker needs an answer
+            return {"ok": False, "error": type(error).__name__}
 
     def _reply(self, code: int, kind: str, body: bytes) -> None:
         self.send_response(code)

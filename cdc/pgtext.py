@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_QUOTED = re.compile(r'[\s{}"\\]|^$|^null$', re.IGNORECASE)
+_QUOTED = re.compile(r'[ \t\n\r\v\f{}"\\]|\A\Z|\Anull\Z', re.IGNORECASE | re.ASCII)
 
 
 def print_values(array: pa.Array, marks: bytes = b"{,}") -> pa.Array:
@@ -64,27 +64,50 @@ def _replace(text: pa.Array, chosen: np.ndarray[Any, Any], values: list[str]) ->
 
 
 def _print_floats(array: pa.Array) -> pa.Array:
-    """pyarrow's digits are the shortest, as Postgres' are; only when to use an exponent differs."""
+    """pyarrow's digits are the shortest, as Postgres' are, up to what the type holds without gaps. Postgres writes an
+    exponent for what is below 1e-4 or has more digits before the point than the type keeps of any number."""
     text = array.cast(pa.string())
     single = array.type == pa.float32()
     values = array.fill_null(0).to_numpy(zero_copy_only=False)
     size = np.abs(values)
-    odd = ~((size >= 1e-4) & (size < (1e6 if single else 1e15))) & (size != 0)
+    digits = 6 if single else 15
+    odd = ~((size >= 1e-4) & (size < 10**digits)) & (size != 0)
+    odd |= pc.match_substring(text, "e").fill_null(False).to_numpy(zero_copy_only=False)
     if not odd.any():
         return text
-    return _replace(text, odd, [_print_float(v) for v in values[odd]])
+    return _replace(text, odd, [_print_float(v, digits) for v in values[odd]])
 
 
-def _print_float(value: Any) -> str:
+def _print_float(value: Any, fixed_digits: int) -> str:
     if np.isnan(value):
         return "NaN"
     if np.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    sign, digits, exponent = Decimal(str(value)).as_tuple()
-    text = "".join(map(str, digits)).rstrip("0")
+    shortest = _shortest(value).normalize()
+    sign, digits, exponent = shortest.as_tuple()
     power = len(digits) + int(exponent) - 1
+    if -4 <= power < fixed_digits:
+        return f"{shortest:f}"
+    text = "".join(map(str, digits))
     point = "." if len(text) > 1 else ""
     return f"{'-' if sign else ''}{text[0]}{point}{text[1:]}e{'-' if power < 0 else '+'}{abs(power):02d}"
+
+
+def _shortest(value: Any) -> Decimal:
+    """The shortest decimal that is nearer to the value than to any other of its type. One that lies right between two,
+    which others read as the even one, is not good enough for Postgres; it exists only where whole numbers have gaps."""
+    shortest = Decimal(str(value))
+    bits = np.finfo(value.dtype).nmant + 1
+    fraction, exponent = np.frexp(abs(value))
+    if exponent <= bits:
+        return shortest
+    exact, outward = abs(int(value)), 1 << int(exponent) - bits
+    inward = outward if fraction > 0.5 else outward // 2
+    digits = len(shortest.normalize().as_tuple().digits)
+    while 2 * (abs(int(shortest)) - exact) in (outward, -inward):
+        shortest = Decimal(f"{value:.{digits}e}")
+        digits += 1
+    return shortest
 
 
 def _print_decimals(array: pa.Array) -> pa.Array:
