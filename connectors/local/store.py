@@ -53,7 +53,7 @@ class LocalStore:
         parts = urlsplit(url)
         path = unquote(parts.path) if parts.scheme == "file" else url
         if (parts.scheme == "file" and parts.netloc not in ("", "localhost")) or not path.startswith("/"):
-            raise ConfigError(f'lake.url = "{url}" is no absolute path', hint='write file:///srv/lake')
+            raise ConfigError(f'lake.url = "{url}" is no absolute path', hint="write file:///srv/lake")
         return cls(Path(path))
 
     def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:

@@ -1,8 +1,9 @@
 """What an operator's command does at a Postgres source: check, set up, tear down, look, and wait for "now".
 
-`check` and `status` have no side effects. `setup` creates the publication first and the slot second: a slot that is older than
-its publication cannot decode what lies between them. Every statement that changes something is returned as text, so that
-an operator can read or run it by hand. Each call has a connection of its own and its waits are bounded.
+`check` and `status` have no side effects. `setup` creates the publication first and the slot second: a slot that is
+older than its publication cannot decode what lies between them. Every statement that changes something is returned
+as text, so that an operator can read or run it by hand. Each call has a connection of its own and its waits are
+bounded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ SETTINGS = """
 select name, setting from pg_settings
 where name in ('wal_level', 'max_replication_slots', 'max_wal_senders', 'max_slot_wal_keep_size', 'wal_sender_timeout')
 """
+
+MADE_BY_US = "made by cdc"
+"""Comment on publications that `setup` made; `teardown` drops no others."""
 
 SLOT_LOCK_TIMEOUT_S = 20
 """Creating a slot waits for every running transaction; past this we say whom it waits for."""
@@ -70,12 +74,12 @@ class PostgresAdmin:
                 if not dry_run:
                     connection.execute(statement.encode())
             if not self._slot_exists(connection):
-                statement = sql.SQL("select pg_create_logical_replication_slot({}, 'pgoutput')").format(
+                slot_sql = sql.SQL("select pg_create_logical_replication_slot({}, 'pgoutput')").format(
                     sql.Literal(self._config.slot)
                 )
-                done.append(statement.as_string(connection))
+                done.append(slot_sql.as_string(connection))
                 if not dry_run:
-                    self._create_slot(connection, statement)
+                    self._create_slot(connection, slot_sql)
         return done
 
     def teardown(self, *, dry_run: bool) -> list[str]:
@@ -164,7 +168,7 @@ class PostgresAdmin:
             )
         return True
 
-    def _create_slot(self, connection: psycopg.Connection[Any], statement: sql.Composable) -> None:
+    def _create_slot(self, connection: psycopg.Connection[Any], statement: sql.Composed) -> None:
         connection.execute(f"set lock_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
         connection.execute(f"set statement_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
         try:
@@ -293,9 +297,7 @@ class PostgresAdmin:
         try:
             exists = self._slot_exists(connection)
         except SourceRefused as e:
-            return [
-                Finding(name="slot", severity="error", message=e.args[0], fix=e.hint, object=self._config.slot)
-            ]
+            return [Finding(name="slot", severity="error", message=e.args[0], fix=e.hint, object=self._config.slot)]
         severity, message = ("ok", "exists") if exists else ("warning", "does not exist yet")
         return [
             Finding(
@@ -368,6 +370,3 @@ class PostgresAdmin:
                 )
             )
         return findings
-
-
-MADE_BY_US = "made by cdc"

@@ -58,16 +58,15 @@ def walk_columns(buffer: Buffer, rows: Rows, width: int, sources: list[int]) -> 
     _refuse(buffer, rows.start, behind != rows.end, "its tuples do not end with its frame")
     kept = [spans[i] for i in sources]
     if old is None:
-        return Image([_texts(buffer, rows, column) for column in kept], [_unchanged(column) for column in kept])
+        return Image([_texts(buffer, column) for column in kept], [_unchanged(column) for column in kept])
     full = tuple_kind.take(old) == OLD
     kept_old = [old_spans[i] for i in sources]
     kept = [_fill(column, before, old, full) for column, before in zip(kept, kept_old, strict=True)]
-    old_rows = Rows(rows.kind.take(old), rows.start.take(old), rows.end.take(old))
     return Image(
-        [_texts(buffer, rows, column) for column in kept],
+        [_texts(buffer, column) for column in kept],
         [_unchanged(column) for column in kept],
         old,
-        [_texts(buffer, old_rows, column) for column in kept_old],
+        [_texts(buffer, column) for column in kept_old],
     )
 
 
@@ -122,8 +121,8 @@ def _unchanged(column: _Spans) -> Bools | None:
     return None if column.kind is None else column.kind == UNCHANGED
 
 
-def _texts(buffer: Buffer, rows: Rows, column: _Spans) -> pa.Array:
-    """The column's cells as a string array; null where there is no text. ProtocolError if one is not UTF-8."""
+def _texts(buffer: Buffer, column: _Spans) -> pa.Array:
+    """The column's cells as a string array, null where there is no text; a binary array if one is not UTF-8."""
     n = len(column.start)
     offsets = np.empty(2 * n, np.int32)
     offsets[0::2] = column.start
@@ -134,12 +133,13 @@ def _texts(buffer: Buffer, rows: Rows, column: _Spans) -> pa.Array:
     if column.kind is not None:
         valid = pa.py_buffer(np.packbits(column.kind == TEXT, bitorder="little"))
         cells = pa.StringArray.from_buffers(n, packed, data, valid)
-    # The server's word is that text is UTF-8; plain ASCII proves it at the price of one pass over the bytes.
+    # That text is UTF-8 is the server's word. Plain ASCII proves it at the price of one pass over the bytes; what is
+    # neither is bytes, for which the cast has a place.
     if data is not None and data.size and np.frombuffer(data, np.uint8).max() >= 0x80:
         try:
             cells.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise buffer.malformed(int(rows.start[0]), "text is not UTF-8 in it or a message near it") from error
+        except pa.ArrowInvalid:
+            return cells.view(pa.binary())
     return cells
 
 

@@ -1,12 +1,18 @@
-"""From walked tuples to a batch: texts are cast, system columns added. Both row plans end here.
+"""From walked tuples to batches: texts are cast, system columns added. Both row plans end here.
 
 A row plan (columns.py, rows.py) yields an Image: Postgres' text of every cell, still untyped. Everything that decides
 what a batch says is in this module, so the two plans can only differ in how they walk the bytes.
+
+What costs the same for one row as for a thousand is done once for all batches of a part: system columns are made
+once and sliced, and the cells of small batches that have one type are cast together, whatever their tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +20,22 @@ import pyarrow as pa
 
 from cdc.batch import TIMESTAMP_TYPE, Batch, batch_schema, system_type
 from cdc.errors import SchemaConflict
-from cdc.table import TableSchema
+from cdc.table import Column, TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres.buffer import Bools, Bytes, Ints
 from connectors.postgres.messages import DELETE, INSERT, TRUNCATE, UPDATE, Relation
 
 UNKNOWN_TIME = np.iinfo(np.int64).min
-"""A transaction's commit time in Tagged, when nobody knows it."""
+"""Commit time of a transaction when nobody knows it."""
+
+CAST_TOGETHER_ROWS = 500
+"""Columns of fewer rows are cast together with others of their type; the copy costs more than it saves for longer."""
+
+_Cells = tuple[pa.Array, Bools | None]
+"""Typed values, and the mask of those that the type cannot hold."""
+
+Texts: TypeAlias = pa.Array | Sequence[Any]
+"""The texts of one column: an Arrow string or binary array, or bytes and None."""
 
 _OPS = np.zeros(256, np.uint8)
 _OPS[[INSERT, UPDATE, DELETE, TRUNCATE]] = np.frombuffer(b"cudt", np.uint8)
@@ -34,10 +49,10 @@ class Image:
     whose value the message did not carry. `old` numbers the updates that carried an old tuple, `old_texts` are theirs.
     """
 
-    texts: list[pa.Array]
+    texts: list[Texts]
     unchanged: list[Bools | None]
     old: Ints | None = None
-    old_texts: list[pa.Array] = field(default_factory=list)
+    old_texts: list[Texts] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -49,16 +64,28 @@ class Rows:
     end: Ints
 
 
-@dataclass(slots=True)
-class Tagged:
-    """What the transaction says of each row: system columns as arrays of the rows' length."""
+class System:
+    """System columns of all rows of a part, in the order of its batches: each takes a slice."""
 
-    epoch: int
-    lsn: Ints
-    seq: Ints
-    xid: Ints
-    committed: Ints
-    origin: pa.Array | None
+    def __init__(
+        self, *, epoch: int, kind: Bytes, lsn: Ints, seq: Ints, xid: Ints, committed: Ints, origin: pa.Array | None
+    ) -> None:
+        n = len(kind)
+        offsets = pa.py_buffer(np.arange(n + 1, dtype=np.int32))
+        ops = pa.StringArray.from_buffers(n, offsets, pa.py_buffer(_OPS.take(kind)))
+        numbers = (np.full(n, epoch, np.int64), lsn, seq, xid)
+        self._required = [ops, *(_numbers(pa.int64(), values) for values in numbers)]
+        self._optional = {"_committed_at": _numbers(TIMESTAMP_TYPE, committed, committed != UNKNOWN_TIME)}
+        if origin is not None:
+            self._optional = {"_origin": origin, **self._optional}
+
+    def required(self, begin: int, count: int) -> list[pa.Array]:
+        return [column.slice(begin, count) for column in self._required]
+
+    def optional(self, begin: int, count: int) -> dict[str, pa.Array]:
+        """The optional columns in which one of these rows has a value."""
+        slices = {name: column.slice(begin, count) for name, column in self._optional.items()}
+        return {name: column for name, column in slices.items() if column.null_count < count}
 
 
 class Layout:
@@ -83,68 +110,59 @@ class Layout:
         self._before_type = system_type("_before", schema)
         self._schemas: dict[tuple[str, ...], pa.Schema] = {}
 
-    def batch(self, kind: Bytes, image: Image, tagged: Tagged) -> Batch:
-        """The batch of these rows; optional system columns only where some row has one."""
-        columns, masks = self._cast(image.texts)
-        raw_texts, raw_masks = list(image.texts), masks
-        optional: dict[str, pa.Array] = {}
-        if tagged.origin is not None and tagged.origin.null_count < len(kind):
-            optional["_origin"] = tagged.origin
-        known = tagged.committed != UNKNOWN_TIME
-        if known.any():
-            optional["_committed_at"] = _numbers(TIMESTAMP_TYPE, tagged.committed, known)
+    def blank(self, rows: int) -> Image:
+        """The image of rows that say nothing of any column."""
+        nulls = pa.nulls(rows, pa.string())
+        return Image([nulls for _ in self.sources], [None for _ in self.sources])
+
+    def batch(
+        self, image: Image, system: System, begin: int, count: int, new: Sequence[_Cells], old: Sequence[_Cells]
+    ) -> Batch:
+        """The batch of these rows, whose cells have been cast; optional system columns only where some row has one."""
+        optional = system.optional(begin, count)
         if image.old is not None:
-            before, old_masks = self._before(image, len(kind))
-            optional["_before"] = before
-            if any(mask is not None for mask in old_masks):
-                spread = _spread(image.old, len(kind))
-                raw_texts += [text.take(spread) for text in image.old_texts]
-                raw_masks = masks + [_scatter(mask, image.old, len(kind)) for mask in old_masks]
-        unchanged = self._unchanged(image.unchanged, len(kind))
+            optional["_before"] = self._before(image.old, [values for values, _ in old], count)
+        unchanged = self._unchanged(image.unchanged, count)
         if unchanged is not None:
             optional["_unchanged"] = unchanged
-        if any(mask is not None for mask in raw_masks):
-            names = [column.name for column in self.schema.columns]
-            names += ["before." + name for name in names]
-            raw = build_raw(names[: len(raw_texts)], raw_texts, raw_masks)
-            if raw is not None:
-                optional["_raw"] = raw
-        return self._assemble(kind, tagged, optional, columns)
-
-    def truncate(self, tagged: Tagged) -> Batch:
-        """The one-row batch of a TRUNCATE: nothing but system columns."""
-        kind = np.full(len(tagged.seq), TRUNCATE, np.uint8)
-        nulls = [pa.nulls(len(kind), pa.string()) for _ in self.schema.columns]
-        return self.batch(kind, Image(nulls, [None] * len(nulls)), tagged)
-
-    def _assemble(self, kind: Bytes, tagged: Tagged, optional: dict[str, pa.Array], columns: list[pa.Array]) -> Batch:
-        n = len(kind)
-        ops = pa.StringArray.from_buffers(
-            n, pa.py_buffer(np.arange(n + 1, dtype=np.int32)), pa.py_buffer(_OPS.take(kind))
-        )
-        numbers = (np.full(n, tagged.epoch, np.int64), tagged.lsn, tagged.seq, tagged.xid)
-        system = [ops, *(_numbers(pa.int64(), values) for values in numbers)]
+        raw = self._raw(image, count, [mask for _, mask in new], [mask for _, mask in old])
+        if raw is not None:
+            optional["_raw"] = raw
         names = tuple(optional)
         schema = self._schemas.get(names)
         if schema is None:
             schema = self._schemas[names] = batch_schema(self.schema, names)
-        return Batch(self.schema, pa.RecordBatch.from_arrays([*system, *optional.values(), *columns], schema=schema))
+        arrays = [*system.required(begin, count), *optional.values(), *(values for values, _ in new)]
+        return Batch(self.schema, pa.RecordBatch.from_arrays(arrays, schema=schema))
 
-    def _cast(self, texts: list[pa.Array]) -> tuple[list[pa.Array], list[Bools | None]]:
-        cells = [cast(column, text) for column, text in zip(self.schema.columns, texts, strict=True)]
-        return [values for values, _ in cells], [mask for _, mask in cells]
-
-    def _before(self, image: Image, n: int) -> tuple[pa.Array, list[Bools | None]]:
-        assert image.old is not None
-        columns, masks = self._cast(image.old_texts)
-        bitmap = None
-        if len(image.old) < n:
+    def _raw(
+        self, image: Image, n: int, masks: Sequence[Bools | None], old_masks: Sequence[Bools | None]
+    ) -> pa.Array | None:
+        found: list[tuple[str, pa.Array, Bools | None]] = [
+            (column.name, _array(text), mask)
+            for column, text, mask in zip(self.schema.columns, image.texts, masks, strict=True)
+            if mask is not None
+        ]
+        if image.old is not None and any(mask is not None for mask in old_masks):
             spread = _spread(image.old, n)
+            found += [
+                ("before." + column.name, _array(text).take(spread), _scatter(mask, image.old, n))
+                for column, text, mask in zip(self.schema.columns, image.old_texts, old_masks, strict=True)
+                if mask is not None
+            ]
+        if not found:
+            return None
+        return build_raw([name for name, _, _ in found], [text for _, text, _ in found], [mask for _, _, mask in found])
+
+    def _before(self, rows: Ints, columns: list[pa.Array], n: int) -> pa.Array:
+        bitmap = None
+        if len(rows) < n:
+            spread = _spread(rows, n)
             columns = [column.take(spread) for column in columns]
             present = np.zeros(n, np.bool_)
-            present[image.old] = True
+            present[rows] = True
             bitmap = _bitmap(present)
-        return pa.StructArray.from_buffers(self._before_type, n, [bitmap], children=columns), masks
+        return pa.StructArray.from_buffers(self._before_type, n, [bitmap], children=columns)
 
     def _unchanged(self, masks: list[Bools | None], n: int) -> pa.Array | None:
         found = [(i, mask) for i, mask in enumerate(masks) if mask is not None and mask.any()]
@@ -159,6 +177,70 @@ class Layout:
         return pa.ListArray.from_buffers(
             pa.list_(pa.string()), n, [_bitmap(counts > 0), pa.py_buffer(offsets)], children=[names]
         )
+
+
+def make_batches(walked: Sequence[tuple[Layout, Image, int]], system: System) -> list[Batch]:
+    """The batches of these images in order; each with its layout and number of rows, which `system` has one by one."""
+    wanted: list[tuple[Column, Texts]] = []
+    for layout, image, _ in walked:
+        wanted += zip(layout.schema.columns, image.texts, strict=True)
+        if image.old is not None:
+            wanted += zip(layout.schema.columns, image.old_texts, strict=True)
+    cells = iter(_cast_together(wanted))
+    batches = []
+    begin = 0
+    for layout, image, count in walked:
+        new, old = list(islice(cells, len(image.texts))), list(islice(cells, len(image.old_texts)))
+        batches.append(layout.batch(image, system, begin, count, new, old))
+        begin += count
+    return batches
+
+
+def _cast_together(wanted: Sequence[tuple[Column, Texts]]) -> list[_Cells]:
+    """Cast each text to its column's type; short ones of the same type at once."""
+    cells: list[_Cells | None] = [None] * len(wanted)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (column, text) in enumerate(wanted):
+        if len(text) < CAST_TOGETHER_ROWS:
+            # Everything that a cast looks at, but not what the column is called and where it stands.
+            sort = (column.type_oid, column.typmod, column.element_oid, column.type_name, _form(text))
+            alike.setdefault(sort, []).append(i)
+        else:
+            cells[i] = cast(column, _array(text))
+    for group in alike.values():
+        column = wanted[group[0]][0]
+        texts = [wanted[i][1] for i in group]
+        for i, part in zip(group, _cast_parts(column, texts), strict=True):
+            cells[i] = part
+    return [cell for cell in cells if cell is not None]
+
+
+def _cast_parts(column: Column, texts: Sequence[Texts]) -> Iterator[_Cells]:
+    if len(texts) == 1:
+        yield cast(column, _array(texts[0]))
+        return
+    together = pa.concat_arrays(texts) if isinstance(texts[0], pa.Array) else _array(list(chain.from_iterable(texts)))
+    values, mask = cast(column, together)
+    begin = 0
+    for text in texts:
+        end = begin + len(text)
+        masked = mask is not None and bool(mask[begin:end].any())
+        yield values.slice(begin, len(text)), mask[begin:end] if mask is not None and masked else None
+        begin = end
+
+
+def _form(texts: Texts) -> object:
+    return texts.type.id if isinstance(texts, pa.Array) else None
+
+
+def _array(texts: Texts) -> pa.Array:
+    """As a string array; as a binary one if some text is not UTF-8."""
+    if isinstance(texts, pa.Array):
+        return texts
+    try:
+        return pa.array(texts, pa.string())
+    except pa.ArrowInvalid:
+        return pa.array(texts, pa.binary())
 
 
 def _numbers(kind: pa.DataType, values: Ints, valid: Bools | None = None) -> pa.Array:

@@ -28,7 +28,7 @@ from cdc.errors import ProtocolError
 from cdc.table import TableSchema
 from connectors.postgres.buffer import HEADER, Bools, Buffer, Bytes, Ints
 from connectors.postgres.columns import walk_columns
-from connectors.postgres.image import UNKNOWN_TIME, Layout, Rows, Tagged
+from connectors.postgres.image import UNKNOWN_TIME, Layout, Rows, System, make_batches
 from connectors.postgres.messages import (
     BEGIN,
     COMMIT,
@@ -122,7 +122,8 @@ class _Transactions:
     """The transactions of one part. Entry 0 is the one that was open before it (or none), then one per Begin.
 
     `of` is the entry of every message, `inside` says whether a message stands between Begin and Commit. `first` is the
-    number of changes of the part before the transaction; entry 0 counts its earlier ones as negative.
+    number of changes of the part before the transaction; entry 0 counts its earlier ones as negative. `counted` is the
+    number of changes up to and with each message.
     """
 
     of: Ints
@@ -132,18 +133,18 @@ class _Transactions:
     xid: Ints
     committed: Ints
     first: Ints
+    counted: Ints
     end_lsn: Ints
     origins: dict[int, str]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Rows of one relation message that make one batch; a truncate has no layout's rows but is one itself."""
+    """Row messages of one relation and layout that make one batch, from message `first` on; or a truncate."""
 
     first: int
     layout: Layout
     messages: Ints
-    ordinals: Ints
     truncate: bool = False
 
 
@@ -210,8 +211,8 @@ class Decoder:
         transactions = self._transactions(messages)
         changed, truncates = self._rare(messages, transactions)
         tail = int(transactions.commits[-1]) + 1 if len(transactions.commits) else 0
-        for piece in self._pieces(messages, transactions, changed, truncates, tail):
-            portion.batches.append(self._batch(messages, transactions, piece))
+        pieces = self._pieces(messages, transactions, changed, truncates, tail)
+        portion.batches += self._batches(messages, transactions, pieces)
         self._finish(messages, transactions, portion)
 
     # --- transactions -------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ class Decoder:
         first = np.concatenate(([-self._open.ordinal if self._open else 0], counted.take(begins)))
         end_lsn = self._commits(messages, commits, lsn.take(of.take(commits)))
         origins = {0: self._open.origin} if self._open and self._open.origin is not None else {}
-        return _Transactions(of, inside, commits, lsn, xid, committed, first, end_lsn, origins)
+        return _Transactions(of, inside, commits, lsn, xid, committed, first, counted, end_lsn, origins)
 
     def _begins(self, messages: _Messages, begins: Ints) -> tuple[Ints, Ints, Ints]:
         """Commit LSN, xid and commit time of the open transaction and of each Begin."""
@@ -288,7 +289,7 @@ class Decoder:
         if not t.inside[-1]:
             self._open = None
             return
-        ordinal = int(_CHANGE.take(messages.kind).sum()) - int(t.first[end])
+        ordinal = int(t.counted[-1]) - int(t.first[end])
         self._open = _Open(int(t.lsn[end]), int(t.xid[end]), int(t.committed[end]), t.origins.get(end), ordinal)
 
     def _keepalives(self, messages: _Messages, transactions: _Transactions) -> bool:
@@ -319,7 +320,6 @@ class Decoder:
         rare = np.flatnonzero(_RARE.take(messages.kind))
         if not len(rare):
             return changed, truncates
-        counted = np.cumsum(_CHANGE.take(messages.kind), dtype=np.int64)
         for i in rare.tolist():
             kind, data, inside = messages.kind[i], messages.data(i), bool(transactions.inside[i])
             if kind == RELATION:
@@ -335,8 +335,7 @@ class Decoder:
                         raise ValueError("outside of a transaction")
                     transactions.origins[int(transactions.of[i])] = name
                 elif kind == TRUNCATE:
-                    ordinal = int(counted[i]) - 1 - int(transactions.first[transactions.of[i]])
-                    truncates += self._truncated(i, read_truncate(data), ordinal)
+                    truncates += self._truncated(i, read_truncate(data))
                 else:
                     check_message(data)
             except ValueError as error:
@@ -360,13 +359,13 @@ class Decoder:
         self._relations[oid] = known
         changed.setdefault(oid, [(-1, before)]).append((i, known))
 
-    def _truncated(self, i: int, oids: list[int], ordinal: int) -> Iterator[_Piece]:
+    def _truncated(self, i: int, oids: list[int]) -> Iterator[_Piece]:
         for oid in oids:
             known = self._relations.get(oid)
             if known is None:
                 raise ValueError("no Relation message before it")
             if known.layout is not None:
-                yield _Piece(i, known.layout, np.array([i]), np.array([ordinal]), truncate=True)
+                yield _Piece(i, known.layout, np.array([i]), truncate=True)
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -382,12 +381,10 @@ class Decoder:
         changes = np.flatnonzero(_CHANGE.take(messages.kind))
         if not len(changes):
             return []
-        of = transactions.of.take(changes)
-        ordinals = np.arange(len(changes)) - transactions.first.take(of)
-        kept = transactions.lsn.take(of) > self._after_lsn
+        kept = transactions.lsn.take(transactions.of.take(changes)) > self._after_lsn
         kept &= messages.kind.take(changes) != TRUNCATE
         if not kept.all():
-            changes, ordinals = changes[kept], ordinals[kept]
+            changes = changes[kept]
         pieces = list(truncates)
         start = messages.start.take(changes)
         # Kind, relation, kind of tuple, number of columns: checked here also for rows that nobody will walk.
@@ -407,29 +404,41 @@ class Decoder:
                 if known is None:
                     raise messages.malformed(first, "no Relation message before it")
                 if known.layout is not None:
-                    pieces.append(_Piece(first, known.layout, numbers[begin:end], ordinals.take(rows[begin:end])))
+                    pieces.append(_Piece(first, known.layout, numbers[begin:end]))
         pieces.sort(key=lambda piece: piece.first)
         return pieces
 
-    def _batch(self, messages: _Messages, transactions: _Transactions, piece: _Piece) -> Batch:
+    def _batches(self, messages: _Messages, transactions: _Transactions, pieces: list[_Piece]) -> list[Batch]:
+        """Walk the rows of each piece, and make its batch."""
+        if not pieces:
+            return []
         t = transactions
-        of = t.of.take(piece.messages)
-        tagged = Tagged(
+        order = np.concatenate([piece.messages for piece in pieces])
+        of = t.of.take(order)
+        rows = Rows(messages.kind.take(order), messages.start.take(order), messages.end.take(order))
+        walked = []
+        begin = 0
+        for piece in pieces:
+            count = len(piece.messages)
+            part = slice(begin, begin + count)
+            begin += count
+            if piece.truncate:
+                image = piece.layout.blank(count)
+            else:
+                walk = walk_rows if count < self._small_rows else walk_columns
+                own = Rows(rows.kind[part], rows.start[part], rows.end[part])
+                image = walk(messages.buffer, own, piece.layout.width, piece.layout.sources)
+            walked.append((piece.layout, image, count))
+        system = System(
             epoch=self._epoch,
+            kind=rows.kind,
             lsn=t.lsn.take(of),
-            seq=piece.ordinals,
+            seq=t.counted.take(order) - 1 - t.first.take(of),
             xid=t.xid.take(of),
             committed=t.committed.take(of),
             origin=_origins(t.origins, of) if t.origins else None,
         )
-        if piece.truncate:
-            return piece.layout.truncate(tagged)
-        rows = Rows(
-            messages.kind.take(piece.messages), messages.start.take(piece.messages), messages.end.take(piece.messages)
-        )
-        walk = walk_rows if len(rows.kind) < self._small_rows else walk_columns
-        image = walk(messages.buffer, rows, piece.layout.width, piece.layout.sources)
-        return piece.layout.batch(rows.kind, image, tagged)
+        return make_batches(walked, system)
 
 
 def _parts(blob: bytes, lengths: Ints) -> Iterator[tuple[bytes, Ints]]:

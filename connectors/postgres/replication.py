@@ -122,7 +122,7 @@ class Receiver:
         try:
             with translated(self._where):
                 self._receive()
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - the thread's last line: `take` raises it in the reader
             with self._changed:
                 self._error = e
                 self._changed.notify_all()

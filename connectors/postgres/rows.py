@@ -1,7 +1,8 @@
 """Walks the tuples of a few rows of one relation, one after the other: the small-batch twin of columns.py.
 
 Vectorised code costs some twenty numpy calls per column however few the rows are; below some 80 rows this plain loop
-is faster. It yields the same image as columns.py for every stream, and refuses the same ones.
+is faster. It yields the same image as columns.py for every stream (its texts still as Python values, which image.py
+makes arrays of for many small batches at once), and refuses the same ones.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import pyarrow as pa
 
-from connectors.postgres.buffer import Buffer
-from connectors.postgres.image import Image, Rows
+from connectors.postgres.buffer import Bools, Buffer
+from connectors.postgres.image import Image, Rows, Texts
 from connectors.postgres.messages import DELETE, INSERT, KEY, NEW, NULL, OLD, TEXT, UNCHANGED
 
 _UINT16 = struct.Struct(">H")
 _UINT32 = struct.Struct(">I")
 
-_Cell = bytes | int
-"""A text, or the kind byte NULL or UNCHANGED."""
+_Cell = bytes | int | None
+"""A text, None for NULL, or UNCHANGED."""
 
 
 def walk_rows(buffer: Buffer, rows: Rows, width: int, sources: list[int]) -> Image:
@@ -46,13 +46,10 @@ def walk_rows(buffer: Buffer, rows: Rows, width: int, sources: list[int]) -> Ima
         if at != end:
             raise buffer.malformed(start, "its tuples do not end with its frame")
         cells.append(row)
-    image = Image(
-        [_texts(buffer, rows, cells, i) for i in sources],
-        [np.fromiter((row[i] == UNCHANGED for row in cells), np.bool_, len(cells)) for i in sources],
-    )
+    image = Image(*_by_column(cells, sources))
     if old:
         image.old = np.asarray(old, np.int64)
-        image.old_texts = [_texts(buffer, rows, old_cells, i) for i in sources]
+        image.old_texts, _ = _by_column(old_cells, sources)
     return image
 
 
@@ -73,7 +70,7 @@ def _walk(buffer: Buffer, message: int, at: int, end: int, width: int) -> tuple[
             cells.append(blob[start:at])
         elif kind in (NULL, UNCHANGED):
             at += 1
-            cells.append(kind)
+            cells.append(None if kind == NULL else UNCHANGED)
         else:
             raise buffer.malformed(message, "unknown kind of value")
         if at > end:
@@ -84,13 +81,19 @@ def _walk(buffer: Buffer, message: int, at: int, end: int, width: int) -> tuple[
 def _fill(row: list[_Cell], before: list[_Cell], full: bool) -> None:
     """Where the new tuple says "unchanged" and the old one holds the value, it is the value."""
     for i, cell in enumerate(row):
-        if cell == UNCHANGED and (isinstance(before[i], bytes) or (full and before[i] == NULL)):
-            row[i] = before[i]
+        known = before[i]
+        if cell == UNCHANGED and (isinstance(known, bytes) or (full and known is None)):
+            row[i] = known
 
 
-def _texts(buffer: Buffer, rows: Rows, cells: list[list[_Cell]], column: int) -> pa.Array:
-    texts = [cell if isinstance(cell := row[column], bytes) else None for row in cells]
-    try:
-        return pa.array(texts, pa.string())
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise buffer.malformed(int(rows.start[0]), "text is not UTF-8 in it or a message near it") from error
+def _by_column(cells: list[list[_Cell]], sources: list[int]) -> tuple[list[Texts], list[Bools | None]]:
+    """Texts of the kept columns, and where each was not sent (None: nowhere)."""
+    columns = list(zip(*cells, strict=True))
+    texts: list[Texts] = [columns[i] for i in sources]
+    unchanged: list[Bools | None] = [None for _ in sources]
+    if any(UNCHANGED in row for row in cells):
+        for place, text in enumerate(texts):
+            if UNCHANGED in text:
+                unchanged[place] = np.asarray([cell == UNCHANGED for cell in text])
+                texts[place] = [None if cell == UNCHANGED else cell for cell in text]
+    return texts, unchanged

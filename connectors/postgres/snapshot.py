@@ -1,9 +1,9 @@
 """Reads existing rows: one table at a time, in a snapshot of its own, as typed columns.
 
-The rules of snapshots hold here by construction: ACCESS SHARE lock first and only then the snapshot; repeatable read, read
-only; `row_security = off`; the publication's row filter and column list apply; keys are compared in Postgres only; COPY as
-CSV parsed into strings, then the same cast as the stream. Writes nothing. Which chunks are read, and what of them is
-kept, is decided in cdc.backfill.
+The rules of snapshots hold here by construction: ACCESS SHARE lock first and only then the snapshot; repeatable
+read, read only; `row_security = off`; the publication's row filter and column list apply; keys are compared in
+Postgres only; COPY as CSV parsed into strings, then the same cast as the stream. Writes nothing. Which chunks are
+read, and what of them is kept, is decided in cdc.backfill.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ left join pg_prepared_xacts p on p.transaction = l.transactionid
 where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
 """
 
+NOTHING = sql.Composed([])
 BLOCKS_PER_CHUNK = 4096
 """A keyless table is read in ranges of blocks of one snapshot: 32 MB at the usual block size."""
 
@@ -56,9 +57,7 @@ class PostgresSnapshotReader:
             connection = self._ready()
             found = catalog.published(connection, self._config)
             described = catalog.describe(connection, list(found))
-        return [
-            catalog.restricted(described[oid].schema, p.columns) for oid, p in found.items() if oid in described
-        ]
+        return [catalog.restricted(described[oid].schema, p.columns) for oid, p in found.items() if oid in described]
 
     def writers(self) -> dict[str, str]:
         with translated(self._where):
@@ -77,17 +76,17 @@ class PostgresSnapshotReader:
                     hint=f"`alter publication {self._config.publication[0]} add table {schema.table}`",
                 )
             connection.execute("begin isolation level repeatable read read only")
-            connection.execute(
-                sql.SQL("lock table {} in access share mode").format(self._relation(described))
-            )
+            connection.execute(sql.SQL("lock table {} in access share mode").format(self._relation(described)))
             row = connection.execute(
                 "select pg_current_snapshot()::text, pg_is_in_recovery(),"
                 " case when not pg_is_in_recovery() then pg_current_wal_insert_lsn()::text end"
             ).fetchone()
             assert row is not None
             if row[1]:
-                raise SourceRefused(f"{where}: a standby's snapshots leave out running transactions",
-                                    hint="point the source at the primary")
+                raise SourceRefused(
+                    f"{where}: a standby's snapshots leave out running transactions",
+                    hint="point the source at the primary",
+                )
             under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if under_lock is None:
                 raise SourceRefused(f"{where} was dropped")
@@ -112,8 +111,10 @@ class PostgresSnapshotReader:
     ) -> RowsRead:
         assert self._open is not None, "begin first"
         schema = self._open.schema
-        conditions = [sql.SQL("({})").format(sql.SQL(self._filter))] if self._filter else []  # type: ignore[arg-type]
-        order, limit = sql.SQL(""), sql.SQL("")
+        conditions: list[sql.Composed] = []
+        if self._filter:
+            conditions.append(sql.SQL("({})").format(sql.SQL(self._filter)))
+        order, limit = NOTHING, NOTHING
         if keys is not None:
             conditions.append(self._among(schema, keys))
         elif schema.key:
@@ -160,18 +161,18 @@ class PostgresSnapshotReader:
             )
         return self._connection
 
-    def _relation(self, described: catalog.Described) -> sql.Composable:
+    def _relation(self, described: catalog.Described) -> sql.Composed:
         """The table itself; a partitioned root stands for its partitions."""
-        name = sql.Identifier(*described.schema.table)
-        return name if described.kind == "p" else sql.SQL("only {}").format(name)
+        pattern = "{}" if described.kind == "p" else "only {}"
+        return sql.SQL(pattern).format(sql.Identifier(*described.schema.table))
 
-    def _among(self, schema: TableSchema, keys: Sequence[tuple[str, ...]]) -> sql.Composable:
+    def _among(self, schema: TableSchema, keys: Sequence[tuple[str, ...]]) -> sql.Composed:
         if not keys:
-            return sql.SQL("false")
+            return sql.SQL("{}").format(sql.Literal(False))
         rows = sql.SQL(", ").join(sql.SQL("({})").format(_values(schema, key)) for key in keys)
         return sql.SQL("({}) in ({})").format(_names(schema.key), rows)
 
-    def _read_blocks(self, conditions: list[sql.Composable], first: int) -> RowsRead:
+    def _read_blocks(self, conditions: list[sql.Composed], first: int) -> RowsRead:
         """Rows of the next range of blocks; `last_key` is the block to go on with."""
         assert self._open is not None
         connection = self._ready()
@@ -186,17 +187,17 @@ class PostgresSnapshotReader:
             *conditions,
             sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)")),
         ]
-        table, _ = self._copy(ranged if self._open.kind != "p" else conditions, sql.SQL(""), sql.SQL(""))
+        table, _ = self._copy(ranged if self._open.kind != "p" else conditions, NOTHING, NOTHING)
         done = end >= blocks or self._open.kind == "p"
         return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=(str(end),), done=done)
 
     def _copy(
-        self, conditions: list[sql.Composable], order: sql.Composable, limit: sql.Composable
+        self, conditions: list[sql.Composed], order: sql.Composed, limit: sql.Composed
     ) -> tuple[RowsRead, list[pa.Array]]:
         """Typed rows of one COPY, and the text columns that they were cast from."""
         assert self._open is not None
         schema = self._open.schema
-        where = sql.SQL("where {}").format(sql.SQL(" and ").join(conditions)) if conditions else sql.SQL("")
+        where = sql.SQL("where {}").format(sql.SQL(" and ").join(conditions)) if conditions else NOTHING
         names = _names([c.name for c in schema.columns])
         relation = self._relation(self._open)
         if not schema.columns:
@@ -253,13 +254,13 @@ def _index(schema: TableSchema, name: str) -> int:
     return next(i for i, c in enumerate(schema.columns) if c.name == name)
 
 
-def _names(names: Sequence[str]) -> sql.Composable:
+def _names(names: Sequence[str]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, names))
 
 
-def _values(schema: TableSchema, key: tuple[str, ...]) -> sql.Composable:
+def _values(schema: TableSchema, key: tuple[str, ...]) -> sql.Composed:
     """Key texts as literals of their columns' types; types' names come from format_type, which quotes them."""
     return sql.SQL(", ").join(
-        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(schema.column(name).type_name))  # type: ignore[arg-type]
+        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(schema.column(name).type_name))
         for name, text in zip(schema.key, key, strict=True)
     )

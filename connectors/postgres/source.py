@@ -1,8 +1,9 @@
 """The stream of one Postgres database: slot, publication and relations put together into portions of batches.
 
 Guarantees: portions come in stream order, each change exactly once per open; a second daemon on the same slot waits
-(advisory lock on the source, held by a connection of its own). Confirming only records a number here: who may call it is
-decided in cdc.capture. It does not create slot or publication (admin.py does) and reads no rows (snapshot.py does).
+(advisory lock on the source, held by a connection of its own). Confirming only records a number here: who may call
+it is decided in cdc.capture. It does not create slot or publication (admin.py does) and reads no rows (snapshot.py
+does).
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class PostgresSource:
         self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=after.lsn if after is not None else 0)
 
     def read(self, timeout_s: float) -> Portion | None:
-        assert self._receiver is not None and self._decoder is not None, "open first"
+        assert self._receiver is not None, "open first"
+        assert self._decoder is not None, "open first"
         blob = self._receiver.take(timeout_s)
         if blob is None:
             return None
@@ -135,7 +137,8 @@ class PostgresSource:
 
         The catalog may be newer than the message. What it no longer has is taken from the version known before.
         """
-        assert self._catalog is not None and self._register is not None
+        assert self._catalog is not None
+        assert self._register is not None
         table = TableId(relation.schema, relation.name)
         with translated(self._where):
             if relation.oid not in self._published:
@@ -154,9 +157,7 @@ class PostgresSource:
             sent_key = {c.name for c in relation.columns if c.is_key}
             ordered = described.schema.key if described is not None else ()
             key = ordered if set(ordered) == sent_key else tuple(c.name for c in relation.columns if c.is_key)
-        schema = TableSchema(
-            table=table, oid=relation.oid, columns=tuple(columns), key=key, identity=relation.identity
-        )
+        schema = TableSchema(table=table, oid=relation.oid, columns=tuple(columns), key=key, identity=relation.identity)
         registered = self._register(schema)
         self._known[relation.oid] = registered
         return registered

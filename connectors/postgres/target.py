@@ -189,9 +189,7 @@ class PostgresTarget:
         # Deferred constraints would fail at COMMIT, where no row can be told from another.
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
         columns = ", ".join(f"c{i} text" for i in range(width))
-        connection.execute(
-            f"CREATE TEMP TABLE cdc_stage ({columns}, k text NOT NULL, d text NOT NULL) ON COMMIT DROP"
-        )
+        connection.execute(f"CREATE TEMP TABLE cdc_stage ({columns}, k text NOT NULL, d text NOT NULL) ON COMMIT DROP")
 
     def _require_state(self, connection: psycopg.Connection[Any]) -> None:
         if _state_format(connection):
