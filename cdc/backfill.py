@@ -1,10 +1,11 @@
 """Snapshots while the stream runs: first snapshot, resync and re-reading of single keys, chunk by chunk.
 
 Reader and log appender are one process, so what is in the log when a snapshot is taken is known; the rules that make
-this lose nothing are in docs/snapshots.md, and each is named where it is kept. A chunk and its progress are one append. A
-run that is killed goes on after its last chunk; a table whose shape changes starts its run anew. Takes no lock on the
-source beyond ACCESS SHARE, keeps no snapshot open longer than one chunk (but for a table without a key), and writes
-nothing there. One run at a time per source; it does not merge and does not decide which tables exist.
+this lose nothing are in docs/snapshots.md, and each is named where it is kept. A chunk and its progress are one
+append. A run that is killed goes on after its last chunk; a table whose shape changes starts its run anew. Takes no
+lock on the source beyond ACCESS SHARE, keeps no snapshot open longer than one chunk (but for a table without a
+key), and writes nothing there. One run at a time per source; it does not merge and does not decide which tables
+exist.
 """
 
 from __future__ import annotations
@@ -233,7 +234,9 @@ class Backfill:
             return True
         return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
 
-    def _append_chunk(self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, mark: _Mark) -> bool:
+    def _append_chunk(
+        self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, mark: _Mark
+    ) -> bool:
         """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
         with self._log.lock():
             records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]

@@ -1,8 +1,8 @@
 """Capture: source → event log, and the one place that lets a source forget.
 
 `ConfirmGate` decides how far the slot may be confirmed: under `confirm_after = "landed"` to where everything logged has
-landed, under `"log"` to what is logged. Before the slot passes a position, that position stands in the lake's anchor object,
-so that a daemon on an empty disk knows whether something was lost. Nobody but capture confirms.
+landed, under `"log"` to what is logged. Before the slot passes a position, that position stands in the lake's
+anchor object, so that a daemon on an empty disk knows whether something was lost. Nobody but capture confirms.
 
 It does not decode (the source does), does not land, and keeps no state but what log and lake hold.
 """

@@ -167,20 +167,21 @@ def _verify(p: argparse.ArgumentParser) -> None:
 def _query(p: argparse.ArgumentParser) -> None:
     p.add_argument("sql", metavar="SQL", help="DuckDB SQL over <source>.<table> and <source>.<table>_changelog")
     p.add_argument("--format", choices=("table", "json", "csv"), default="table", help="of the result")
-    p.add_argument("--limit", type=int, default=1000, metavar="N", help="rows shown as a table (default 1000)")
+    p.add_argument("--limit", type=_count, metavar="N", help="rows at most (default: 1000 as a table, else 1000000)")
+    p.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="exit 1 after this long (default 600)")
 
 
 def _log_list(p: argparse.ArgumentParser) -> None:
     p.add_argument("--source", metavar="NAME", help="one source; none: all")
     p.add_argument("--table", metavar="T", help="one table; none: all")
     p.add_argument("--after", type=int, default=0, metavar="OFFSET", help="records after this offset")
-    p.add_argument("--limit", type=int, default=100, metavar="N", help="records at most (default 100)")
+    p.add_argument("--limit", type=_count, default=100, metavar="N", help="records at most (default 100)")
 
 
 def _log_tail(p: argparse.ArgumentParser) -> None:
     p.add_argument("--source", metavar="NAME", help="one source; none: all")
     p.add_argument("--table", metavar="T", help="one table; none: all")
-    p.add_argument("--limit", type=int, default=10, metavar="N", help="records to begin with (default 10)")
+    p.add_argument("--limit", type=_count, default=10, metavar="N", help="records to begin with (default 10)")
     p.add_argument("--timeout", type=_seconds, metavar="S", help="stop after this long; none: until interrupted")
 
 
@@ -201,7 +202,7 @@ def _applied(kind: str) -> Declare:
 
 def _history(p: argparse.ArgumentParser) -> None:
     _named("sync")(p)
-    p.add_argument("--limit", type=int, default=20, metavar="N", help="runs shown (default 20)")
+    p.add_argument("--limit", type=_count, default=20, metavar="N", help="runs shown (default 20)")
 
 
 def _demo(p: argparse.ArgumentParser) -> None:
@@ -216,6 +217,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number greater than 0")
     return value
 
 

@@ -61,7 +61,9 @@ def key_of(arrays: Sequence[pa.Array], raw: pa.Array | None, names: Sequence[str
     if not arrays:
         raise ValueError("a key has at least one column")
     use_raw = raw is not None and raw.null_count < len(raw)
-    texts = [_with_raw(array, raw if use_raw else None, prefix + name) for array, name in zip(arrays, names, strict=True)]
+    texts = [
+        _with_raw(array, raw if use_raw else None, prefix + name) for array, name in zip(arrays, names, strict=True)
+    ]
     if len(texts) == 1:
         return texts[0]
     parts: list[pa.Array] = []

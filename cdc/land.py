@@ -1,11 +1,12 @@
 """Landing: event log → changelogs in the lake, cut at common positions of a source.
 
-A cut is a point between two transactions up to which every table's changes are in the open objects; each changelog is then
-committed with the cut's position in the same Delta commit. Rows that a changelog holds already (its token says so) are left out
-by the changelog itself, so a cut that is repeated after a crash changes nothing. A transaction too big to wait for is
-written to objects while it arrives, and committed when its Commit is in the log.
+A cut is a point between two transactions up to which every table's changes are in the open objects; each changelog
+is then committed with the cut's position in the same Delta commit. Rows that a changelog holds already (its token
+says so) are left out by the changelog itself, so a cut that is repeated after a crash changes nothing. A
+transaction too big to wait for is written to objects while it arrives, and committed when its Commit is in the log.
 
-A table that fails stops alone. It does not merge (cdc.merge), and it does not decide what the source may forget (cdc.capture).
+A table that fails stops alone. It does not merge (cdc.merge), and it does not decide what the source may forget
+(cdc.capture).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cdc.capture import ConfirmGate
 from cdc.errors import CdcError, LogCorrupt, StreamRestarted, Verdict
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter
+from cdc.lake.lease import Lease
 from cdc.log import EventLog, LogRecord
 from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
@@ -31,6 +33,8 @@ from cdc.table import TableId
 
 log = logging.getLogger(__name__)
 
+ORPHAN_S = 24 * 3600.0
+"""Age from which an object that no version shows is nobody's any more; longer than any transaction should stay open."""
 READ_BYTES = 8 << 20
 """Log bytes in one item: bounds memory, and how late a request to land is seen."""
 OPEN_BYTES = 16 << 20
@@ -74,7 +78,8 @@ class LandStats:
 
 
 class LogReader:
-    """The upstream end: groups of log records behind an offset, never past the beginning of a small open transaction."""
+    """The upstream end: groups of log records behind an offset, never past the beginning of a small open
+    transaction."""
 
     def __init__(self, source: str, log: EventLog, state: State, gate: ConfirmGate, due: Callable[[], bool]) -> None:
         self._source = source
@@ -99,7 +104,9 @@ class LogReader:
             position = self._log.position(self._source)
             end = self._log.end_offset(self._source)
         if generation != self._generation:
-            raise StreamRestarted(f"source {self._source}: the stream was restarted; landing starts again at its checkpoint")
+            raise StreamRestarted(
+                f"source {self._source}: the stream was restarted; landing starts again at its checkpoint"
+            )
         if position is None:
             self._log.wait(self._source, self._offset, timeout_s)
             return None
@@ -176,7 +183,7 @@ class Lander:
         temp_dir: Path,
         land_every_s: float,
         land_bytes: int,
-        check_lease: Callable[[], None],
+        lease: Lease,
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
     ) -> None:
@@ -189,7 +196,7 @@ class Lander:
         self._temp_dir = temp_dir
         self._land_every_s = land_every_s
         self._land_bytes = land_bytes
-        self._check_lease = check_lease
+        self._lease = lease
         self._stop_table = stop_table
         self._is_stopped = is_stopped
         self._changelogs: dict[TableId, ChangelogTable] = {}
@@ -246,7 +253,8 @@ class Lander:
         return self._settle()
 
     def _look_around(self) -> None:
-        """Where the changelogs stand. A kill between two tables leaves them at different cuts, so no common one is known
+        """Where the changelogs stand. A kill between two tables leaves them at different cuts, so no common one is
+        known
         until landing has passed the highest."""
         self.landed_cut = None
         self._versions.clear()
@@ -257,6 +265,7 @@ class Lander:
             if version >= 0:
                 self._versions[known.table] = version
                 self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
+                changelog.reclaim(ORPHAN_S)
 
     def _settle(self) -> LandPoint | None:
         """Commit if it is due and we stand at a cut; without open rows every cut is durable as it is."""
@@ -298,12 +307,12 @@ class Lander:
 
     def _commit(self, cut: LandPoint) -> None:
         assert cut.boundary is not None
-        self._check_lease()
+        self._lease.check()
         failpoint("land.before_cut")
         for table, writer in list(self._writers.items()):
             began = time.perf_counter()
             try:
-                landed = writer.commit(cut.boundary)
+                landed = writer.commit(cut.boundary, fence=self._lease.fence)
             except CdcError as e:
                 if e.verdict is not Verdict.OPERATOR:
                     raise

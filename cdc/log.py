@@ -232,10 +232,12 @@ class EventLog:
         if open_from:
             sql = "select sum(bytes) from records where source = ? and offset >= ?"
             open_bytes = int(self._state.query(sql, (source, open_from))[0][0] or 0)
-        message = f"the event log holds {_mb(live)} of at most {_mb(self._bytes_max)} and {_mb(size)} more do not fit"
+        message = (
+            f"the event log holds {_size(live)} of at most {_size(self._bytes_max)} and {_size(size)} more do not fit"
+        )
         if open_bytes > live // 2:
             raise LogFull(
-                f"{message}; {_mb(open_bytes)} belong to a transaction that has not ended",
+                f"{message}; {_size(open_bytes)} belong to a transaction that has not ended",
                 hint="raise log_bytes_max above the size of that transaction",
             )
         raise LogFull(
@@ -533,14 +535,16 @@ def _checked(source: str, tail: _Tail, entries: Sequence[Entry], boundary: Bound
     if tail.open_from and boundary is not None and tail.open_lsn > reached:
         raise InvariantBroken(f"source {source}: a boundary stands before the open transaction")
     open_lsn = tail.open_lsn if tail.open_from and boundary is None else 0
+    newest = dict(tail.last)
     for entry in entries:
         (first, _), (last, _) = entry.first, entry.last
         if position is not None and entry.epoch != position.epoch:
             raise InvariantBroken(f"rows of {entry.table} are of epoch {entry.epoch}, the position is {_at(position)}")
         if first <= logged:
             raise InvariantBroken(f"rows of {entry.table} at {first:X} are logged already, up to {logged:X}")
-        if entry.first <= tail.last.get(entry.table, (0, -1)):
-            raise InvariantBroken(f"rows of {entry.table} at {first:X} of the open transaction come a second time")
+        if entry.first <= newest.get(entry.table, (0, -1)):
+            raise InvariantBroken(f"rows of {entry.table} at {first:X} come a second time")
+        newest[entry.table] = entry.last
         if last > reached:
             open_lsn = open_lsn or last
             if first != open_lsn or last != open_lsn:
@@ -567,8 +571,8 @@ def _at(boundary: Boundary) -> str:
     return f"{boundary.epoch}/{boundary.lsn:X}"
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} KB"
 
 
 __all__ = ["EventLog", "LogRecord", "LogStats"]

@@ -1,9 +1,10 @@
 """Merging: changelogs → current tables, all tables of a source to one common cut.
 
-After every merge round that brings each table to the versions of one landed cut, the cut is recorded with the current tables'
-versions: models and syncs read exactly these, so they never join the orders of now with the customers of before. Cadence
-follows `merge_every_s`, and merging takes at most `merge_share` of the time unless somebody waits for it. How one table
-is merged is in cdc.lake.current; what is unresolved there is read again by cdc.backfill.
+After every merge round that brings each table to the versions of one landed cut, the cut is recorded with the
+current tables' versions: models and syncs read exactly these, so they never join the orders of now with the
+customers of before. Cadence follows `merge_every_s`, and merging takes at most `merge_share` of the time unless
+somebody waits for it. How one table is merged is in cdc.lake.current; what is unresolved there is read again by
+cdc.backfill.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from cdc.state import State
 from cdc.table import TableId
 
 log = logging.getLogger(__name__)
+
+BLOCKED_S = 0.3
+"""Pause before a table that waits for a snapshot's rows is looked at again."""
 
 
 class Merger:
@@ -67,6 +71,8 @@ class Merger:
         self._asked = 0
         self._not_before = 0.0
         self._versions: dict[TableId, int] = {}
+        self._through: dict[TableId, int] = {}
+        self._blocked: dict[TableId, float] = {}
         self._saved_lsn = -1
         self.merged_end_lsn = 0
         """End LSN of the last cut that every table has been merged to."""
@@ -121,16 +127,20 @@ class Merger:
             current = CurrentTable(self._store, self._source, table, temp_dir=self._temp_dir)
             self._pairs[table] = changelog, current
         changelog, current = self._pairs[table]
-        if table in self._versions and current.merged() >= through:
+        if self._through.get(table, -1) >= through:
             return self._versions[table]
+        if time.monotonic() < self._blocked.get(table, 0.0):
+            return None
         self._check_lease()
         began = time.perf_counter()
         result = current.merge(changelog, schema, through=through, own_origins=self._own_origins)
-        if result.unresolved:
-            self._wish(table, result.unresolved)
+        if result.unresolved or result.version is None:
+            # Both wait for rows that a snapshot has yet to bring.
+            self._blocked[table] = time.monotonic() + BLOCKED_S
+            if result.unresolved:
+                self._wish(table, result.unresolved)
             return None
-        if result.waiting:
-            return None
+        self._through[table] = through
         metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         rows = result.rows_upserted + result.rows_deleted
         metrics.MERGED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(rows)

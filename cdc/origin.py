@@ -1,8 +1,9 @@
 """Where a source's history stands, decided once per start: epoch, position, and whether anything was lost.
 
-Compares three witnesses: the server (system identifier, timeline, slot), the lake's anchor object, and the local log. Every
-disagreement ends in an error that names the situation and what mends it; none is passed over. Creates publication and slot
-at the very first start, and after `cdc teardown` followed by a start, which begins a new epoch.
+Compares three witnesses: the server (system identifier, timeline, slot), the lake's anchor object, and the local
+log. Every disagreement ends in an error that names the situation and what mends it; none is passed over. Creates
+publication and slot at the very first start, and after `cdc teardown` followed by a start, which begins a new
+epoch.
 """
 
 from __future__ import annotations
@@ -64,37 +65,38 @@ def _begin(
 def _check_history(config: SourceConfig, identity: SourceIdentity, known: AnchorState) -> None:
     if (identity.system_id, identity.database) != (known.system_id, known.database):
         raise SourceRefused(
-            f"source {config.name}: the lake holds database {known.database!r} of server {known.system_id}, but the dsn"
-            f" leads to database {identity.database!r} of server {identity.system_id}",
+            f"source {config.name}: the lake holds database {known.database!r} of server {known.system_id},"
+            f" but the dsn leads to database {identity.database!r} of server {identity.system_id}",
             hint=f"correct the dsn; if this server is to take its place: {ANEW}",
         )
     if config.slot != known.slot:
         raise SourceRefused(
-            f"source {config.name}: the lake was filled from slot {known.slot!r}, the configuration names {config.slot!r}",
+            f"source {config.name}: the lake was filled from slot {known.slot!r},"
+            f" the configuration names {config.slot!r}",
             hint=f"set `slot` back; to go on with another slot: {ANEW}",
         )
 
 
 def _check_slot(config: SourceConfig, status: SourceStatus, known: AnchorState) -> None:
+    name, slot = config.name, config.slot
     if not status.slot_exists:
         raise SlotLost(
-            f"source {config.name}: replication slot {config.slot!r} is gone; what was committed since is lost to it",
-            hint=ANEW,
+            f"source {name}: replication slot {slot!r} is gone; what was committed since is lost to it", hint=ANEW
         )
     if status.wal_status == "lost":
         raise SlotLost(
-            f"source {config.name}: the server has removed WAL that slot {config.slot!r} needs (wal_status lost)",
+            f"source {name}: the server has removed WAL that slot {slot!r} needs (wal_status lost)",
             hint=f"{ANEW}; raise max_slot_wal_keep_size so that it does not happen again",
         )
     if status.head_lsn < known.may_confirm_lsn:
         raise SlotLost(
-            f"source {config.name}: the server is behind what the lake holds; it was restored from a backup, or a standby"
-            " without the last changes was promoted",
+            f"source {name}: the server is behind what the lake holds; it was restored from a backup,"
+            " or a standby without the last changes was promoted",
             hint=ANEW,
         )
     if known.mode == "landed" and status.confirmed_lsn > known.may_confirm_lsn:
         raise SlotLost(
-            f"source {config.name}: slot {config.slot!r} was moved ahead by someone else; changes in between are lost to it",
+            f"source {name}: slot {slot!r} was moved ahead by someone else; the changes in between are lost to it",
             hint=ANEW,
         )
 

@@ -1,8 +1,9 @@
 """One source from its slot to its current tables: the parts, their threads, and the life of its tables.
 
-Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and discovery of
-tables). They meet only in the log, the state database and the lake, so none blocks another; the log is the buffer. It
-holds the rules by which a table begins, stops alone and comes back. What each part does is in its own module.
+Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and
+discovery of tables). They meet only in the log, the state database and the lake, so none blocks another; the log is
+the buffer. It holds the rules by which a table begins, stops alone and comes back. What each part does is in its
+own module.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from cdc import metrics, registry
@@ -85,7 +85,9 @@ class Pipeline:
         self._prune_at = 0.0
         self._renew_at = 0.0
         self.workers = [
-            Worker(f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s)
+            Worker(
+                f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s
+            )
             for part, step, idle_s in (
                 ("capture", self._capture_step, 0.2),
                 ("land", self._land_step, 0.2),
@@ -171,7 +173,7 @@ class Pipeline:
     def _build(self, anchor: AnchorState) -> None:
         lake = self._config.lake
         self._epoch = anchor.epoch
-        self._temp.mkdir(parents=True, exist_ok=True)
+        (self._temp / "land").mkdir(parents=True, exist_ok=True)
         tables = self._state.tables(self.name)
         self._stopped = {t.table for t in tables if t.state in ("stopped", "removed")}
         self._stopped |= {t.table for t in tables if self._state.is_paused("table", f"{self.name}/{t.table}")}
@@ -184,7 +186,7 @@ class Pipeline:
         self.lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
-            check_lease=self._lease.check, stop_table=self.stop_table, is_stopped=self.is_stopped,
+            lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_stopped,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
@@ -211,7 +213,9 @@ class Pipeline:
             try:
                 self._anchor.save(replace(known, may_confirm_lsn=max(may_confirm_lsn, known.may_confirm_lsn)))
             except StoreConflict as e:
-                raise LeaseLost(f"source {self.name}: another daemon wrote the lake's anchor", hint="run only one") from e
+                raise LeaseLost(
+                    f"source {self.name}: another daemon wrote the lake's anchor", hint="run only one"
+                ) from e
 
     # ---- the other parts ----
 
@@ -268,9 +272,7 @@ class Pipeline:
         self._stopped.discard(table)
         counter = max(tokens.snapshot_seq + 1, before.snapshot_seq if before is not None else 0)
         state = "streaming" if complete and not came_back else "new"
-        self._state.update_table(
-            self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter
-        )
+        self._state.update_table(self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter)
         if state == "new":
             self.backfill.order(table, "first", "table came back" if came_back else "")
 
@@ -285,12 +287,14 @@ class Pipeline:
         return table in self._stopped
 
     def stop_table(self, table: TableId, error: CdcError) -> None:
-        """Let one table stand still; first the lake is told that it needs a resync, then its changes are passed over."""
+        """Let one table stand still; first the lake is told that it needs a resync, then its changes are passed
+        over."""
         self._mark(table, True)
         self._stopped.add(table)
         self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
         log.error(
-            error.args[0], extra={"source": self.name, "table": str(table), "error": type(error).__name__, "hint": error.hint}
+            error.args[0],
+            extra={"source": self.name, "table": str(table), "error": type(error).__name__, "hint": error.hint},
         )
 
     def pause_table(self, table: TableId, pause: bool) -> None:
@@ -370,9 +374,7 @@ class Pipeline:
         if not self._prepared.is_set():
             return
         reached = self.reached()
-        self._state.save_source(
-            self.name, received_lsn=self.log_end.received_lsn, confirmed_lsn=self._gate.allowed
-        )
+        self._state.save_source(self.name, received_lsn=self.log_end.received_lsn, confirmed_lsn=self._gate.allowed)
         facts: dict[str, Any] = {"landed_lsn": reached["landed"], "merged_lsn": reached["merged"]}
         self._state.set(progress_fact(self.name), facts)
         head = self.log_end.received_lsn

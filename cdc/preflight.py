@@ -12,6 +12,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from cdc import registry
 from cdc.config import Config, SourceConfig, TargetConfig, has_inline_password
@@ -127,8 +128,8 @@ def _check_state_dir(config: Config) -> list[Finding]:
                 object="config",
             )
         )
-    scheme, _, path = config.lake.url.partition("://")
-    if scheme == "file" and same_disk(config.state_dir, Path(path)):
+    lake = urlsplit(config.lake.url)
+    if lake.scheme == "file" and same_disk(config.state_dir, Path(unquote(lake.path))):
         findings.append(
             Finding(
                 name="one disk",

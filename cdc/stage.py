@@ -4,8 +4,9 @@ Every hop is one use of `Stage`: source → log, log → lake. The proof of deli
 what the downstream says it holds, and is told that it may forget only what the downstream has returned as durable.
 So dying between any two lines repeats work and loses none; the downstream makes the repetition invisible.
 
-`step()` is one bounded turn: it waits for input no longer than it is told, never sleeps and never retries. Retrying is the
-supervisor's: after an error the stage closes both ends, and the next step opens them again from durable state.
+`step()` is one bounded turn: it waits for input no longer than it is told, never sleeps and never retries. Retrying
+is the supervisor's: after an error the stage closes both ends, and the next step opens them again from durable
+state.
 """
 
 from __future__ import annotations
@@ -15,34 +16,38 @@ from typing import Generic, Protocol, TypeVar
 
 ItemT = TypeVar("ItemT")
 PointT = TypeVar("PointT")
+ReadT_co = TypeVar("ReadT_co", covariant=True)
+AfterT_contra = TypeVar("AfterT_contra", contravariant=True)
+WrittenT_contra = TypeVar("WrittenT_contra", contravariant=True)
+DurableT_co = TypeVar("DurableT_co", covariant=True)
 
 
-class Upstream(Protocol[ItemT, PointT]):
+class Upstream(Protocol[ReadT_co, AfterT_contra]):
     """Where a stage reads."""
 
-    def open(self, after: PointT) -> None:
+    def open(self, after: AfterT_contra) -> None:
         """Go to just behind `after`."""
 
-    def read(self, timeout_s: float) -> ItemT | None:
+    def read(self, timeout_s: float) -> ReadT_co | None:
         """The next item in order, None if there is none in time."""
 
-    def confirm(self, durable: PointT) -> None:
+    def confirm(self, durable: AfterT_contra) -> None:
         """Everything up to `durable` is safe downstream; idempotent, never backwards."""
 
     def close(self) -> None:
         """Let go; idempotent."""
 
 
-class Downstream(Protocol[ItemT, PointT]):
+class Downstream(Protocol[WrittenT_contra, DurableT_co]):
     """Where a stage writes."""
 
-    def resume(self) -> PointT:
+    def resume(self) -> DurableT_co:
         """The point that is durable here; forget everything that is only buffered."""
 
-    def write(self, item: ItemT) -> PointT | None:
+    def write(self, item: WrittenT_contra) -> DurableT_co | None:
         """Take an item. The point that is durable now, or None if nothing new is."""
 
-    def tick(self) -> PointT | None:
+    def tick(self) -> DurableT_co | None:
         """Called when there was nothing to read: make durable what is due. As `write`."""
 
 

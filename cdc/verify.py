@@ -2,10 +2,11 @@
 
 A snapshot S of the table is taken under the same rules as any other; then the lake is awaited up to a position read
 after S. What transactions that S does not see have changed by then is left out (by transaction id, not by position) and
-compared in a round of its own; what remains after the last round is reported as not compared, never as equal. Rows go to
-temporary Parquet files and are joined there by DuckDB under a memory limit, so size does not matter.
+compared in a round of its own; what remains after the last round is reported as not compared, never as equal. Rows
+go to temporary Parquet files and are joined there by DuckDB under a memory limit, so size does not matter.
 
-Runs in the operator's process, changes nothing, and shows keys only: values never leave the temporary files unless asked.
+Runs in the operator's process, changes nothing, and shows keys only: values never leave the temporary files unless
+asked.
 """
 
 from __future__ import annotations
@@ -238,8 +239,7 @@ class _Comparison:
                 wanted_columns = [n for n in [*names, raw_name] if n in present]
                 for batch in file.iter_batches(batch_size=self._chunk_rows, columns=wanted_columns):
                     columns = [
-                        batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.field(n).type)
-                        for n in names
+                        batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.field(n).type) for n in names
                     ]
                     raw = batch.column(raw_name) if raw_name in present else None
                     by_name = dict(zip(names, columns, strict=True))
@@ -300,7 +300,8 @@ class _Comparison:
         database.close()
 
     def _compare_multisets(self, theirs: Path, ours: Path, visibility: Visibility) -> None:
-        """A table without a key holds rows, equal ones several times; what S does not see is taken off the lake's side."""
+        """A table without a key holds rows, equal ones several times; what S does not see is taken off the lake's
+        side."""
         later = self._folder / "later.parquet"
         names = [c.name for c in self._schema.columns]
         self._write(later, (self._later_rows(t, names) for t in self._changelog(visibility, names)))
@@ -331,7 +332,7 @@ class _Comparison:
     def _database(self, theirs: Path, ours: Path) -> Any:
         import duckdb
 
-        settings = {
+        settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "threads": 2,
             "temp_directory": str(self._folder),
@@ -342,7 +343,9 @@ class _Comparison:
         for name, path, other in (("theirs", theirs, ours), ("ours", ours, theirs)):
             # A side without rows has no file: it has the other side's columns.
             where = "" if path.exists() else " limit 0"
-            database.execute(f"create view {name} as select * from read_parquet('{path if not where else other}'){where}")
+            database.execute(
+                f"create view {name} as select * from read_parquet('{path if not where else other}'){where}"
+            )
         return database
 
     def _collect(self, database: Any) -> None:

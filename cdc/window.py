@@ -158,7 +158,9 @@ def _ints(batch: Batch, name: str) -> np.ndarray:
     return np.asarray(batch.system(name).to_numpy(zero_copy_only=False))
 
 
-def read_batch(schema: TableSchema, columns: Sequence[pa.Array], raw: pa.Array | None, stamp: Stamp, rows: int) -> Batch:
+def read_batch(
+    schema: TableSchema, columns: Sequence[pa.Array], raw: pa.Array | None, stamp: Stamp, rows: int
+) -> Batch:
     """An `r` batch of whole rows."""
     return _batch(schema, "r", list(columns), raw, None, stamp, rows)
 

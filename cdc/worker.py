@@ -1,7 +1,8 @@
 """A supervised thread: repeats one bounded step, and does with errors what their verdict says.
 
-RETRY backs off and repeats; OPERATOR waits longer and repeats, so that what an operator mends goes on by itself; FATAL and
-anything unknown ends the worker and tells the process. An error is logged here and nowhere else, once until it changes.
+RETRY backs off and repeats; OPERATOR waits longer and repeats, so that what an operator mends goes on by itself;
+FATAL and anything unknown ends the worker and tells the process. An error is logged here and nowhere else, once
+until it changes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Worker:
         while not self._stop.is_set():
             try:
                 worked = retrying(self._attempt)
-            except BaseException as e:
+            except BaseException as e:  # noqa: BLE001 - the thread's last line: everything ends here, and is told
                 if self._stop.is_set() and self._is_repeatable(e):
                     return
                 self._end(e)

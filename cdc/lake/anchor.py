@@ -32,6 +32,8 @@ class AnchorState:
     slot: str
     mode: str
     may_confirm_lsn: int
+    needs_resync: tuple[str, ...] = ()
+    """Tables whose changes were let go (`schema.name`): what the lake holds of them is not whole until a resync."""
     format: int = FORMAT
 
 
@@ -87,4 +89,5 @@ def _parse(data: bytes, key: str) -> AnchorState:
     values: dict[str, Any] = json.loads(data)
     if int(values.get("format", 0)) > FORMAT:
         raise FormatTooNew(f"{key} has format {values['format']}, this release knows {FORMAT}", hint="upgrade cdc")
-    return AnchorState(**{f.name: values[f.name] for f in fields(AnchorState)})
+    known = {f.name: values[f.name] for f in fields(AnchorState) if f.name in values}
+    return AnchorState(**{**known, "needs_resync": tuple(known.get("needs_resync", ()))})

@@ -59,7 +59,9 @@ class Assembly:
         self._n = events.num_rows
         self._columns = [_one(events.column(FIRST_COLUMN + i)) for i in range(len(layout.names))]
         self._raw = _one(events.column("raw"))
-        self.system = {name: _one(events.column(name)) for name in ("key", "epoch", "lsn", "seq", "committed_at", "origin")}
+        self.system = {
+            name: _one(events.column(name)) for name in ("key", "epoch", "lsn", "seq", "committed_at", "origin")
+        }
         self.row_bytes = max(1, events.nbytes // max(1, self._n))
 
     def target_of(self) -> np.ndarray:

@@ -24,15 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cdc.batch import TIMESTAMP_TYPE
+from cdc.batch import RAW_TYPE, TIMESTAMP_TYPE
 from cdc.errors import SchemaConflict, StoreUnavailable
-from cdc.keys import bucket_of
+from cdc.keys import bucket_of, key_of
 from cdc.lake.assemble import Missing
 from cdc.lake.events import FileShape, Layout, columns_of, file_keys, raw_in_layout
 from cdc.lake.layout import CURRENT_SYSTEM, system_name, system_prefix
 from cdc.lake.reduce import ABSENT, UNCHANGED, Order, Orders
 from cdc.ports import ObjectStore
-from cdc.batch import RAW_TYPE
 
 SLICE_ROWS = 1 << 15
 GROUP_ROWS = 1 << 16
@@ -171,7 +170,7 @@ class OldFile:
         first = 0
         for data in self.parquet.iter_batches(GROUP_ROWS, columns=names):
             keys = file_keys(data, shape)
-            yield first, keys, _orders(data, shape), self._mine(keys)
+            yield first, keys, orders_of(data, shape), self._mine(keys)
             first += data.num_rows
 
     def slices(self, missing: Missing) -> Iterator[tuple[int, pa.RecordBatch, list[pa.Array], pa.Array]]:
@@ -196,8 +195,6 @@ class OldFile:
 
     def mine(self, columns: list[pa.Array], raw: pa.Array) -> np.ndarray:
         """Mask of the rows of the part, by columns of the layout."""
-        from cdc.keys import key_of
-
         layout = self.shape.layout
         names = [layout.names[i] for i in layout.key_index]
         return self._mine(key_of([columns[i] for i in layout.key_index], raw, names))
@@ -208,14 +205,10 @@ class OldFile:
         return np.asarray(bucket_of(keys, self.part.of) == self.part.bucket)
 
 
-def _orders(data: pa.RecordBatch, shape: FileShape) -> Orders:
-    arrays = [data.column(shape.system[name]).to_numpy(zero_copy_only=False) for name in ("_epoch", "_lsn", "_seq")]
-    return Orders(*arrays)
-
-
 def orders_of(data: pa.RecordBatch, shape: FileShape) -> Orders:
     """Orders of rows of a file."""
-    return _orders(data, shape)
+    arrays = [data.column(shape.system[name]).to_numpy(zero_copy_only=False) for name in ("_epoch", "_lsn", "_seq")]
+    return Orders(*arrays)
 
 
 def slice_rows(metadata: pq.FileMetaData) -> int:

@@ -239,9 +239,7 @@ def moved(data: pa.RecordBatch, shape: FileShape, ops: np.ndarray, keys: pa.Arra
     return mask, olds
 
 
-def pattern_numbers(
-    data: pa.RecordBatch, shape: FileShape, patterns: Patterns, states: np.ndarray
-) -> np.ndarray:
+def pattern_numbers(data: pa.RecordBatch, shape: FileShape, patterns: Patterns, states: np.ndarray) -> np.ndarray:
     """Pattern of each row: what its file knows, less the columns listed in `_unchanged`."""
     n = data.num_rows
     numbers = np.full(n, patterns.number(states), np.int32)

@@ -235,9 +235,7 @@ class _Limits:
         return out
 
 
-def _parents(
-    entries: _Entries, before: np.ndarray, n: int, m: int, orders: Orders, limits: _Limits
-) -> np.ndarray:
+def _parents(entries: _Entries, before: np.ndarray, n: int, m: int, orders: Orders, limits: _Limits) -> np.ndarray:
     """Node whose row each SET event changes; -1 if it makes a new row (or for anything else)."""
     parent = np.full(n + m, -1, np.int64)
     own = (entries.sub == _SUB_SET) & (before >= 0)

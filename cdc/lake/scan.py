@@ -69,10 +69,9 @@ class Scanner:
     def add(self, file: pq.ParquetFile, shape: FileShape, patterns: Patterns, version: int) -> None:
         """Look through one file, which came with this changelog version."""
         for group in range(file.num_row_groups):
-            metadata = file.metadata.row_group(group)
-            self.found.bytes += metadata.total_byte_size
+            self.found.bytes += file.metadata.row_group(group).total_byte_size
             self._operations(file, shape, group, version)
-            if shape.key_names is not None and shape.layout.key_index and _has_old_tuples(metadata, shape):
+            if _has_old_tuples(file, shape, group):
                 self._moves(file, shape, patterns, group)
 
     def finish(self) -> Scan:
@@ -141,16 +140,13 @@ def barriers_of(scan: Scan, begins: Mapping[str, Order]) -> list[Barrier]:
     return sorted(barriers)
 
 
-def _has_old_tuples(group: pq.RowGroupMetaData, shape: FileShape) -> bool:
-    """Whether a row group may hold old tuples, as its statistics tell."""
-    if "_before" not in shape.system:
+def _has_old_tuples(file: pq.ParquetFile, shape: FileShape, group: int) -> bool:
+    """Whether a row group holds old tuples; reads one column of them, which costs next to nothing if there are none."""
+    if "_before" not in shape.system or not shape.key_names:
         return False
-    prefix = shape.system["_before"] + "."
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if not column.path_in_schema.startswith(prefix):
-            continue
-        statistics = column.statistics
-        if statistics is None or not statistics.has_null_count or statistics.null_count < column.num_values:
+    name = shape.system["_before"]
+    for data in file.iter_batches(BATCH_ROWS, [group], columns=[f"{name}.{shape.key_names[0]}"]):
+        column = data.column(name)
+        if column.null_count < len(column):
             return True
     return False

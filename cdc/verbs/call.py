@@ -111,7 +111,7 @@ def resolve_tables(known: Sequence[tuple[str, TableId]], names: Sequence[str]) -
     for name in names:
         matches = spelled.get(name, [])
         if not matches:
-            raise unknown("table", name, [str(table) for _, table in known])
+            raise unknown("table", name, list(spelled))
         if len(matches) > 1:
             full = " or ".join(f"{source}.{table}" for source, table in matches)
             raise UsageError(f"{name} names several tables", hint=f"write {full}")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = "1GB"
 """Memory of one `cdc query`; what does not fit spills to temporary files."""
+SHOWN_ROWS, WRITTEN_ROWS = 1_000, 1_000_000
+"""Rows of a query at most, as a table and in other formats, unless --limit says otherwise."""
 
 
 def verify(call: Call) -> int:
@@ -60,23 +62,27 @@ def query(call: Call) -> int:
     """DuckDB over the lake."""
     from cdc import models
 
-    connection = models.connect_lake(call.store, lake_tables(call), None, memory_limit=MEMORY_LIMIT)
-    try:
-        result = models.query(connection, call.args.sql)
-    finally:
-        connection.close()
     form = "json" if call.console.as_json else call.args.format
+    limit = call.args.limit or (SHOWN_ROWS if form == "table" else WRITTEN_ROWS)
+    result = models.query(
+        call.store,
+        lake_tables(call),
+        call.args.sql,
+        memory_limit=MEMORY_LIMIT,
+        rows_max=limit + 1,
+        timeout_s=call.args.timeout,
+    )
+    if result.num_rows > limit:
+        result = result.slice(0, limit)
+        call.console.note(f"there are more rows than {limit}: see --limit")
     if form == "json":
         rows = list(zip(*(column.to_pylist() for column in result.columns), strict=True))
         call.console.document({"columns": result.schema.names, "rows": rows}, always=True)
     elif form == "csv":
         call.console.raw(_csv(result))
     else:
-        shown = result.slice(0, call.args.limit)
-        columns = [column.to_pylist() for column in shown.columns]
+        columns = [column.to_pylist() for column in result.columns]
         call.console.table(result.schema.names, list(zip(*columns, strict=True)))
-        if result.num_rows > call.args.limit:
-            call.console.note(f"{result.num_rows - call.args.limit} more rows: --limit, or --format csv")
     return OK
 
 
@@ -96,9 +102,9 @@ def sync_apply(call: Call) -> int:
 
 def sync_plan(call: Call) -> int:
     """What an apply would write now; 3 if rows are held."""
+    pick([call.args.name], list(call.config.syncs), "sync")
     from cdc import sync
 
-    pick([call.args.name], list(call.config.syncs), "sync")
     plan = sync.plan_now(call.config, call.store, lake_tables(call), call.args.name)
     call.console.document(plan)
     for key, value in plan.items():

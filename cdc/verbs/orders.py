@@ -120,7 +120,7 @@ def follow(call: Call, state: State, tables: list[Named], ordered: list[dict[str
                     if run.state != "done":
                         failed.append(f"{named[1]}: {run.state}{': ' + run.reason if run.reason else ''}")
             _pause_until(state, deadline, "the snapshot has not ended in time; it goes on")
-        for source in dict.fromkeys(s for s, _ in tables):
+        for source in [] if failed else dict.fromkeys(s for s, _ in tables):
             wait_for(call, state, source, [t for s, t in tables if s == source], deadline)
     for text in failed:
         call.console.note(text)
@@ -149,7 +149,8 @@ def pause_targets(call: Call, known: list[Named], names: list[str]) -> list[tupl
             raise unknown("source, table, target or sync", name, list(options))
         if len(matches) > 1:
             raise UsageError(
-                f"{name} names several things", hint="write " + " or ".join(f"{k}:{n}" for k, n in matches)
+                f"{name} names several things",
+                hint="write " + " or ".join(f"{k}:{n.replace('/', '.')}" for k, n in matches),
             )
         found.append(matches[0])
     return found

@@ -1,0 +1,354 @@
+"""`current`: the newest row of every key of a table, kept equal to its changelog.
+
+Guarantees:
+- A merge is one Delta commit that carries the changelog's version (`changelog` token), so a change is merged once and a
+  merge that is repeated after a crash changes nothing.
+- Readers never see a half table: nothing is shown before the end of the first run, and rows that a whole run did not meet
+  (orphans) go with the commit that merges its end.
+- An unchanged TOAST value never becomes NULL: it comes from the row before, or its key is reported and nothing is
+  committed.
+- Replaying is by order, not by arrival; a change never undoes a newer row.
+
+It does not read the source or the event log, and leaves the changelog as it is. One CurrentTable belongs to one thread,
+one table has one writer.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from cdc.errors import InvariantBroken
+from cdc.failpoints import failpoint
+from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
+from cdc.lake.delta import DeltaLog
+from cdc.lake.events import FileShape, Layout, Patterns
+from cdc.lake.keyed import BUCKET_ROWS, KeyedMerge, Rewritten
+from cdc.lake.keyless import KeylessMerge, Swap, swap_of
+from cdc.lake.layout import changelog_path, current_path
+from cdc.lake.reduce import Order
+from cdc.lake.scan import Control, Scan, Scanner, barriers_of
+from cdc.ports import ObjectStore
+from cdc.table import TableId, TableSchema
+
+if TYPE_CHECKING:
+    from cdc.lake.changelog import ChangelogTable
+
+log = logging.getLogger(__name__)
+
+MERGED = "changelog"
+"""Token: version of the changelog that `current` holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """What a merge did. `version` is the Delta version of `current` now (None: nothing is shown yet).
+
+    `waiting`: the table's first run has not ended. `unresolved`: keys (texts of the key columns) whose rows lack values
+    that nobody knows; nothing was committed, and the rows must be read again. `foreign_change`: some change was not made
+    under one of our own origins. `last_lsn`: commit LSN that the changelog had landed at the merged version.
+    """
+
+    version: int | None = None
+    rows_upserted: int = 0
+    rows_deleted: int = 0
+    unresolved: list[tuple[str, ...]] = field(default_factory=list)
+    foreign_change: bool = False
+    last_lsn: int = -1
+    waiting: bool = False
+
+
+class CurrentTable:
+    """`current` of one table. `temp_dir` is for scratch files, which may be lost. Not thread-safe."""
+
+    def __init__(
+        self, store: ObjectStore, source: str, table: TableId, *, temp_dir: Path, bucket_rows: int = BUCKET_ROWS
+    ) -> None:
+        self._store = store
+        self._prefix = current_path(source, table)
+        self._log = DeltaLog(store, self._prefix)
+        self._changes_prefix = changelog_path(source, table)
+        self._changes = DeltaLog(store, self._changes_prefix)
+        self._table = table
+        self._temp_dir = temp_dir
+        self._bucket_rows = bucket_rows
+        self._known_fresh: set[str] = set()
+        self._known_layout = ""
+
+    def version(self) -> int | None:
+        """Newest Delta version, None while nothing is to be shown."""
+        return self._log.version() if self.merged() >= 0 else None
+
+    def merged(self) -> int:
+        """Version of the changelog that `current` holds; -1 if none."""
+        if not self._log.exists():
+            return -1
+        self._log.refresh()
+        found = self._log.token(MERGED)
+        return -1 if found is None else found
+
+    def merge(
+        self,
+        changelog: ChangelogTable,
+        schema: TableSchema,
+        *,
+        through: int | None = None,
+        own_origins: Collection[str] = (),
+    ) -> MergeResult:
+        """Bring `current` to version `through` of the changelog (default: its newest). `schema` is the newest version.
+
+        Blocking; durable on return. Memory is bounded by the changes of one bucket. Raises StoreConflict if another
+        writer committed meanwhile, IdentityMissing and SchemaConflict if the changes cannot be applied.
+        """
+        if not self._changes.exists():
+            return MergeResult(version=self.version(), waiting=True)
+        newest = self._changes.refresh()
+        through = newest if through is None else through
+        merged = self.merged()
+        if through <= merged:
+            return MergeResult(version=self.version(), last_lsn=self._position(through)[1])
+        if merged < 0 and not self._complete(schema.oid):
+            return MergeResult(waiting=True)
+        self._temp_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="merge-", dir=self._temp_dir))
+        try:
+            return _Attempt(self, Layout(schema), scratch, merged, through, own_origins).run()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def vacuum(self, retention_s: float) -> int:
+        """Delete objects that no version of the last `retention_s` needs, also those of merges that never committed;
+        returns how many."""
+        if self.merged() < 0:
+            return 0
+        gone = self._log.vacuum(retention_s)
+        known = {f.path for f in self._log.files()} | self._log.removed_paths()
+        before = (time.time() - max(retention_s, 3600)) * 1e6
+        dead = [
+            found.key
+            for found in self._store.list(f"{self._prefix}/")
+            if _is_data(found.key.removeprefix(f"{self._prefix}/"))
+            and found.key.removeprefix(f"{self._prefix}/") not in known
+            and found.modified_at_us < before
+        ]
+        if dead:
+            self._store.delete(dead)
+        return gone + len(dead)
+
+    def _complete(self, oid: int) -> bool:
+        """Whether a whole run of the table has ended, in any epoch."""
+        return any(t.startswith("complete/") and t.endswith(f"/{oid}") for t in self._changes.tokens())
+
+    def _position(self, version: int) -> tuple[int, int]:
+        """Epoch and commit LSN that the changelog had landed at a version; (0, -1) if it has no token."""
+        epochs = sorted(int(t.split("/")[1]) for t in self._changes.tokens() if t.startswith("stream/"))
+        for epoch in reversed(epochs):
+            lsn = self._changes.token(f"stream/{epoch}", version)
+            if lsn is not None:
+                return epoch, lsn
+        return 0, -1
+
+    def _fresh_files(self, layout: Layout) -> set[str]:
+        """Files known not to be stale under the layout."""
+        if self._known_layout != layout_fingerprint(layout):
+            self._known_layout = layout_fingerprint(layout)
+            self._known_fresh.clear()
+        return self._known_fresh
+
+
+class _Attempt:
+    """One merge, from the changelog's files to the commit."""
+
+    def __init__(
+        self, table: CurrentTable, layout: Layout, scratch: Path, merged: int, through: int, own: Collection[str]
+    ) -> None:
+        self._table = table
+        self._layout = layout
+        self._scratch = scratch
+        self._merged = merged
+        self._through = through
+        self._own = own
+        self._patterns = Patterns(len(layout.names))
+        self._current = Fetcher(table._store, table._prefix, scratch)
+        self._changelog = Fetcher(table._store, table._changes_prefix, scratch)
+        self._uploaded: list[str] = []
+        self._tokens: dict[str, int] = {MERGED: through}
+
+    def run(self) -> MergeResult:
+        added = self._table._changes.files_added(self._merged, self._through)
+        scan = self._scan(added)
+        if self._merged < 0 and not scan.ends():
+            return MergeResult(waiting=True)
+        committed = False
+        try:
+            done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
+            if done.unresolved:
+                log.info("merge waits for rows to be read again", extra={"rows": len(done.unresolved)})
+                return MergeResult(version=self._table.version(), unresolved=done.unresolved)
+            version, lsn = self._commit(scan, done)
+            committed = True
+        finally:
+            if not committed and self._uploaded:
+                self._discard()
+        return MergeResult(
+            version=version,
+            rows_upserted=done.upserted,
+            rows_deleted=done.deleted,
+            foreign_change=scan.foreign,
+            last_lsn=lsn,
+        )
+
+    def _scan(self, added: list[tuple[int, str]]) -> Scan:
+        scanner = Scanner(self._own)
+        for version, path in added:
+            file = self._changelog.open(path)
+            scanner.add(file, FileShape(file.schema_arrow, self._layout), self._patterns, version)
+        return scanner.finish()
+
+    def _keyed(self, scan: Scan, added: list[tuple[int, str]]) -> Rewritten:
+        begins = {}
+        for end in scan.ends():
+            order = self._begin_of(end.run)
+            if order is not None:
+                begins[end.run] = order
+        merge = KeyedMerge(
+            self._layout,
+            self._patterns,
+            scan,
+            barriers_of(scan, begins),
+            scratch=self._scratch,
+            live=self._live(),
+            open_current=self._current.open,
+            open_changelog=self._changelog.open,
+            store_file=self._store_file,
+            known_fresh=self._table._fresh_files(self._layout),
+            bucket_rows=self._table._bucket_rows,
+        )
+        return merge.run(path for _, path in added)
+
+    def _keyless(self, scan: Scan, added: list[tuple[int, str]]) -> Rewritten:
+        ends = sorted(scan.ends(), key=lambda c: c.order)
+        fresh = bool(ends)
+        swap: Swap | None = None
+        if fresh:
+            swap = swap_of(self._begin_row(scan, ends[-1].run))
+            if swap.version <= self._merged:
+                added = self._table._changes.files_added(swap.version - 1, self._through)
+        elif (version := self._token("swap/version")) is not None:
+            swap = self._swap_at(version)
+        settled = not fresh and swap is not None and self._token("swap/settled") == swap.version
+        merge = KeylessMerge(
+            self._layout,
+            scan,
+            swap,
+            fresh=fresh,
+            settled=settled,
+            scratch=self._scratch,
+            live=self._live(),
+            open_changelog=self._changelog.open,
+            store_file=self._store_file,
+        )
+        done = merge.run(path for _, path in added)
+        if swap is not None:
+            self._tokens["swap/version"] = swap.version
+            if merge.settles:
+                self._tokens["swap/settled"] = swap.version
+        return done
+
+    def _begin_row(self, scan: Scan, run: str) -> Control:
+        """The begin row of a run that ends in this merge."""
+        for begin in scan.begins():
+            if begin.run == run:
+                return begin
+        version = self._token(f"begin/{run}/version")
+        for found in self._controls(version):
+            if found.run == run and found.event == "begin":
+                return found
+        raise InvariantBroken(f"table {self._layout.schema.table}: run {run} ended without a begin row")
+
+    def _swap_at(self, version: int) -> Swap | None:
+        begins = [c for c in self._controls(version) if c.event == "begin"]
+        return swap_of(begins[-1]) if begins else None
+
+    def _controls(self, version: int | None) -> list[Control]:
+        """Control rows that came with one version of the changelog."""
+        if version is None:
+            return []
+        scan = self._scan(self._table._changes.files_added(version - 1, version))
+        return sorted(scan.begins() + scan.ends(), key=lambda c: c.order)
+
+    def _token(self, name: str) -> int | None:
+        return self._table._log.token(name) if self._merged >= 0 else None
+
+    def _begin_of(self, run: str) -> Order | None:
+        """Order of the begin row of a run, as an earlier merge noted it."""
+        parts = [self._token(f"begin/{run}/{part}") for part in Order._fields]
+        return None if None in parts else Order(*(p for p in parts if p is not None))
+
+    def _live(self) -> list:  # type: ignore[type-arg]
+        return self._table._log.files() if self._table._log.exists() else []
+
+    def _store_file(self, local: Path, path: str) -> int:
+        self._uploaded.append(path)
+        with pa.memory_map(str(local)) as mapped:
+            self._table._store.put(f"{self._table._prefix}/{path}", memoryview(mapped.read_buffer()))
+        return 0
+
+    def _discard(self) -> None:
+        """Remove what was written for a commit that will not come; what stays is found by `vacuum`."""
+        try:
+            self._table._store.delete([f"{self._table._prefix}/{path}" for path in self._uploaded])
+        except Exception as e:  # noqa: BLE001 - the error that led here matters more
+            log.warning("objects of a given-up merge stay", extra={"error": type(e).__name__})
+
+    def _commit(self, scan: Scan, done: Rewritten) -> tuple[int, int]:
+        table = self._table
+        for begin in scan.begins():
+            self._tokens[f"begin/{begin.run}/version"] = begin.version
+            for part, value in begin.order._asdict().items():
+                self._tokens[f"begin/{begin.run}/{part}"] = value
+        epoch, lsn = table._position(self._through)
+        if lsn >= 0:
+            self._tokens[f"position/{epoch}"] = lsn
+        table._log.open_or_create(current_schema(self._layout))
+        failpoint("merge.before_commit")
+        version = table._log.commit(
+            adds=done.adds,
+            removes=done.removes,
+            tokens=self._tokens,
+            expect={MERGED: None if self._merged < 0 else self._merged},
+        )
+        failpoint("merge.after_commit")
+        return version, lsn
+
+
+def _is_data(path: str) -> bool:
+    return parse_name(path) is not None or (path.startswith("rows-") and path.endswith(".parquet"))
+
+
+def open_current(store: ObjectStore, source: str, table: TableId, version: int | None = None) -> ds.Dataset | None:
+    """`current` of a table, at a Delta version (default: the newest), for reading with Arrow; None if nothing is shown.
+
+    Local stores only read in place; others go through pyarrow's own file systems.
+    """
+    found = DeltaLog(store, current_path(source, table))
+    if not found.exists() or found.token(MERGED) is None:
+        return None
+    schema = found.schema(version)
+    root, _ = store.location(current_path(source, table))
+    paths = [f"{root}/{file.path}" for file in found.files(version)]
+    if not paths:
+        return ds.dataset(pa.table({f.name: pa.array([], f.type) for f in schema}))
+    return ds.dataset(paths, schema=schema, format="parquet")
+
+
+__all__ = ["CurrentTable", "MergeResult", "open_current"]

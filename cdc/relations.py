@@ -1,0 +1,308 @@
+"""The lake's tables as DuckDB views, behind a wall: no network, no extension, no file but those of these tables.
+
+`<source>.<table>` is a current table of schema public, `<source>."<schema>.<table>"` one of another schema, and the
+suffix `_changelog` names its changelog. A view reads exactly the objects of one Delta version, under that version's
+schema, so a column that an older object lacks is NULL and nothing depends on an extension. DuckDB costs tens of
+megabytes: it is imported by the functions that need it, so a daemon without models never loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from cdc.errors import CdcError, ModelFailed, StoreUnavailable
+from cdc.lake.delta import DeltaLog
+from cdc.lake.layout import changelog_path, current_path
+from cdc.ports import ObjectStore
+from cdc.table import TableId
+
+if TYPE_CHECKING:
+    import duckdb
+
+CHANGELOG_SUFFIX = "_changelog"
+MEMORY_LIMIT = "512MB"
+THREADS = 2
+
+Sources = Mapping[str, Collection[TableId]]
+"""Source → its tables."""
+Versions = Mapping[str, Mapping[TableId, int]]
+"""Source → table → Delta version of its `current`: what a recorded cut holds (cdc.state.Cut.versions)."""
+
+_GLOB = frozenset("*?[")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Relation:
+    """One view: a table's current rows, or its changelog."""
+
+    source: str
+    table: TableId
+    changelog: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name inside the schema `source`."""
+        plain = self.table.name if self.table.schema == "public" else str(self.table)
+        return plain + (CHANGELOG_SUFFIX if self.changelog else "")
+
+    def __str__(self) -> str:
+        return f"{self.source}.{quoted(self.name) if '.' in self.name else self.name}"
+
+
+def named_relations(sql: str) -> set[tuple[str, str]]:
+    """(schema, name) of every table that one SELECT names, as written; parses only, binds and runs nothing.
+
+    ModelFailed if it is not exactly one SELECT, or names a table without its source.
+    """
+    import duckdb
+
+    with open_files() as connection:
+        try:
+            row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchone()
+        except duckdb.Error as error:
+            raise ModelFailed(f"the SQL cannot be parsed: {first_line(error)}") from error
+    tree: dict[str, Any] = json.loads(row[0]) if row else {"error": True}
+    if tree.get("error"):
+        if tree.get("error_type") == "not implemented":
+            raise ModelFailed("the SQL is no SELECT", hint="a model is one SELECT; write a PIVOT as a subquery")
+        raise ModelFailed(f"the SQL cannot be parsed: {tree.get('error_message', 'unknown reason')}")
+    if len(tree["statements"]) != 1:
+        raise ModelFailed(f"the SQL holds {len(tree['statements'])} statements", hint="a model is one SELECT")
+    tables: set[tuple[str, str]] = set()
+    common: set[str] = set()
+    _collect(tree, tables, common)
+    found = set()
+    for schema, name in tables:
+        if schema:
+            found.add((schema, name))
+        elif name.lower() not in common:
+            raise ModelFailed(f'"{name}" names no source', hint=f"write <source>.{name}, as in shop.{name}")
+    return found
+
+
+def _collect(node: Any, tables: set[tuple[str, str]], common: set[str]) -> None:
+    if isinstance(node, list):
+        for item in node:
+            _collect(item, tables, common)
+    elif isinstance(node, dict):
+        if node.get("type") == "BASE_TABLE":
+            tables.add((node.get("schema_name") or "", node["table_name"]))
+        for entry in (node.get("cte_map") or {}).get("map", ()):
+            common.add(entry["key"].lower())
+        for value in node.values():
+            _collect(value, tables, common)
+
+
+def resolve(names: Collection[tuple[str, str]], sources: Sources) -> tuple[set[Relation], set[tuple[str, str]]]:
+    """The relations that `names` mean, and the names that mean none. As in DuckDB, letters' case does not count.
+
+    ModelFailed where two tables answer to one name (they differ in case only, or one's name ends like a changelog's).
+    """
+    known: dict[tuple[str, str], list[Relation]] = {}
+    for source, tables in sources.items():
+        for table in tables:
+            for relation in (Relation(source, table), Relation(source, table, changelog=True)):
+                known.setdefault((source.lower(), relation.name.lower()), []).append(relation)
+    found: set[Relation] = set()
+    unknown: set[tuple[str, str]] = set()
+    for schema, name in names:
+        matches = known.get((schema.lower(), name.lower()), [])
+        if len(matches) > 1:
+            raise ModelFailed(
+                f"{schema}.{name} may mean {' or '.join(_spelled(m) for m in matches)}",
+                hint="DuckDB does not tell names apart by letters' case; rename one of the tables at the source",
+            )
+        if matches:
+            found.add(matches[0])
+        else:
+            unknown.add((schema, name))
+    return found, unknown
+
+
+def _spelled(relation: Relation) -> str:
+    return f"{'the changelog of ' if relation.changelog else ''}{relation.source}.{relation.table}"
+
+
+@contextmanager
+def open_views(
+    store: ObjectStore,
+    relations: Collection[Relation],
+    versions: Versions | None = None,
+    *,
+    temp_dir: Path | None = None,
+    memory_limit: str = MEMORY_LIMIT,
+    threads: int = THREADS,
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection with a view per relation, closed afterwards; it can read these tables' objects only.
+
+    `versions`: the `current` versions of a cut; tables that it does not name, or None: the newest. A changelog is read
+    as of the version that its `current` has merged, so that both tell of one position. DuckDB spills to `temp_dir`
+    (its own folder there), or fails at the memory limit if that is None.
+    """
+    views: list[tuple[Relation, str]] = []
+    paths: list[str] = []
+    for relation in sorted(relations):
+        version = (versions or {}).get(relation.source, {}).get(relation.table)
+        body, files = _view(store, relation, version)
+        views.append((relation, body))
+        paths += files
+    with open_files(paths, temp_dir, memory_limit, threads) as connection:
+        for relation, body in views:
+            connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(relation.source)}")
+            connection.execute(f"CREATE VIEW {quoted(relation.source)}.{quoted(relation.name)} AS {body}")
+        connection.execute("SET lock_configuration = true")
+        yield connection
+
+
+@contextmanager
+def open_files(
+    paths: Collection[str] = (), temp_dir: Path | None = None, memory_limit: str = "64MB", threads: int = 1
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database in memory that may open `paths` (absolute) and nothing else; closed afterwards."""
+    import duckdb
+
+    settings: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "threads": threads,
+        "temp_directory": "" if temp_dir is None else str(temp_dir / f"duckdb-{os.getpid()}"),
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "allow_persistent_secrets": False,
+        # Otherwise a name that is no table would be looked up among the variables of whoever called us.
+        "python_enable_replacements": False,
+        "preserve_insertion_order": False,
+    }
+    try:
+        connection = duckdb.connect(":memory:", config=settings)
+    except duckdb.Error as error:
+        raise ModelFailed(f"DuckDB does not start: {first_line(error)}") from error
+    with connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        if paths:
+            connection.execute(f"SET allowed_paths = [{', '.join(map(literal, paths))}]")
+        connection.execute("SET enable_external_access = false")
+        yield connection
+
+
+def _view(store: ObjectStore, relation: Relation, version: int | None) -> tuple[str, list[str]]:
+    """The SELECT of a view, and the files that it reads."""
+    prefix = (changelog_path if relation.changelog else current_path)(relation.source, relation.table)
+    delta = DeltaLog(store, prefix)
+    if relation.changelog:
+        version = _merged(store, relation, version)
+    if not delta.exists():
+        raise ModelFailed(f"{relation} is not in the lake yet", hint="`cdc status` shows how far its snapshot is")
+    fields = delta.schema(version)
+    names = ", ".join(quoted(f.name) for f in fields)
+    typed = ", ".join(f"NULL::{sql_type(f.type)} AS {quoted(f.name)}" for f in fields)
+    files = [_path(store, f"{prefix}/{file.path}") for file in delta.files(version)]
+    body = f"SELECT {names} FROM (SELECT {typed} WHERE false"
+    if files:
+        partitions = delta.partition_columns()
+        options = "union_by_name = true, hive_partitioning = false"
+        if partitions:
+            kinds = ", ".join(f"{quoted(p)}: {sql_type(fields.field(p).type)}" for p in partitions)
+            options = f"union_by_name = true, hive_partitioning = true, hive_types = {{{kinds}}}"
+        body += f" UNION ALL BY NAME SELECT * FROM read_parquet([{', '.join(map(literal, files))}], {options})"
+    return f"{body})", files
+
+
+def _merged(store: ObjectStore, relation: Relation, current_version: int | None) -> int | None:
+    """The changelog's version that a version of `current` stands for; None (the newest) if nothing is merged."""
+    if current_version is None:
+        return None
+    return DeltaLog(store, current_path(relation.source, relation.table)).token("changelog", current_version)
+
+
+def _path(store: ObjectStore, key: str) -> str:
+    location, options = store.location(key)
+    if options or not location.startswith("/"):
+        raise ModelFailed("models read lakes on a local directory only, so far", hint='lake.url = "file:///…"')
+    if _GLOB & set(location):
+        raise ModelFailed(
+            "the lake's path holds one of * ? [, which DuckDB would take for a pattern", hint="move the lake"
+        )
+    return location
+
+
+_SCALARS: tuple[tuple[Any, str], ...] = (
+    (pa.types.is_boolean, "BOOLEAN"),
+    (pa.types.is_int8, "TINYINT"),
+    (pa.types.is_int16, "SMALLINT"),
+    (pa.types.is_int32, "INTEGER"),
+    (pa.types.is_int64, "BIGINT"),
+    (pa.types.is_float32, "FLOAT"),
+    (pa.types.is_float64, "DOUBLE"),
+    (pa.types.is_date, "DATE"),
+    (pa.types.is_time, "TIME"),
+    (pa.types.is_string, "VARCHAR"),
+    (pa.types.is_large_string, "VARCHAR"),
+    (pa.types.is_string_view, "VARCHAR"),
+    (pa.types.is_binary, "BLOB"),
+    (pa.types.is_large_binary, "BLOB"),
+    (pa.types.is_binary_view, "BLOB"),
+)
+
+
+def sql_type(kind: pa.DataType) -> str:
+    """DuckDB's name of an Arrow type of the type contract."""
+    for test, name in _SCALARS:
+        if test(kind):
+            return name
+    if pa.types.is_decimal(kind):
+        return f"DECIMAL({kind.precision}, {kind.scale})"
+    if pa.types.is_timestamp(kind):
+        return "TIMESTAMPTZ" if kind.tz is not None else "TIMESTAMP"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"{sql_type(kind.value_type)}[]"
+    if pa.types.is_map(kind):
+        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{quoted(f.name)} {sql_type(f.type)}' for f in kind)})"
+    raise ModelFailed(f"DuckDB has no type for {kind}")
+
+
+def quoted(name: str) -> str:
+    """The name as a quoted SQL identifier."""
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
+
+
+def literal(text: str) -> str:
+    """The text as a SQL string literal."""
+    escaped = text.replace("'", "''")
+    return f"'{escaped}'"
+
+
+def first_line(error: Exception) -> str:
+    """What DuckDB says first; the rest quotes the statement."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def failure(error: Exception) -> CdcError:
+    """Our error for one of DuckDB's. Messages about the statement are shown; those about values are not repeated."""
+    import duckdb
+
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return ModelFailed("the query needs more memory than it may use", hint="aggregate earlier, or read fewer rows")
+    if isinstance(error, duckdb.PermissionException):
+        return ModelFailed("the query reaches for something outside the lake", hint="it may read its tables only")
+    if isinstance(error, duckdb.IOException | duckdb.HTTPException):
+        return StoreUnavailable("an object of the lake cannot be read", hint="a vacuum may have come between")
+    if isinstance(error, duckdb.InterruptException):
+        return ModelFailed("the query was interrupted")
+    if isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
+        return ModelFailed(first_line(error))
+    return ModelFailed(
+        f"the query fails on the lake's values ({type(error).__name__.removesuffix('Exception')})",
+        hint="run it with `cdc query` to see which value; try_cast() gives NULL where a cast fails",
+    )
