@@ -41,10 +41,10 @@ type: $(INSTALLED_DEV) ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(INSTALLED_DEV) ## speed against pg_recvlogical; writes build/bench.json
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m tests.bench.bench $(ARGS)
 
 bench-peers: $(INSTALLED_DEV) ## the same backlog through the Debezium engine
-	$(BIN)/python -m bench.peers $(ARGS)
+	$(BIN)/python -m tests.bench.peers $(ARGS)
 
 lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lock

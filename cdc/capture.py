@@ -111,8 +111,6 @@ class LogEnd:
         self._log = log
         self.received_lsn = 0
         """The server's newest position that we have seen."""
-        self.busy_s = 0.0
-        """Wall seconds spent appending, for benchmarks."""
 
     def resume(self) -> Boundary | None:
         self._log.discard_open(self._name)
@@ -123,7 +121,7 @@ class LogEnd:
         failpoint("capture.before_append")
         self._log.append(self._name, item)
         failpoint("capture.after_append")
-        self.busy_s += time.perf_counter() - began
+        metrics.STAGE_SECONDS.labels("log").inc(time.perf_counter() - began)
         self.received_lsn = max(self.received_lsn, item.head_lsn)
         self._count(item)
         return item.boundary

@@ -211,9 +211,10 @@ def cast_decimal(array: pa.Array, target: pa.Decimal128Type) -> Result:
         mask = np.zeros(len(array), np.bool_)
         mask[rows] = True
         mask = _some(text.among_valid(mask))
-    long = text.among_valid(text.lengths() > _DECIMAL_DIGITS)
-    if long.any():  # pyarrow wraps at 2^127 without an error
-        mask = _either(mask, _some(_too_many_digits(array, text, long)))
+    # pyarrow multiplies up to the scale in 128 bits, and wraps without an error.
+    long = text.among_valid(text.lengths() > _DECIMAL_DIGITS - target.scale)
+    if long.any():
+        mask = _either(mask, _some(_too_many_digits(array, text, long, target)))
     plain = without(array, mask)
     try:
         return plain.cast(target), mask
@@ -222,17 +223,18 @@ def cast_decimal(array: pa.Array, target: pa.Decimal128Type) -> Result:
         return _parse(plain, target, _DECIMAL, _either(mask, unfit))
 
 
-def _too_many_digits(array: pa.Array, text: _Text, long: Bools) -> Bools:
-    """Mask of the values, among `long`, with more than 38 significant digits."""
+def _too_many_digits(array: pa.Array, text: _Text, long: Bools, target: pa.Decimal128Type) -> Bools:
+    """Mask of the values, among `long`, with more digits before the point than the type has, or more than 38 in all."""
     rows = np.flatnonzero(long)
     starts = text.offsets[:-1][rows]
-    lengths = text.lengths()[rows].astype(np.int64)
     negative = text.at(starts) == ord("-")
-    first = starts + negative
-    leading = (text.at(first) == ord("0")) & (text.at(first + 1) == ord("."))
-    points = pc.count_substring(array.take(pa.array(rows)), ".").to_numpy(zero_copy_only=False)
+    point = pc.find_substring(array.take(pa.array(rows)), ".").to_numpy(zero_copy_only=False)
+    length = text.lengths()[rows] - negative
+    whole = np.where(point < 0, length, point - negative)
+    whole[(whole == 1) & (text.at(starts + negative) == ord("0"))] = 0
+    digits = whole + np.where(point < 0, 0, text.lengths()[rows] - point - 1)
     mask = np.zeros(len(array), np.bool_)
-    mask[rows] = lengths - negative - leading - points > _DECIMAL_DIGITS
+    mask[rows] = (whole > target.precision - target.scale) | (digits > _DECIMAL_DIGITS)
     return mask
 
 

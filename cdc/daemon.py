@@ -57,8 +57,9 @@ class Daemon:
                 config.log_dir, state, bytes_max=config.log_bytes_max, segment_bytes=config.log_segment_bytes
             )
             notifier = Notifier()
-            server = metrics.MetricsServer(config.metrics_listen, self._health)
+            server = None
             try:
+                server = metrics.MetricsServer(config.metrics_listen, self._health)
                 self._build(state, event_log)
                 state.set("metrics_address", server.start())
                 notifier.ready(f"{len(self._pipelines)} sources")
@@ -69,7 +70,8 @@ class Daemon:
                 return self._outcome()
             finally:
                 self._stop.set()
-                server.stop()
+                if server is not None:
+                    server.stop()
                 notifier.close()
                 event_log.close()
                 state.close()
@@ -80,7 +82,7 @@ class Daemon:
         config = self._config
         store = registry.lake_store(config.lake)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
-        self._serving = Serving(config, state, store, self._pipelines)
+        self._serving = Serving(config, state, store, self._changed_by_others)
         for name, source in config.sources.items():
             self._pipelines[name] = Pipeline(
                 config, source, state, event_log, store,
@@ -105,8 +107,18 @@ class Daemon:
             pipeline.start()
         self._serving_worker.start()
 
+    def _changed_by_others(self) -> dict[tuple[str, TableId], int]:
+        """Per table, the cut's position at which a change that is not our own write was last merged."""
+        return {
+            (name, table): lsn
+            for name, pipeline in self._pipelines.items()
+            if pipeline.prepared
+            for table, lsn in dict(pipeline.merger.changed_by_others).items()
+        }
+
     def _close(self, state: State) -> None:
         self._stop.set()
+        self._serving.stop()
         deadline = time.monotonic() + self._config.shutdown_timeout_s
         for pipeline in self._pipelines.values():
             pipeline.close(deadline)
@@ -173,7 +185,7 @@ class Daemon:
                 if self._workers_alive():
                     notifier.watchdog()
             self._control.poll_once()
-            if finished is not None and finished():
+            if finished is not None and finished() is not None:
                 return
             self._stop.wait(TICK_S)
 
@@ -200,7 +212,7 @@ class Daemon:
                     return None
                 if not pipeline.has_reached(barriers[name]):
                     return None
-            return {} if self._serving.settled() else None
+            return {"done": True} if self._serving.settled() else None
 
         return done
 

@@ -73,7 +73,6 @@ class LandStats:
     rows: int = 0
     bytes: int = 0
     commits: int = 0
-    busy_s: float = 0.0
     landed: Boundary | None = None
 
 
@@ -125,10 +124,12 @@ class LogReader:
         return Group(taken, self._offset, self._cut(taken, end, position), generation)
 
     def confirm(self, durable: LandPoint) -> None:
-        self._state.save_checkpoint("land", self._source, {"offset": durable.offset})
+        boundary = durable.boundary
+        reached = {"epoch": boundary.epoch, "lsn": boundary.lsn, "end_lsn": boundary.end_lsn} if boundary else {}
+        self._state.save_checkpoint("land", self._source, {"offset": durable.offset, **reached})
         self._log.trim({self._source: durable.offset})
-        if durable.boundary is not None:
-            self._gate.landed(durable.boundary)
+        if boundary is not None:
+            self._gate.landed(boundary)
 
     def close(self) -> None:
         self._generation = -1
@@ -246,7 +247,7 @@ class Lander:
         self._point = LandPoint(item.offset, item.cut)
         self._cut = self._point if item.cut is not None else None
         durable = self._settle()
-        self.stats.busy_s += time.perf_counter() - began
+        metrics.STAGE_SECONDS.labels("land").inc(time.perf_counter() - began)
         return durable
 
     def tick(self) -> LandPoint | None:

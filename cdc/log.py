@@ -424,8 +424,7 @@ class EventLog:
         self._check_writable()
         with self._lock:
             before = dict(self._passed)
-            for source, offset in source_offsets.items():
-                self._passed[source] = max(offset, self._passed.get(source, 0))
+            self._passed.update(source_offsets)
             if self._passed == before:
                 return 0
             freed = 0

@@ -142,6 +142,7 @@ class Merger:
             return None
         self._through[table] = through
         metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
+        metrics.STAGE_SECONDS.labels("merge").inc(time.perf_counter() - began)
         rows = result.rows_upserted + result.rows_deleted
         metrics.MERGED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(rows)
         if result.foreign_change:

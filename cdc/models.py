@@ -185,9 +185,7 @@ def run_model(
     )
 
 
-def _freeze(
-    connection: duckdb.DuckDBPyConnection, sql: str, key: Sequence[str], path: Path
-) -> tuple[int, pa.Schema]:
+def _freeze(connection: duckdb.DuckDBPyConnection, sql: str, key: Sequence[str], path: Path) -> tuple[int, pa.Schema]:
     """Stream the result into a Parquet file."""
     reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
     schema = pa.schema([_plain(field) for field in reader.schema])

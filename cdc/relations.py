@@ -36,6 +36,7 @@ Sources = Mapping[str, Collection[TableId]]
 Versions = Mapping[str, Mapping[TableId, int]]
 """Source → table → Delta version of its `current`: what a recorded cut holds (cdc.state.Cut.versions)."""
 
+_RESERVED = frozenset(("memory", "temp", "system", "pg_catalog", "information_schema"))
 _GLOB = frozenset("*?[")
 
 
@@ -156,8 +157,7 @@ def open_views(
         paths += files
     with open_files(paths, temp_dir, memory_limit, threads) as connection:
         for relation, body in views:
-            connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(relation.source)}")
-            connection.execute(f"CREATE VIEW {quoted(relation.source)}.{quoted(relation.name)} AS {body}")
+            _create_view(connection, relation, body)
         connection.execute("SET lock_configuration = true")
         yield connection
 
@@ -191,6 +191,26 @@ def open_files(
             connection.execute(f"SET allowed_paths = [{', '.join(map(literal, paths))}]")
         connection.execute("SET enable_external_access = false")
         yield connection
+
+
+def _create_view(connection: duckdb.DuckDBPyConnection, relation: Relation, body: str) -> None:
+    import duckdb
+
+    if relation.source.lower() in _RESERVED:
+        raise ModelFailed(
+            f"a source called {relation.source} cannot be read by SQL: DuckDB keeps that name for itself",
+            hint="rename the source",
+        )
+    try:
+        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(relation.source)}")
+        connection.execute(f"CREATE VIEW {quoted(relation.source)}.{quoted(relation.name)} AS {body}")
+    except (duckdb.IOException, duckdb.PermissionException) as error:
+        # A path that is not there is looked for as a pattern, which the wall forbids.
+        raise StoreUnavailable(
+            f"an object of {relation} cannot be read", hint="a vacuum may have come between; the next run reads on"
+        ) from error
+    except duckdb.Error as error:
+        raise ModelFailed(f"{relation} cannot be shown: {first_line(error)}") from error
 
 
 def _view(store: ObjectStore, relation: Relation, version: int | None) -> tuple[str, list[str]]:

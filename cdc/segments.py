@@ -171,9 +171,8 @@ class SegmentFiles:
         self._give_up()
 
     def leave(self) -> None:
-        """Nobody knows whether the index names the last write: keep the bytes, write elsewhere from now on."""
+        """Nobody knows whether the index names the last write: keep the bytes, and go on behind them."""
         self._pending = None
-        self.roll()
 
     def _give_up(self) -> None:
         """Undo a write as well as the disk allows, and end its segment: what fsync failed on cannot be trusted."""

@@ -27,7 +27,11 @@ Live = Mapping[str, SourceStatus | CdcError]
 
 
 def progress_fact(source: str) -> str:
-    """Key of the fact in which the daemon notes, each second: {landed_lsn, landed_committed_at} (µs, 0 unknown)."""
+    """Key of the fact in which the daemon notes its progress, each second.
+
+    {landed_lsn, landed_committed_at: µs, caught_up_at: {step: Unix s when it last held all that the server had sent}};
+    what is missing is not known.
+    """
     return f"progress:{source}"
 
 
@@ -75,34 +79,32 @@ def ladder(
 ) -> list[Step]:
     """Head, received, logged, landed, confirmed: each with its distance from the server's head.
 
-    `lag_seconds` is the age of the newest commit that a step holds while it is behind: an upper bound of the age of
-    the oldest that it lacks. It is 0 when the step holds all that was logged and the log all that the server has.
+    `lag_seconds` is the age of what a step lacks, at most: since the newest commit that it holds, or since it last
+    held everything, whichever is later. It is 0 when the step holds all that was logged and the log all that the
+    server has, and None when neither is known.
     """
     known = source or SourceState(name="")
-    head = max(server.head_lsn if server else 0, known.head_lsn, known.received_lsn)
     logged = max(known.end_lsn, known.lsn)
-    landed = int(progress.get("landed_lsn") or 0)
-    landed = logged if known.positioned and landed >= known.lsn > 0 else landed
-    confirmed = max(server.confirmed_lsn if server else 0, known.confirmed_lsn)
     received = max(known.received_lsn, known.head_lsn if known.positioned else 0, logged)
-    logged_at, landed_at = known.committed_at, int(progress.get("landed_committed_at") or 0)
+    head = max(server.head_lsn if server else 0, received)
+    landed = int(progress.get("landed_lsn") or 0)
+    confirmed = max(server.confirmed_lsn if server else 0, known.confirmed_lsn)
+    landed_at_us = int(progress.get("landed_committed_at") or 0)
+    caught_up_at = progress.get("caught_up_at") or {}
 
-    def step(name: str, lsn: int, committed_at_us: int) -> Step:
+    def step(name: str, lsn: int) -> Step:
         if not lsn or not head:
             return Step(name, lsn, None, None)
-        behind = max(0, head - lsn)
-        if not behind:
-            return Step(name, lsn, 0, 0.0)
-        age = max(0.0, now - committed_at_us / 1e6) if committed_at_us else None
-        return Step(name, lsn, behind, age)
+        # Behind the last commit that was logged there is nothing that a step could lack of the log.
+        holds_log = known.positioned and lsn > known.lsn
+        if lsn >= head or (holds_log and logged >= head):
+            return Step(name, lsn, head - lsn, 0.0)
+        committed_at_us = known.committed_at if holds_log else landed_at_us if lsn >= landed else 0
+        since = max(committed_at_us / 1e6, float(caught_up_at.get(name) or 0))
+        return Step(name, lsn, head - lsn, max(0.0, now - since) if since else None)
 
-    return [
-        step("head", head, 0),
-        step("received", received, logged_at),
-        step("logged", logged, logged_at),
-        step("landed", landed, logged_at if landed >= logged else landed_at),
-        step("confirmed", confirmed, logged_at if confirmed >= logged else (landed_at if confirmed >= landed else 0)),
-    ]
+    positions = {"head": head, "received": received, "logged": logged, "landed": landed, "confirmed": confirmed}
+    return [step(name, positions[name]) for name in STEPS]
 
 
 def _daemon(state: State | None, now: float) -> dict[str, Any]:

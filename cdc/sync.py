@@ -104,7 +104,7 @@ class SyncJob:
         self._limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads}
         self._clock = clock
         self._inputs: frozenset[Input] | None = None
-        self._fresh = True
+        self._seen: dict[str, int] | None = None
         self._due_since: float | None = None
         self._retry_at = 0.0
         self._retry_s = _RETRY_FIRST_S
@@ -187,12 +187,13 @@ class SyncJob:
             # Wall clock, so that it holds over a restart; a clock that was set back must not silence the sync.
             age_s = time.time() - last["started_at"]
             return SCHEDULE if age_s >= self.config.every_s or age_s < 0 else None
-        if self._fresh and last["cuts"] != self._cut_lsns():
-            # What others changed before we started is not known; one run too many writes nothing.
-            return RESTART
-        if self._fresh:
-            return None
-        return CHANGED if last["positions"] != self._positions(changed_by_others) else None
+        now = self._positions(changed_by_others)
+        if self._seen is None:
+            if last["cuts"] != self._cut_lsns():
+                # What others changed before we started is not known; one run too many writes nothing.
+                return RESTART
+            self._seen = now
+        return CHANGED if self._seen != now else None
 
     def _debounced(self) -> bool:
         """Whether the change is old enough; a change that follows does not put the run off any further."""
@@ -221,7 +222,8 @@ class SyncJob:
         missing = self.waiting_for()
         if missing:
             raise ModelFailed(
-                f"sync {self.name} cannot run: {'; '.join(missing)}", hint="`cdc status` shows how far the snapshots are"
+                f"sync {self.name} cannot run: {'; '.join(missing)}",
+                hint="`cdc status` shows how far the snapshots are",
             )
 
     # ---- running ----
@@ -233,12 +235,8 @@ class SyncJob:
         history = self._state.start_history("sync", self.name, cause)
         _log.info("sync run began", extra={"sync": self.name, "cause": cause})
         cuts = self._cuts()
-        seen = {
-            "definition": self._fingerprint(),
-            "started_at": started,
-            "cuts": self._cut_lsns(),
-            "positions": self._positions(changed_by_others),
-        }
+        seen = self._positions(changed_by_others)
+        last = {"definition": self._fingerprint(), "started_at": started, "cuts": self._cut_lsns()}
         try:
             run = self._push(cause, cuts, should_stop)
         except CdcError as error:
@@ -247,8 +245,8 @@ class SyncJob:
             for file in self._directory.glob("*.parquet*"):
                 file.unlink(missing_ok=True)
         if run.outcome != STOPPED:
-            self._state.set(self._fact, seen)
-            self._fresh = False
+            self._state.set(self._fact, last)
+            self._seen = seen
         self.blocked, self._retry_at, self._retry_s = "", 0.0, _RETRY_FIRST_S
         counts: dict[str, Any] = {**run.counts, "plan": run.plan}
         self._state.finish_history(history, run.outcome, counts=counts, error=run.error)

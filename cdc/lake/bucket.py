@@ -158,7 +158,7 @@ class OldFile:
                 return True
         return self.shape.system.get("_lsn") != system_name("_lsn", system_prefix(layout.names))
 
-    def keys(self) -> Iterator[tuple[int, pa.Array, Orders, np.ndarray]]:
+    def located(self) -> Iterator[tuple[int, pa.Array, Orders, np.ndarray]]:
         """(first row, keys, orders, mask of the part's rows) of each slice."""
         shape = self.shape
         if shape.key_names is None:
@@ -168,7 +168,7 @@ class OldFile:
             )
         names = [*shape.key_names, *(shape.system[n] for n in ("_epoch", "_lsn", "_seq", "_raw"))]
         first = 0
-        for data in self.parquet.iter_batches(GROUP_ROWS, columns=names):
+        for data in self.parquet.iter_batches(GROUP_ROWS, columns=names, use_threads=False):
             keys = file_keys(data, shape)
             yield first, keys, orders_of(data, shape), self._mine(keys)
             first += data.num_rows
@@ -179,7 +179,7 @@ class OldFile:
         names = [name for name in shape.source if name is not None] + list(shape.system.values())
         first = 0
         rows = slice_rows(self.parquet.metadata)
-        for data in self.parquet.iter_batches(rows, columns=names):
+        for data in self.parquet.iter_batches(rows, columns=names, use_threads=False):
             columns, states = columns_of(data, shape)
             for i in np.flatnonzero(states == ABSENT).tolist():
                 columns[i] = missing.array(i, data.num_rows)
@@ -226,7 +226,7 @@ def find(files: Sequence[OldFile], wanted: pa.Array, threshold: Order | None) ->
     row: list[np.ndarray] = [np.empty(0, np.int64)]
     doomed = False
     for number, old in enumerate(files):
-        for first, texts, places, mine in old.keys():
+        for first, texts, places, mine in old.located():
             hit = pc.is_in(texts, value_set=wanted).to_numpy(zero_copy_only=False) & mine
             at = np.flatnonzero(hit)
             keys.append(texts.take(pa.array(at)))

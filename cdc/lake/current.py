@@ -3,8 +3,8 @@
 Guarantees:
 - A merge is one Delta commit that carries the changelog's version (`changelog` token), so a change is merged once and a
   merge that is repeated after a crash changes nothing.
-- Readers never see a half table: nothing is shown before the end of the first run, and rows that a whole run did not meet
-  (orphans) go with the commit that merges its end.
+- Readers never see a half table: nothing is shown before the end of the first run, and rows that a whole run did not
+  meet (orphans) go with the commit that merges its end.
 - An unchanged TOAST value never becomes NULL: it comes from the row before, or its key is reported and nothing is
   committed.
 - Replaying is by order, not by arrival; a change never undoes a newer row.
@@ -30,7 +30,7 @@ import pyarrow.dataset as ds
 from cdc.errors import InvariantBroken
 from cdc.failpoints import failpoint
 from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
-from cdc.lake.delta import DeltaLog
+from cdc.lake.delta import DeltaLog, LiveFile
 from cdc.lake.events import FileShape, Layout, Patterns
 from cdc.lake.keyed import BUCKET_ROWS, KeyedMerge, Rewritten
 from cdc.lake.keyless import KeylessMerge, Swap, swap_of
@@ -54,8 +54,8 @@ class MergeResult:
     """What a merge did. `version` is the Delta version of `current` now (None: nothing is shown yet).
 
     `waiting`: the table's first run has not ended. `unresolved`: keys (texts of the key columns) whose rows lack values
-    that nobody knows; nothing was committed, and the rows must be read again. `foreign_change`: some change was not made
-    under one of our own origins. `last_lsn`: commit LSN that the changelog had landed at the merged version.
+    that nobody knows; nothing was committed, and the rows must be read again. `foreign_change`: some change was not
+    made under one of our own origins. `last_lsn`: commit LSN that the changelog had landed at the merged version.
     """
 
     version: int | None = None
@@ -294,14 +294,13 @@ class _Attempt:
         parts = [self._token(f"begin/{run}/{part}") for part in Order._fields]
         return None if None in parts else Order(*(p for p in parts if p is not None))
 
-    def _live(self) -> list:  # type: ignore[type-arg]
+    def _live(self) -> list[LiveFile]:
         return self._table._log.files() if self._table._log.exists() else []
 
-    def _store_file(self, local: Path, path: str) -> int:
+    def _store_file(self, local: Path, path: str) -> None:
         self._uploaded.append(path)
         with pa.memory_map(str(local)) as mapped:
             self._table._store.put(f"{self._table._prefix}/{path}", memoryview(mapped.read_buffer()))
-        return 0
 
     def _discard(self) -> None:
         """Remove what was written for a commit that will not come; what stays is found by `vacuum`."""

@@ -498,7 +498,7 @@ def _difference(
 
 
 def _grown(old: pa.DataType, new: pa.DataType, name: str, prefix: str) -> pa.DataType | None:
-    """A struct type of the children that `old` lacks; None if it lacks none."""
+    """A struct type of the children that `old` lacks; None if it lacks none, and for every other type."""
     if not (pa.types.is_struct(old) and pa.types.is_struct(new)):
         if not _same(old, new):
             raise SchemaConflict(
@@ -506,13 +506,11 @@ def _grown(old: pa.DataType, new: pa.DataType, name: str, prefix: str) -> pa.Dat
                 hint="declare the column's type in the configuration, or move the lake table away and resync",
             )
         return None
-    children = {f.name: f for f in old}
-    fields = []
+    children = {f.name: f.type for f in old}
     for f in new:
-        child = children.get(f.name)
-        grown = f.type if child is None else _grown(child.type, f.type, f"{name}.{f.name}", prefix)
-        if grown is not None:
-            fields.append(f if child is None else pa.field(f.name, grown))
+        if f.name in children:
+            _grown(children[f.name], f.type, f"{name}.{f.name}", prefix)
+    fields = [f for f in new if f.name not in children]
     return pa.struct(fields) if fields else None
 
 

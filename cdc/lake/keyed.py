@@ -77,7 +77,7 @@ class KeyedMerge:
         live: Sequence[LiveFile],
         open_current: OpenParquet,
         open_changelog: OpenParquet,
-        store_file: Callable[[Path, str], int],
+        store_file: Callable[[Path, str], None],
         known_fresh: set[str],
         bucket_rows: int = BUCKET_ROWS,
     ) -> None:
@@ -110,9 +110,11 @@ class KeyedMerge:
                 self._take_old_rows()
             for path in changelog_paths:
                 self._take_changes(self._open_changelog(path))
+                _trim_memory()
             self._resolve_linked()
             for bucket in range(self._n):
                 self._bucket(bucket)
+                _trim_memory()
             return self._done
         finally:
             self._spill.close()
@@ -134,7 +136,7 @@ class KeyedMerge:
 
     def _take_changes(self, file: pq.ParquetFile) -> None:
         shape = FileShape(file.schema_arrow, self._layout)
-        for data in file.iter_batches(slice_rows(file.metadata)):
+        for data in file.iter_batches(slice_rows(file.metadata), use_threads=False):
             for events in events_of(data, shape, self._patterns):
                 self._route(events)
 
@@ -417,6 +419,11 @@ def _cut(positions: np.ndarray, row_bytes: int) -> list[np.ndarray]:
         return []
     step = int(min(1 << 15, max(64, (8 << 20) // row_bytes)))
     return [positions[i : i + step] for i in range(0, len(positions), step)]
+
+
+def _trim_memory() -> None:
+    """Give back what Arrow's allocator keeps: a merge is rare, and the process small otherwise."""
+    pa.default_memory_pool().release_unused()
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

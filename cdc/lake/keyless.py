@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cdc.batch import RAW_TYPE
 from cdc.errors import IdentityMissing, InvariantBroken
 from cdc.lake.assemble import Missing
 from cdc.lake.bucket import BucketWriter, current_schema, orders_of, slice_rows
 from cdc.lake.delta import AddedFile, LiveFile
-from cdc.lake.events import RAW_TYPE, ABSENT, FileShape, Layout, columns_of, ops_of, raw_in_layout
+from cdc.lake.events import ABSENT, FileShape, Layout, columns_of, ops_of, raw_in_layout
 from cdc.lake.keyed import Rewritten
 from cdc.lake.reduce import Order
 from cdc.lake.scan import Control, Scan
@@ -52,8 +53,8 @@ def swap_of(begin: Control) -> Swap:
 
 
 class KeylessMerge:
-    """One merge of a table without a key. `swap`: the last complete run, `fresh`: it ended in this merge (then the paths
-    given to `run` begin with its begin row's); `settled`: the stream is past everything that the run's snapshot saw."""
+    """One merge of a table without a key. `swap`: the last complete run, `fresh`: it ended in this merge (then the
+    paths given to `run` begin with its begin row's); `settled`: the stream is past everything that the run's snapshot saw."""
 
     def __init__(
         self,
@@ -66,13 +67,14 @@ class KeylessMerge:
         scratch: Path,
         live: Iterable[LiveFile],
         open_changelog: Callable[[str], pq.ParquetFile],
-        store_file: Callable[[Path, str], int],
+        store_file: Callable[[Path, str], None],
     ) -> None:
         self._layout = layout
         self._missing = Missing(layout)
         self._swap = swap
         self._fresh = fresh
-        self.settled = settled
+        self._settled = settled
+        self._newer_found = False
         self._scratch = scratch
         self._live = list(live)
         self._open = open_changelog
@@ -157,7 +159,7 @@ class KeylessMerge:
         """Mask of the rows that the last complete run's snapshot has read already. Transaction ids are only comparable
         nearby; but once the stream shows a transaction that began after the snapshot, nothing seen comes any more."""
         none = np.zeros(data.num_rows, np.bool_)
-        if self._swap is None or self.settled:
+        if self._swap is None or self._settled:
             return none
         xids = data.column(shape.system["_xid"]).to_numpy(zero_copy_only=False)
         streamed = ~np.isin(ops_of(data, shape), np.frombuffer(b"rs", np.uint8))
@@ -170,12 +172,10 @@ class KeylessMerge:
             self._newer_found = self._newer_found or bool(newer.any())
         return np.asarray(after & self._swap.visibility.sees(xids))
 
-    _newer_found = False
-
     @property
     def settles(self) -> bool:
         """Whether the rows of this merge went past everything that the run's snapshot saw."""
-        return self.settled or self._newer_found
+        return self._settled or self._newer_found
 
     def _finish_file(self) -> None:
         if self._writer is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-MEMORY_BYTES = 32 << 20
+MEMORY_BYTES = 8 << 20
 
 
 class Spill:

@@ -15,7 +15,7 @@ from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, UsageError, pick, resolve_tables, tables_of
 from cdc.verbs.lake import lake_tables
-from cdc.verbs.orders import Named, follow, order_resync, wait_lake
+from cdc.verbs.orders import Named, follow, order_resync, standing_still, wait_lake
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,9 +107,17 @@ def sync_plan(call: Call) -> int:
 
     plan = sync.plan_now(call.config, call.store, lake_tables(call), call.args.name)
     call.console.document(plan)
-    for key, value in plan.items():
-        call.console.line(f"{key}: {value}")
-    return FOUND if plan.get("held") else OK
+    call.console.line(f"sync {plan['sync']} → {plan['target']} {plan['table']}, plan {plan['plan']}")
+    for action, keys in plan["samples"].items():
+        count = plan[f"{action}s"]
+        if count:
+            call.console.line(f"  {action}: {count}: {', '.join(keys)}{', …' if count > len(keys) else ''}")
+    call.console.line(f"  unchanged: {plan['unchanged']}, gone from the result (left alone): {plan['gone']}")
+    if plan["held"]:
+        call.console.line(f"  held: {plan['held']} rows whose key is NULL in part, or not unique")
+        for held in plan["held_samples"]:
+            call.console.line(f"    {held['key']}: {held['reason']}")
+    return FOUND if plan["held"] else OK
 
 
 def sync_history(call: Call) -> int:
@@ -136,6 +144,8 @@ def _ask_run(call: Call, verb: str, name: str) -> int:
     call.console.document({"name": name, **answer})
     for key, value in answer.items():
         call.console.line(f"{key}: {_counts(value) if isinstance(value, dict) else value}")
+    if answer.get("outcome") in ("failed", "stopped"):
+        return FAILED
     counts = answer.get("counts", answer)
     return FOUND if counts.get("held") or counts.get("rejected") else OK
 
@@ -157,6 +167,8 @@ def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[
                 except TimedOut:
                     timed_out = True
                     raise
+                for stopped in standing_still(state, source, [awaited]):
+                    raise CdcError(f"the table is stopped: {stopped.reason}", hint=stopped.hint)
                 return lsn
 
             section = call.config.sources[source]

@@ -84,7 +84,7 @@ def _show_status(call: Call, document: dict[str, Any]) -> None:
     elif daemon["pid"]:
         line(f"daemon   down; last sign of life {seconds_text(daemon['heartbeat_age_seconds'])} ago")
     else:
-        line("daemon   has never run on this state directory")
+        line("daemon   not running")
     log = document["log"]
     line(f"log      {bytes_text(log['bytes'])} of {bytes_text(log['bytes_max'])}")
     line(f"lake     {document['lake']}")

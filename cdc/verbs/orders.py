@@ -9,10 +9,10 @@ from cdc import control
 from cdc.console import lsn_text
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
-from cdc.verbs.call import FAILED, OK, Call, UsageError, resolve_tables, spellings, tables_of, unknown
+from cdc.verbs.call import FAILED, FOUND, OK, Call, UsageError, resolve_tables, spellings, tables_of, unknown
 
 if TYPE_CHECKING:
-    from cdc.state import Run, State
+    from cdc.state import Run, State, TableState
 
 Named = tuple[str, TableId]
 """Source and table."""
@@ -54,14 +54,27 @@ def wait(call: Call) -> int:
         sources = list(dict.fromkeys(s for s, _ in tables)) if tables else call.sources()
         if call.args.lsn is not None and len(sources) != 1:
             raise UsageError("--lsn is a position of one source", hint="name its tables with --table")
-        reached = {}
+        reached, left_behind = {}, []
         for source in sources:
             chosen = [t for s, t in tables if s == source] if tables else None
             reached[source] = wait_for(call, state, source, chosen, deadline, lsn=call.args.lsn)
-    call.console.document({"reached": {s: {**answer, "lsn": lsn_text(answer["lsn"])} for s, answer in reached.items()}})
+            left_behind += standing_still(state, source, chosen)
+    call.console.document(
+        {
+            "reached": {s: {**answer, "lsn": lsn_text(answer["lsn"])} for s, answer in reached.items()},
+            "stopped": [{"source": t.source, "table": str(t.table), "reason": t.reason} for t in left_behind],
+        }
+    )
     for source, answer in reached.items():
         call.console.line(f"{source}: the lake holds everything up to {lsn_text(answer['lsn'])}")
-    return OK
+    for table in left_behind:
+        call.console.line(f"  but not {table.table}, which is stopped: {table.reason}")
+    return FOUND if left_behind else OK
+
+
+def standing_still(state: State, source: str, tables: list[TableId] | None) -> list[TableState]:
+    """Those of the tables (None: all of the source) that the daemon has stopped, so that no wait reaches them."""
+    return [t for t in state.tables(source) if t.state == "stopped" and (tables is None or t.table in tables)]
 
 
 def wait_for(
@@ -121,7 +134,9 @@ def follow(call: Call, state: State, tables: list[Named], ordered: list[dict[str
                         failed.append(f"{named[1]}: {run.state}{': ' + run.reason if run.reason else ''}")
             _pause_until(state, deadline, "the snapshot has not ended in time; it goes on")
         for source in [] if failed else dict.fromkeys(s for s, _ in tables):
-            wait_for(call, state, source, [t for s, t in tables if s == source], deadline)
+            chosen = [t for s, t in tables if s == source]
+            wait_for(call, state, source, chosen, deadline)
+            failed += [f"{t.table}: stopped: {t.reason}" for t in standing_still(state, source, chosen)]
     for text in failed:
         call.console.note(text)
     return FAILED if failed else OK
@@ -161,9 +176,10 @@ def _pause_or_resume(call: Call, verb: str) -> int:
     with call.state() as state:
         for kind, name in pause_targets(call, tables_of(state, call.sources()), call.args.name):
             answer = control.order(state, verb, {"kind": kind, "name": name})
-            done.append({"kind": kind, "name": name, "served": answer is not None})
+            shown = name.replace("/", ".")
+            done.append({"kind": kind, "name": shown, "served": answer is not None})
             what = "paused" if verb == "pause" else "resumed"
-            call.console.line(f"{kind} {name}: {what if answer is not None else _STANDS}")
+            call.console.line(f"{kind} {shown}: {what if answer is not None else _STANDS}")
     call.console.document({"verb": verb, "targets": done})
     return OK
 

@@ -5,7 +5,7 @@ and moves all rows to the next. No Python object per row or value. A column's ce
 without looking at them: the spans [start, end, start, end, …] are offsets of an array over the joined buffer, whose
 even elements are the cells.
 
-Its twin for few rows is rows.py; both yield equal images for every stream (tests/property/test_decoder_plans.py).
+Its twin for few rows is rows.py; both yield equal images for every stream (tests/property/test_decoder_streams.py).
 Deliberately does not cast: image.py does, for both.
 """
 

@@ -402,8 +402,11 @@ class EmbeddedPostgres:
     def remove(self) -> None:
         """Stop, and delete the data and the log."""
         self.stop(timeout_s=1.0)
-        shutil.rmtree(self.data.resolve(), ignore_errors=True)
-        self.data.unlink(missing_ok=True)
+        if self.data.is_symlink():
+            shutil.rmtree(self.data.resolve().parent, ignore_errors=True)
+            self.data.unlink()
+        else:
+            shutil.rmtree(self.data, ignore_errors=True)
         self.log_path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:

@@ -30,6 +30,8 @@ UNKNOWN_TIME = np.iinfo(np.int64).min
 
 CAST_TOGETHER_ROWS = 500
 """Columns of fewer rows are cast together with others of their type; the copy costs more than it saves for longer."""
+CAST_TOGETHER_BYTES = 64 << 20
+"""Of a longer part (it holds one huge message) nothing is: values of a gigabyte would not fit in one array twice."""
 
 _Cells = tuple[pa.Array, Bools | None]
 """Typed values, and the mask of those that the type cannot hold."""
@@ -179,14 +181,16 @@ class Layout:
         )
 
 
-def make_batches(walked: Sequence[tuple[Layout, Image, int]], system: System) -> list[Batch]:
-    """The batches of these images in order; each with its layout and number of rows, which `system` has one by one."""
+def make_batches(walked: Sequence[tuple[Layout, Image, int]], system: System, part_bytes: int) -> list[Batch]:
+    """The batches of these images in order; each with its layout and number of rows, which `system` has one by one.
+
+    `part_bytes` is the size of the frames that all of them come from."""
     wanted: list[tuple[Column, Texts]] = []
     for layout, image, _ in walked:
         wanted += zip(layout.schema.columns, image.texts, strict=True)
         if image.old is not None:
             wanted += zip(layout.schema.columns, image.old_texts, strict=True)
-    cells = iter(_cast_together(wanted))
+    cells = iter(_cast_together(wanted, CAST_TOGETHER_ROWS if part_bytes < CAST_TOGETHER_BYTES else 0))
     batches = []
     begin = 0
     for layout, image, count in walked:
@@ -196,12 +200,12 @@ def make_batches(walked: Sequence[tuple[Layout, Image, int]], system: System) ->
     return batches
 
 
-def _cast_together(wanted: Sequence[tuple[Column, Texts]]) -> list[_Cells]:
-    """Cast each text to its column's type; short ones of the same type at once."""
+def _cast_together(wanted: Sequence[tuple[Column, Texts]], rows_max: int) -> list[_Cells]:
+    """Cast each text to its column's type; those of the same type and fewer rows at once."""
     cells: list[_Cells | None] = [None] * len(wanted)
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (column, text) in enumerate(wanted):
-        if len(text) < CAST_TOGETHER_ROWS:
+        if len(text) < rows_max:
             # Everything that a cast looks at, but not what the column is called and where it stands.
             sort = (column.type_oid, column.typmod, column.element_oid, column.type_name, _form(text))
             alike.setdefault(sort, []).append(i)

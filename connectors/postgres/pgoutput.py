@@ -438,7 +438,7 @@ class Decoder:
             committed=t.committed.take(of),
             origin=_origins(t.origins, of) if t.origins else None,
         )
-        return make_batches(walked, system)
+        return make_batches(walked, system, messages.buffer.size)
 
 
 def _parts(blob: bytes, lengths: Ints) -> Iterator[tuple[bytes, Ints]]:

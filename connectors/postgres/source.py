@@ -9,11 +9,13 @@ does).
 from __future__ import annotations
 
 import logging
+import time
 import zlib
 from typing import Any
 
 import psycopg
 
+from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig
 from cdc.errors import SlotLost, SourceUnavailable
@@ -70,7 +72,8 @@ class PostgresSource:
         except BaseException:
             connection.close()
             raise
-        self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=after.lsn if after is not None else 0)
+        lsn, end_lsn = (after.lsn, after.end_lsn) if after is not None else (0, 0)
+        self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=lsn, after_end_lsn=end_lsn)
 
     def read(self, timeout_s: float) -> Portion | None:
         assert self._receiver is not None, "open first"
@@ -78,7 +81,10 @@ class PostgresSource:
         blob = self._receiver.take(timeout_s)
         if blob is None:
             return None
-        return self._decoder.feed_blob(blob.data, blob.lengths)
+        began = time.perf_counter()
+        portion = self._decoder.feed_blob(blob.data, blob.lengths)
+        metrics.STAGE_SECONDS.labels("decode").inc(time.perf_counter() - began)
+        return portion
 
     def confirm(self, end_lsn: int) -> None:
         if self._receiver is not None:
@@ -103,11 +109,6 @@ class PostgresSource:
         if self._catalog is not None:
             self._catalog.close()
             self._catalog = None
-
-    @property
-    def receive_cpu_s(self) -> float:
-        """Processor time of the receiving thread, once it has ended."""
-        return self._receiver.busy_s if self._receiver is not None else 0.0
 
     def _connect(self, *, replication: bool) -> psycopg.Connection[Any]:
         config = self._config

@@ -155,7 +155,7 @@ class TargetTable:
         if others:
             # Compared by image, not by the types' own equality: json has none, and citext or a non-deterministic
             # collation would call a changed text equal.
-            action = sql.SQL("UPDATE SET {} WHERE ROW({}) OPERATOR(pg_catalog.*<>) ROW({})").format(
+            action = sql.SQL("UPDATE SET {} WHERE pg_catalog.record_image_ne(ROW({}), ROW({}))").format(
                 sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(c)) for c in others),
                 sql.SQL(", ").join(sql.Identifier("o", c) for c in others),
                 sql.SQL(", ").join(sql.Identifier("excluded", c) for c in others),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,6 +41,11 @@ def processes_of(data: Path) -> list[int]:
     return found
 
 
+def cpu_ticks(pid: int) -> int:
+    """Processor time that a process has used, in hundredths of a second."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
 def shared_memory_segments() -> set[str]:
     return {line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
 
@@ -71,11 +77,14 @@ def test_alter_system_wins_over_the_launchers_settings_after_a_restart(running: 
 
 def test_a_crash_keeps_what_was_committed_and_nothing_else(running: EmbeddedPostgres) -> None:
     before = shared_memory_segments()
-    with psycopg.connect(running.dsn()) as client:
+    with psycopg.connect(running.dsn()) as client, contextlib.closing(psycopg.connect(running.dsn())) as busy:
         client.execute("CREATE TABLE t (a int)")
         client.execute("INSERT INTO t VALUES (1)")
         client.commit()
         client.execute("INSERT INTO t VALUES (2)")
+        # A session that computes does not look whether its server is still there: it must be killed like the rest.
+        busy.pgconn.send_query(b"SELECT count(*) FROM generate_series(1, 1000000000)")
+        wait_until(lambda: cpu_ticks(busy.info.backend_pid) > 5, 20, "the query to compute")
         running.kill()
         assert processes_of(running.data) == []
         with pytest.raises(psycopg.OperationalError):
@@ -153,7 +162,7 @@ def test_root_without_user_namespaces_runs_it_as_nobody_even_in_a_closed_directo
         with psycopg.connect(server.dsn()) as client:
             assert client.execute("SELECT 1").fetchone() == (1,)
     server.remove()
-    assert not place.exists()
+    assert not place.parent.exists(), "the place that stood in for the closed directory is gone as a whole"
     assert list((closed / "pg").iterdir()) == []
 
 
@@ -200,6 +209,43 @@ def test_the_server_ends_when_its_parent_does_however_that_happens(tmp_path: Pat
     finally:
         parent.kill()
         parent.communicate()
+
+
+INTERRUPTED = """
+import sys, pathlib, psycopg
+from connectors.postgres.embedded import EmbeddedPostgres, THROWAWAY
+with EmbeddedPostgres(pathlib.Path(sys.argv[1]), settings=THROWAWAY) as server:
+    client = psycopg.connect(server.dsn())
+    try:
+        print(server.pid, flush=True)
+        sys.stdin.read()
+    except KeyboardInterrupt:
+        for _ in range(300):
+            client.execute("SELECT pg_sleep(0.001)")
+        print("still served", flush=True)
+"""
+
+
+def test_ctrl_c_in_the_terminal_reaches_the_program_and_not_its_server(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert program.stdout is not None
+        assert int(program.stdout.readline()) in processes_of(tmp_path / "data")
+        os.killpg(program.pid, signal.SIGINT)  # what a terminal does: the signal goes to the whole group
+        assert program.stdout.read() == "still served\n"
+        assert program.wait(20) == 0
+        assert processes_of(tmp_path / "data") == []
+    finally:
+        program.kill()
+        program.communicate()
 
 
 def test_a_named_directory_without_binaries_is_refused_with_the_way_out(

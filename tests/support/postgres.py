@@ -6,6 +6,7 @@ that it leaves at the server (sessions, slots, prepared transactions, replicatio
 
 from __future__ import annotations
 
+import atexit
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,17 @@ _numbers = itertools.count(1)
 def private_server(directory: Path, *, port: int = 0, fresh: bool = False, **settings: str | int) -> EmbeddedPostgres:
     """A server that a test may stop, crash and reconfigure; use it as a context manager. Those that are not `fresh`
     share one system identifier, as copies of one data directory do."""
-    return EmbeddedPostgres(directory, port=port, settings={**THROWAWAY, **ROOMY, **settings}, reuse_template=not fresh)
+    server = EmbeddedPostgres(
+        directory, port=port, settings={**THROWAWAY, **ROOMY, **settings}, reuse_template=not fresh
+    )
+    atexit.register(_remove_relocated, server)
+    return server
+
+
+def _remove_relocated(server: EmbeddedPostgres) -> None:
+    """Data that had to lie outside the test's directory are not removed with it."""
+    if server.data.is_symlink():
+        server.remove()
 
 
 @pytest.fixture(scope="session")

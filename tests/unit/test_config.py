@@ -263,11 +263,11 @@ def test_a_password_inside_a_connection_string_is_noticed(dsn: str, expected: bo
 
 def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     file = tmp_path / "cdc.toml"
-    file.write_text('state_dir = "state"\n[source.a]\ndsn = "host=x"\npassword_file = "pw"\n[lake]\nurl = "lake"\n')
+    file.write_text('state_dir = "state"\n[source.a]\ndsn = "host=x"\npassword_file = "pw"\n[lake]\nurl = "my lake"\n')
     config = load(file)
     assert config.state_dir == tmp_path / "state"
     assert config.sources["a"].password_file == tmp_path / "pw"
-    assert config.lake.url == f"file://{tmp_path}/lake"
+    assert config.lake.url == f"file://{tmp_path}/my%20lake"
 
 
 def test_the_file_is_found_by_argument_then_variable_then_place(

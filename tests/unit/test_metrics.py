@@ -98,6 +98,20 @@ def test_stopping_frees_the_port_and_ends_the_thread(health: dict[str, object]) 
     assert "metrics" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_health_that_cannot_be_told_is_503() -> None:
+    broken = MetricsServer("127.0.0.1:0", lambda: {}["nothing"])
+    broken.start()
+    code, text = get(broken, "/health")
+    broken.stop()
+    assert (code, json.loads(text)) == (503, {"ok": False, "error": "KeyError"})
+
+
+def test_no_address_means_no_server() -> None:
+    none = MetricsServer("", lambda: {"ok": True})
+    assert none.start() == ""
+    none.stop()
+
+
 def test_a_taken_port_is_an_error_of_the_configuration(server: MetricsServer) -> None:
     with pytest.raises(ConfigError, match="cannot listen on metrics_listen"):
         MetricsServer(server.address, lambda: {"ok": True})

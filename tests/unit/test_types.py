@@ -95,6 +95,9 @@ EVERY = [
         (numeric(38, 0), "9" * 38, Decimal("9" * 38)),
         (numeric(38, 0), "170141183460469231731687303715884105728", MASKED),
         (numeric(38, 0), "340282366920938463463374607431768211457", MASKED),
+        (numeric(38, 10), "9766103931607544294559605663000", MASKED),
+        (numeric(38, 10), "3.40282367020938463463374607431768211456", MASKED),  # 2^128 + 10^29, to 38 places
+        (numeric(38, 10), "9" * 28 + "." + "9" * 10, Decimal("9" * 28 + "." + "9" * 10)),
         (numeric(38, 38), "-0." + "9" * 38, Decimal("-0." + "9" * 38)),
         (numeric(38, 38), "1." + "0" * 37, MASKED),
         (numeric(3, -2), "-99900", Decimal("-99900")),
@@ -214,7 +217,7 @@ def test_bytes_under_a_null_are_not_read() -> None:
     for kind, data, values in (
         (INT4, b"1zzzzzz3", [1, None, 3]),
         (BOOL, b"tzzzzzzf", [True, None, False]),
-        (FLOAT8, b"1-1e-4003", [1.0, None, 3.0]),
+        (FLOAT8, b"1-1e-403", [1.0, None, 3.0]),
     ):
         text = pa.Array.from_buffers(pa.binary(), 3, [bitmap, offsets, pa.py_buffer(data)])
         typed, mask = cast(kind, text)

@@ -1,0 +1,1 @@
+"""Benchmarks: programs that print and write figures (`make bench*`), never timed tests."""
