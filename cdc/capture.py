@@ -121,7 +121,9 @@ class LogEnd:
         failpoint("capture.before_append")
         self._log.append(self._name, item)
         failpoint("capture.after_append")
-        metrics.STAGE_SECONDS.labels("log").inc(time.perf_counter() - began)
+        took = time.perf_counter() - began
+        metrics.STAGE_SECONDS.labels("log").inc(took)
+        metrics.LOG_APPEND_SECONDS.labels(self._name).observe(took)
         self.received_lsn = max(self.received_lsn, item.head_lsn)
         self._count(item)
         return item.boundary
@@ -134,4 +136,9 @@ class LogEnd:
         metrics.RECEIVED_MESSAGES.labels(self._name).inc(item.messages)
         metrics.TRANSACTIONS.labels(self._name).inc(len(item.xids))
         for batch in item.batches:
-            metrics.CHANGES.labels(self._name, metrics.table_label(self._name, batch.table)).inc(batch.data.num_rows)
+            label = metrics.table_label(self._name, batch.table)
+            metrics.CHANGES.labels(self._name, label).inc(batch.data.num_rows)
+            metrics.LOG_APPENDED_BYTES.labels(self._name).inc(batch.data.nbytes)
+            if batch.has("_raw"):
+                # The map's items are the values that their columns' types could not hold.
+                metrics.RAW_VALUES.labels(self._name, label).inc(len(batch.system("_raw").flatten()))

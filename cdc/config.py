@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
-from urllib.parse import quote
 
 from cdc.errors import ConfigError
 
@@ -223,21 +222,9 @@ def size_bytes(text: str | int) -> int:
     return int(float(match[1]) * (1 << _UNITS[match[2][0].upper()]))
 
 
-def dsn_with_password(config: SourceConfig | TargetConfig) -> str:
-    """The connection string with its password, read now (so a rotated secret is taken at the next connection).
-
-    Never log the result. ConfigError if the secret cannot be read; the message names the file or the variable only.
-    """
-    password = _password(config)
-    if password is None:
-        return config.dsn
-    if re.match(r"postgres(ql)?://", config.dsn):
-        return f"{config.dsn}{'&' if '?' in config.dsn else '?'}password={quote(password, safe='')}"
-    escaped = password.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{config.dsn} password='{escaped}'".lstrip()
-
-
-def _password(config: SourceConfig | TargetConfig) -> str | None:
+def password_of(config: SourceConfig | TargetConfig) -> str | None:
+    """The secret that the section refers to, None if it refers to none; read now, so a rotated one is taken at the next
+    connection. Never log it. ConfigError if it cannot be read; the message names the file or the variable only."""
     if config.password_env:
         value = os.environ.get(config.password_env)
         if value is None:

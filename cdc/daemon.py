@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cdc import control, metrics, registry
+from cdc import __version__, control, metrics, registry
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, TimedOut
@@ -172,6 +172,9 @@ class Daemon:
 
     def _loop(self, state: State, event_log: EventLog, notifier: Notifier, once: bool) -> None:
         started = time.time()
+        metrics.BUILD.info({"version": __version__})
+        metrics.START_TIME_SECONDS.set(started)
+        metrics.LOG_LIMIT_BYTES.set(self._config.log_bytes_max)
         finished = self._finished() if once else None
         beat_at = 0.0
         while not self._stop.is_set():

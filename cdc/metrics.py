@@ -57,14 +57,14 @@ CHANGES = _counter("cdc_changes", "Changes received and logged.", "source", "tab
 RAW_VALUES = _counter(
     "cdc_raw_values", "Values kept as text in _raw: their column's type cannot hold them.", "source", "table"
 )
-LOGICAL_MESSAGES = _counter("cdc_logical_messages", "Messages of pg_logical_emit_message received.", "source")
-QUEUE_BYTES = _gauge("cdc_queue_bytes", "Bytes received and not logged yet.", "source")
 
 # The ladder of positions: head, received, logged, landed, confirmed
 LAG_BYTES = _gauge(
     "cdc_lag_bytes", "WAL between the server's head and a step (logged, landed, merged).", "source", "step"
 )
-LAG_SECONDS = _gauge("cdc_lag_seconds", "Age of the oldest commit that a step has not reached.", "source", "step")
+LAG_SECONDS = _gauge(
+    "cdc_lag_seconds", "Time since a step last held everything that had been received.", "source", "step"
+)
 SLOT_RETAINED_BYTES = _gauge("cdc_slot_retained_bytes", "WAL that the server keeps for our slot.", "source")
 SLOT_SAFE_WAL_BYTES = _gauge(
     "cdc_slot_safe_wal_bytes", "WAL that may still be written before the slot is lost.", "source"

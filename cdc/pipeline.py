@@ -43,7 +43,8 @@ DISCOVER_S = 10.0
 """How often the publication is looked at for new and vanished tables."""
 READ_S = 0.2
 """Longest wait of one step for input: how soon a stop or a request is seen."""
-PRUNE_S = 60.0
+LOOK_S = 20.0
+"""How often the server is asked for its slot, and logged transaction ids that no snapshot can miss are forgotten."""
 
 
 class Pipeline:
@@ -81,8 +82,9 @@ class Pipeline:
         self._temp = config.state_dir / "tmp" / source.name
         self._prepared = threading.Event()
         self._stopped: set[TableId] = set()
+        self._caught_up_at: dict[str, float] = {}
         self._discover_at = 0.0
-        self._prune_at = 0.0
+        self._look_at = 0.0
         self._renew_at = 0.0
         self.workers = [
             Worker(
@@ -240,10 +242,14 @@ class Pipeline:
         if now >= self._discover_at:
             self.discover()
             self._discover_at = now + DISCOVER_S
-        if now >= self._prune_at:
-            self._prune_at = now + PRUNE_S
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            status = self.admin.status()
+            metrics.SLOT_RETAINED_BYTES.labels(self.name).set(status.retained_bytes)
+            if status.safe_wal_bytes is not None:
+                metrics.SLOT_SAFE_WAL_BYTES.labels(self.name).set(status.safe_wal_bytes)
             # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
-            self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
+            self._log.prune_xids(self.name, status.oldest_xmin)
         return self.backfill.step()
 
     # ---- tables ----
@@ -374,12 +380,21 @@ class Pipeline:
         if not self._prepared.is_set():
             return
         reached = self.reached()
-        self._state.save_source(self.name, received_lsn=self.log_end.received_lsn, confirmed_lsn=self._gate.allowed)
-        facts: dict[str, Any] = {"landed_lsn": reached["landed"], "merged_lsn": reached["merged"]}
+        steps = {**reached, "confirmed": self._gate.allowed}
+        head, now = self.log_end.received_lsn, time.time()
+        for step, lsn in steps.items():
+            if lsn >= head:
+                self._caught_up_at[step] = now
+            since = self._caught_up_at.setdefault(step, now)
+            metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
+            metrics.LAG_SECONDS.labels(self.name, step).set(now - since)
+        self._state.save_source(self.name, received_lsn=head, confirmed_lsn=self._gate.allowed)
+        facts: dict[str, Any] = {
+            "landed_lsn": reached["landed"],
+            "merged_lsn": reached["merged"],
+            "caught_up_at": {**self._caught_up_at, "received": now},
+        }
         self._state.set(progress_fact(self.name), facts)
-        head = self.log_end.received_lsn
-        for step, lsn in reached.items():
-            metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn) if lsn else 0)
         for table_state in ("new", "snapshotting", "streaming", "stopped", "removed"):
             count = sum(t.state == table_state for t in self._state.tables(self.name))
             metrics.TABLES.labels(self.name, table_state).set(count)

@@ -1,7 +1,8 @@
 """Models and syncs inside the daemon: one thread that runs what is due or ordered, one after the other.
 
-Inputs are read at recorded cuts only (cdc.sync, cdc.models), so nothing here waits for a source. Orders of the operator come
-from the main loop as promises and are worked off before what is due. A target that fails does not stop the others.
+Inputs are read at recorded cuts only (cdc.sync, cdc.models), so nothing here waits for a source. Orders of the
+operator come from the main loop as promises and are worked off before what is due. A target that fails does not
+stop the others.
 """
 
 from __future__ import annotations

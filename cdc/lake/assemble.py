@@ -22,6 +22,7 @@ class Missing:
     """What rows that are older than a column show in it (`pg_attribute.attmissingval`)."""
 
     def __init__(self, layout: Layout) -> None:
+        self._names = layout.names
         self.values: list[pa.Array] = []
         self.texts: list[str | None] = []
         for column, field in zip(layout.schema.columns, layout.fields, strict=True):
@@ -32,6 +33,15 @@ class Missing:
     def array(self, column: int, n: int) -> pa.Array:
         """The missing value of a column, n times."""
         return self.values[column].take(pa.array(np.zeros(n, np.int64)))
+
+    def fill(self, columns: list[pa.Array], raw: pa.Array, absent: list[int]) -> tuple[list[pa.Array], pa.Array]:
+        """Rows of a file that lacks the columns `absent`, with their missing values; `raw` with the texts of those."""
+        n = len(raw)
+        filled = [self.array(i, n) if i in absent else column for i, column in enumerate(columns)]
+        texts = [(self._names[i], text) for i in absent if (text := self.texts[i]) is not None]
+        if texts:
+            raw = pa.array([(row or []) + texts for row in raw.to_pylist()], RAW_TYPE)
+        return filled, raw
 
     def given(self, column: int) -> bool:
         """Whether the missing value of a column is anything but NULL."""

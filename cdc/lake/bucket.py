@@ -181,8 +181,6 @@ class OldFile:
         rows = slice_rows(self.parquet.metadata)
         for data in self.parquet.iter_batches(rows, columns=names, use_threads=False):
             columns, states = columns_of(data, shape)
-            for i in np.flatnonzero(states == ABSENT).tolist():
-                columns[i] = missing.array(i, data.num_rows)
             if (states == UNCHANGED).any():
                 name = shape.layout.names[int(np.flatnonzero(states == UNCHANGED)[0])]
                 raise SchemaConflict(
@@ -190,6 +188,7 @@ class OldFile:
                     hint="move the lake table away and resync",
                 )
             raw = raw_in_layout(data.column(shape.system["_raw"]), shape.renames)
+            columns, raw = missing.fill(columns, raw, np.flatnonzero(states == ABSENT).tolist())
             yield first, data, columns, raw
             first += data.num_rows
 

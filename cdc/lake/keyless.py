@@ -54,7 +54,8 @@ def swap_of(begin: Control) -> Swap:
 
 class KeylessMerge:
     """One merge of a table without a key. `swap`: the last complete run, `fresh`: it ended in this merge (then the
-    paths given to `run` begin with its begin row's); `settled`: the stream is past everything that the run's snapshot saw."""
+    paths given to `run` begin with its begin row's); `settled`: the stream is past everything that the run's
+    snapshot saw."""
 
     def __init__(
         self,
@@ -143,10 +144,9 @@ class KeylessMerge:
         if not keep.all():
             data = data.filter(pa.array(keep))
         columns, states = columns_of(data, shape)
-        for i in np.flatnonzero(states == ABSENT).tolist():
-            columns[i] = self._missing.array(i, data.num_rows)
         system = [data.column(shape.system[n]) for n in ("_epoch", "_lsn", "_seq", "_committed_at", "_origin")]
         raw = raw_in_layout(data.column(shape.system["_raw"]), shape.renames)
+        columns, raw = self._missing.fill(columns, raw, np.flatnonzero(states == ABSENT).tolist())
         self._done.upserted += data.num_rows
         if self._writer is None:
             path = self._scratch / f"rows-{self._files}.parquet"

@@ -60,7 +60,9 @@ class Call:
     @property
     def has_state(self) -> bool:
         """Whether a daemon has ever worked on this state directory."""
-        return self.config.state_path.is_file()
+        path = self.config.state_path
+        # A daemon that is just starting for the first time has made the file and not yet its tables.
+        return path.is_file() and path.stat().st_size > 0
 
     @contextmanager
     def state(self, *, readonly: bool = False) -> Iterator[State]:

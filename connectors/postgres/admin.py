@@ -15,11 +15,11 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cdc.config import SourceConfig
+from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, SourceRefused, SourceUnavailable
 from cdc.ports import Finding, SourceStatus
 from connectors.postgres import catalog
-from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
 STATUS = """
@@ -138,7 +138,7 @@ class PostgresAdmin:
         config = self._config
         connection = connect(
             config.dsn,
-            password=password_of(config.password_file, config.password_env),
+            password=password_of(config),
             application_name="cdc admin",
             connect_timeout_s=config.connect_timeout_s,
             settings={

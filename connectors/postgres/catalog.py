@@ -17,6 +17,9 @@ import psycopg
 from cdc.config import SourceConfig
 from cdc.table import Column, TableId, TableSchema
 
+OWN_SCHEMA = "cdc"
+"""Where reverse ETL keeps its acknowledgements."""
+
 COLUMNS = """
 with recursive base(oid, base, typmod) as (
   select oid, oid, -1 from pg_type where typtype <> 'd'
@@ -88,7 +91,10 @@ class Described:
 
 
 def selected(config: SourceConfig, table: TableId) -> bool:
-    """Whether the configuration's globs want the table. No globs: everything that is published."""
+    """Whether the configuration's globs want the table. No globs: everything that is published, but what cdc itself
+    keeps in a database that is also a target."""
+    if table.schema == OWN_SCHEMA:
+        return False
     name = str(table)
     wanted = not config.tables or any(fnmatchcase(name, pattern) for pattern in config.tables)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in config.exclude)

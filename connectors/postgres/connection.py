@@ -6,17 +6,15 @@ and their supervisor repeats. Messages name host, database and object, never a p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from cdc.errors import CdcError, ConfigError, SlotLost, SourceRefused, SourceUnavailable
+from cdc.errors import CdcError, SlotLost, SourceRefused, SourceUnavailable
 
 CANONICAL = {
     "datestyle": "ISO",
@@ -29,23 +27,6 @@ CANONICAL = {
     "search_path": "pg_catalog",
 }
 """Settings under which every type has one text form; the stream, snapshots and verify all read under them."""
-
-
-def password_of(password_file: Path | None, password_env: str | None) -> str | None:
-    """The secret that the configuration refers to, None if it refers to none. Read anew at every connection."""
-    if password_file is not None:
-        try:
-            return password_file.read_text().strip()
-        except OSError as e:
-            raise ConfigError(
-                f"password_file {password_file} cannot be read: {e.strerror}",
-                hint="check the path and that the daemon's user may read it",
-            ) from e
-    if password_env is not None:
-        if password_env not in os.environ:
-            raise ConfigError(f"password_env names {password_env}, which is not set in the environment")
-        return os.environ[password_env]
-    return None
 
 
 def connect(

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from psycopg import sql
 
-from cdc.config import SourceConfig
+from cdc.config import SourceConfig, password_of
 from cdc.errors import SourceRefused
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres import catalog
-from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
 WRITERS = """
@@ -150,7 +150,7 @@ class PostgresSnapshotReader:
             config = self._config
             self._connection = connect(
                 config.dsn,
-                password=password_of(config.password_file, config.password_env),
+                password=password_of(config),
                 application_name="cdc snapshot",
                 connect_timeout_s=config.connect_timeout_s,
                 settings={

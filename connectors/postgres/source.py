@@ -17,13 +17,13 @@ import psycopg
 
 from cdc import metrics
 from cdc.batch import Boundary, Portion
-from cdc.config import SourceConfig
+from cdc.config import SourceConfig, password_of
 from cdc.errors import SlotLost, SourceUnavailable
 from cdc.ports import RegisterSchema, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog
 from connectors.postgres.admin import PostgresAdmin
-from connectors.postgres.connection import connect, describe, password_of, translated
+from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, start_statement
 from connectors.postgres.snapshot import PostgresSnapshotReader
@@ -114,7 +114,7 @@ class PostgresSource:
         config = self._config
         return connect(
             config.dsn,
-            password=password_of(config.password_file, config.password_env),
+            password=password_of(config),
             application_name=self._application_name,
             connect_timeout_s=config.connect_timeout_s,
             # A walsender runs no statement that could time out, and must not be cut for being idle.

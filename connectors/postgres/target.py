@@ -26,11 +26,11 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pyarrow import csv
 
-from cdc.config import TargetConfig
+from cdc.config import TargetConfig, password_of
 from cdc.errors import CdcError, FormatTooNew, TargetRejected, TargetUnavailable
 from cdc.failpoints import failpoint
 from cdc.ports import Finding, PushResult
-from connectors.postgres.connection import describe, password_of, server_message
+from connectors.postgres.connection import describe, server_message
 from connectors.postgres.target_rows import Unwritable, copy_csv
 from connectors.postgres.target_table import TargetTable, quoted, read_table, split_name
 
@@ -47,6 +47,10 @@ _COMMENT = f"COMMENT ON TABLE {STATE_TABLE} IS 'What cdc has pushed into this da
 
 BEFORE_COMMIT = "sync.before_commit"
 AFTER_COMMIT = "sync.after_commit"
+
+ALL_REFUSED_ROWS = 500
+"""A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
+would keep the target busy for nothing."""
 
 _ACK = f"""
 INSERT INTO {STATE_TABLE} AS o (sync, key, digest, relation, acked_at)
@@ -161,6 +165,12 @@ class PostgresTarget:
                 raise
             if stop - start == 1:
                 rejected.append((push.acks.column("key")[start].as_py(), _reason(error)))
+                if len(rejected) == stop == ALL_REFUSED_ROWS:
+                    raise TargetRejected(
+                        f"{self._where}: refuses each of the first {stop} rows of a batch, the last one with "
+                        f"{_reason(error)}",
+                        hint="compare the query with the table; the batch was not written",
+                    ) from error
                 return
         middle = (start + stop) // 2
         self._attempt(connection, push, start, middle, rejected)
@@ -257,7 +267,7 @@ class PostgresTarget:
             "connect_timeout": max(2, round(self._config.connect_timeout_s)),
             "client_encoding": "UTF8",
         }
-        password = password_of(self._config.password_file, self._config.password_env)
+        password = password_of(self._config)
         if password is not None:
             arguments["password"] = password
         try:

@@ -17,13 +17,13 @@ import java.util.Properties;
  */
 public final class Peer implements DebeziumEngine.ChangeConsumer<ChangeEvent<String, String>> {
     private final long half;
-    private final String endTopic;
+    private final String messages;
     private long changes;
     private long characters;
 
-    private Peer(long expected, String endTopic) {
+    private Peer(long expected, String messages) {
         this.half = Math.max(1, expected / 2);
-        this.endTopic = endTopic;
+        this.messages = messages;
     }
 
     @Override
@@ -31,8 +31,11 @@ public final class Peer implements DebeziumEngine.ChangeConsumer<ChangeEvent<Str
             List<ChangeEvent<String, String>> batch,
             DebeziumEngine.RecordCommitter<ChangeEvent<String, String>> committer) throws InterruptedException {
         for (ChangeEvent<String, String> event : batch) {
-            if (event.destination().equals(endTopic)) {
-                say("end", changes + " " + characters);
+            if (event.destination().equals(messages)) {
+                // Others may leave messages in the WAL too; "bench" is that of our backlog.
+                if (event.key().contains("\"bench\"")) {
+                    say("end", changes + " " + characters);
+                }
             } else {
                 changes++;
                 characters += event.value() == null ? 0 : event.value().length();

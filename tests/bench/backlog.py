@@ -1,4 +1,5 @@
-"""Backlogs on a real Postgres, and slots that can be read again and again: what `make bench` and `make bench-peers` share.
+"""Backlogs on a real Postgres, and slots that can be read again and again: what `make bench` and `make bench-peers`
+share.
 
 A backlog is built behind a slot that nobody reads; every measurement reads a copy of it, so all see the same bytes.
 """
@@ -70,7 +71,9 @@ def prepare(running: EmbeddedPostgres, workload: str) -> None:
     with psycopg.connect(running.dsn(), autocommit=True) as connection:
         if workload == "pgbench":
             # One branch row a client: the figures are about decoding, not about waiting for each other's row locks.
-            subprocess.run([running.binary("pgbench"), "-i", "-s", "4", "-q", running.dsn()], check=True, capture_output=True)
+            subprocess.run(
+                [running.binary("pgbench"), "-i", "-s", "4", "-q", running.dsn()], check=True, capture_output=True
+            )
         else:
             connection.execute(WIDE.encode())
         connection.execute(f"create publication {PUBLICATION} for all tables".encode())

@@ -1,8 +1,10 @@
-"""`make bench`: how fast changes get from a slot into the landed changelog, beside Postgres' own receiver and the floor.
+"""`make bench`: how fast changes get from a slot into the landed changelog, beside Postgres' own receiver and the
+floor.
 
-Three ways over copies of the same slot, three rounds in rotated order: (a) `pg_recvlogical -f /dev/null`; (b) our receive loop,
-throwing everything away; (c) the daemon, from the start of its stream to the Delta commit that holds the last change.
-Prints medians and their ratios, and writes build/bench.json. Figures of one run on one machine compare with each other only.
+Three ways over copies of the same slot, three rounds in rotated order: (a) `pg_recvlogical -f /dev/null`; (b) our
+receive loop, throwing everything away; (c) the daemon, from the start of its stream to the Delta commit that holds
+the last change. Prints medians and their ratios, and writes build/bench.json. Figures of one run on one machine
+compare with each other only.
 """
 
 from __future__ import annotations

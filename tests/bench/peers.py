@@ -177,9 +177,9 @@ class EngineRun:
         return stream_at
 
     def _lines(self) -> dict[str, list[int]]:
-        """What the engine has said so far: word → numbers. The last line may be half written."""
-        complete = self._said.read_text().rpartition("\n")[0].splitlines()
-        return {word: [int(n) for n in numbers] for word, *numbers in (line.split() for line in complete)}
+        """What our program has said so far: word → numbers. Other lines are the engine's own log."""
+        found = re.findall(r"^(half|end) ([\d ]+)\n", self._said.read_text(), re.MULTILINE)
+        return {word: [int(number) for number in numbers.split()] for word, numbers in found}
 
 
 def usage(pid: int) -> tuple[float, float]:

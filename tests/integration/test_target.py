@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.config import TargetConfig
 from cdc.errors import FormatTooNew, TargetRejected, TargetUnavailable
 from connectors.postgres.embedded import EmbeddedPostgres
-from connectors.postgres.target import PostgresTarget
+from connectors.postgres.target import ALL_REFUSED_ROWS, PostgresTarget
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +174,18 @@ def test_rejects_are_exactly_the_rows_that_the_target_refuses(db: psycopg.Connec
     present = {row[0] for row in db.execute("SELECT id FROM public.scores").fetchall()}
     assert present == set(range(100)) - {10, 20, 30, 40, 50, 60, 70, 80}
     assert set(acknowledged(target)) == {json.dumps([str(i)]) for i in present}
+
+
+def test_a_batch_that_is_refused_row_after_row_is_given_up_as_a_whole(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    db.execute(SCORES)
+    n = ALL_REFUSED_ROWS + 100
+    few = {"id": list(range(n)), "score": ["x"] * (ALL_REFUSED_ROWS - 1) + ["1"] * 101, "note": [""] * n}
+    assert len(push(target, few).rejected) == ALL_REFUSED_ROWS - 1
+    with pytest.raises(TargetRejected, match="each of the first 500 rows"):
+        push(target, {**few, "score": ["x"] * n}, digest="d2")
+    assert set(acknowledged(target).values()) == {"d1"}
 
 
 def test_row_security_refuses_rows_not_the_batch(db: psycopg.Connection, database: str) -> None:

@@ -150,6 +150,7 @@ EVERY = [
         (TEXTS, r'{"a\"b","\\","\\\""}', ['a"b', "\\", '\\"']),
         (TEXTS, '{a"b}', MASKED),
         (TEXTS, '{"a"b}', MASKED),
+        (TEXTS, '{a"b"}', MASKED),
         (TEXTS, r"{a\b}", MASKED),
         (TEXTS, '{"a}', MASKED),
         (column(70004, element=70003, name="mood[]"), "{happy,sad}", ["happy", "sad"]),
@@ -162,6 +163,7 @@ EVERY = [
         (HSTORE, r'"a"=>"1", "b,=>"=>NULL, "\"\\"=>""', [("a", "1"), ("b,=>", None), ('"\\', "")]),
         (HSTORE, "a=>1", MASKED),
         (HSTORE, '"a"=>"1",', MASKED),
+        (HSTORE, '"a"=>"1",x"b"=>"2"', MASKED),
         (HSTORE, '"a"=>"1""b"=>"2"', MASKED),
         (VECTOR, "[1,0.25,-4e-07]", [1.0, 0.25, float(np.float32(-4e-07))]),
         (VECTOR, "{1}", MASKED),
@@ -217,6 +219,7 @@ def test_bytes_under_a_null_are_not_read() -> None:
     for kind, data, values in (
         (INT4, b"1zzzzzz3", [1, None, 3]),
         (BOOL, b"tzzzzzzf", [True, None, False]),
+        (numeric(3, 1), b"1NaNNaN3", [Decimal("1.0"), None, Decimal("3.0")]),
         (FLOAT8, b"1-1e-403", [1.0, None, 3.0]),
     ):
         text = pa.Array.from_buffers(pa.binary(), 3, [bitmap, offsets, pa.py_buffer(data)])
