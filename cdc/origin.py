@@ -45,6 +45,14 @@ def settle(
     return state
 
 
+def give_up(anchor: Anchor) -> None:
+    """Note in the lake that the slot is to go: the next start begins a new epoch. Before the slot is dropped, so that a
+    slot that is missing without this note is known as lost. Durable on return."""
+    known = anchor.load()
+    if known is not None and known.slot:
+        anchor.save(replace(known, slot=""))
+
+
 def _begin(
     config: SourceConfig, identity: SourceIdentity, admin: SourceAdmin, status: SourceStatus, known: AnchorState | None
 ) -> AnchorState:

@@ -8,6 +8,7 @@ own module.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import threading
 import time
@@ -83,6 +84,7 @@ class Pipeline:
         self._prepared = threading.Event()
         self._stopped: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
+        self._heads: list[tuple[int, float]] = []
         self._discover_at = 0.0
         self._look_at = 0.0
         self._renew_at = 0.0
@@ -180,6 +182,7 @@ class Pipeline:
         self._stopped = {t.table for t in tables if t.state in ("stopped", "removed")}
         self._stopped |= {t.table for t in tables if self._state.is_paused("table", f"{self.name}/{t.table}")}
         self._gate = ConfirmGate(
+            epoch=self._epoch,
             confirm_after=self._source_config.confirm_after,
             save_anchor=self._save_anchor,
             anchored_lsn=anchor.may_confirm_lsn,
@@ -257,6 +260,12 @@ class Pipeline:
     def discover(self) -> None:
         """Take notice of tables that came or went, and order first snapshots."""
         published = {s.table: s for s in self._reader.tables()}
+        history = f"epoch:{self.name}"
+        if self._state.get(history) != self._epoch:
+            # What was known is of another history (or of none): the lake alone tells which snapshots are complete.
+            for table in published:
+                self._adopt(table, published[table].oid, None)
+            self._state.set(history, self._epoch)
         known = {t.table: t for t in self._state.tables(self.name)}
         for table, schema in published.items():
             before = known.get(table)
@@ -375,6 +384,22 @@ class Pipeline:
         errors = (w.error for w in self.workers)
         return next((e for e in errors if isinstance(e, CdcError) and e.verdict is not Verdict.RETRY), None)
 
+    def _note_head(self, head: int, now: float, needed_lsn: int) -> None:
+        """Remember when the server's head was where; what is older than the furthest step needs is dropped."""
+        if self._heads and self._heads[-1][0] == head:
+            self._heads.pop()
+        self._heads.append((head, now))
+        while len(self._heads) > 1 and self._heads[1][0] <= needed_lsn:
+            self._heads.pop(0)
+        if len(self._heads) > HEADS_MAX:
+            # Far behind for long: the ages lose precision, not range.
+            self._heads[1:-1] = self._heads[1:-1:2]
+
+    def _held_all_at(self, lsn: int) -> float:
+        """When a step that has come to `lsn` held everything that there was: the age of what it lacks, at most."""
+        place = bisect.bisect_right(self._heads, lsn, key=lambda seen: seen[0])
+        return self._heads[max(0, place - 1)][1]
+
     def beat(self) -> None:
         """Write what `status` shows, once a second."""
         if not self._prepared.is_set():
@@ -382,10 +407,9 @@ class Pipeline:
         reached = self.reached()
         steps = {**reached, "confirmed": self._gate.allowed}
         head, now = self.log_end.received_lsn, time.time()
+        self._note_head(head, now, min(steps.values()))
         for step, lsn in steps.items():
-            if lsn >= head:
-                self._caught_up_at[step] = now
-            since = self._caught_up_at.setdefault(step, now)
+            since = self._caught_up_at[step] = self._held_all_at(lsn)
             metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
             metrics.LAG_SECONDS.labels(self.name, step).set(now - since)
         self._state.save_source(self.name, received_lsn=head, confirmed_lsn=self._gate.allowed)

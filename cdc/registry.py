@@ -1,6 +1,7 @@
 """Finds kinds of sources, sinks and stores through entry points, so that a third party can add one.
 
-Groups: `cdc.sources`, `cdc.sinks` (by the `type` of a section) and `cdc.stores` (by the scheme of the lake's URL).
+Groups: `cdc.sources`, `cdc.sinks` (by the `type` of a section), `cdc.stores` (by the scheme of the lake's URL) and
+`cdc.demos` (what `cdc demo` runs on).
 Nothing is imported before it is asked for. A kind that is missing or does not import is a ConfigError that lists
 those that are known; this module never falls back to another one.
 """
@@ -16,7 +17,7 @@ from cdc.config import LakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.ports import ObjectStore, Sink, SnapshotReader, Source, SourceAdmin
 
-SOURCES, SINKS, STORES = "cdc.sources", "cdc.sinks", "cdc.stores"
+SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
 
 StoreFactory = Callable[[str, Mapping[str, str]], ObjectStore]
 
@@ -64,6 +65,11 @@ def lake_store(lake: LakeConfig) -> ObjectStore:
     return store(lake.url, lake.options)
 
 
+def demo_shop(name: str) -> Any:
+    """The factory of that demo's shop (`cdc.demo.shop.ShopFactory`); ConfigError lists the known ones."""
+    return _load(DEMOS, name)
+
+
 def known(group: str) -> list[str]:
     """Names that are installed in a group, sorted."""
     return sorted(_entry_points(group))
@@ -79,7 +85,7 @@ def _load(group: str, name: str) -> Any:
     point = _entry_points(group).get(name)
     if point is None:
         kinds = ", ".join(known(group)) or "none; is the package installed?"
-        word = {SOURCES: "source", SINKS: "target", STORES: "store"}[group]
+        word = {SOURCES: "source", SINKS: "target", STORES: "store", DEMOS: "demo"}[group]
         raise ConfigError(f'there is no {word} of kind "{name}"', hint=f"known kinds: {kinds}")
     try:
         return point.load()

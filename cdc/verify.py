@@ -171,10 +171,8 @@ class _Comparison:
                 index = file.schema_arrow.get_field_index(xid)
                 for group in range(file.metadata.num_row_groups):
                     statistics = file.metadata.row_group(group).column(index).statistics
-                    if statistics is not None and statistics.has_min_max:
-                        ends = np.array([statistics.min, statistics.max], np.int64)
-                        if statistics.min > 0 and visibility.sees(ends.astype(np.uint32)).all():
-                            continue
+                    if statistics is not None and statistics.has_min_max and _all_seen(statistics, visibility):
+                        continue
                     table = file.read_row_group(group, columns=[xid, op, *(c for c in columns if c in present)])
                     xids = table.column(xid).to_numpy()
                     mask = ~visibility.sees(xids.astype(np.uint32)) & (xids != 0)
@@ -357,6 +355,13 @@ class _Comparison:
                 f"select key from found where kind = ? order by key limit {SHOWN - len(shown)}", [kind]
             ).fetchall()
             shown += [k for (k,) in keys]
+
+
+def _all_seen(statistics: pq.Statistics, visibility: Visibility) -> bool:
+    """Whether the snapshot sees every transaction between the smallest and the largest of a row group."""
+    if statistics.min <= 0 or not visibility.sees(np.array([statistics.min, statistics.max], np.uint32)).all():
+        return False
+    return not any(statistics.min <= xid & 0xFFFFFFFF <= statistics.max for xid in visibility.in_progress)
 
 
 def _positional(columns: Sequence[pa.Array]) -> dict[str, pa.Array]:

@@ -181,6 +181,7 @@ class _Attempt:
         self._current = Fetcher(table._store, table._prefix, scratch)
         self._changelog = Fetcher(table._store, table._changes_prefix, scratch)
         self._uploaded: list[str] = []
+        self._attempted = False
         self._tokens: dict[str, int] = {MERGED: through}
 
     def run(self) -> MergeResult:
@@ -188,16 +189,15 @@ class _Attempt:
         scan = self._scan(added)
         if self._merged < 0 and not scan.ends():
             return MergeResult(waiting=True)
-        committed = False
         try:
             done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
             if done.unresolved:
                 log.info("merge waits for rows to be read again", extra={"rows": len(done.unresolved)})
                 return MergeResult(version=self._table.version(), unresolved=done.unresolved)
             version, lsn = self._commit(scan, done)
-            committed = True
         finally:
-            if not committed and self._uploaded:
+            # A commit that raised may have happened all the same: its objects may be the table.
+            if self._uploaded and not self._attempted:
                 self._discard()
         return MergeResult(
             version=version,
@@ -303,7 +303,7 @@ class _Attempt:
             self._table._store.put(f"{self._table._prefix}/{path}", memoryview(mapped.read_buffer()))
 
     def _discard(self) -> None:
-        """Remove what was written for a commit that will not come; what stays is found by `vacuum`."""
+        """Remove what was written for a commit that was never tried; what stays is found by `vacuum`."""
         try:
             self._table._store.delete([f"{self._table._prefix}/{path}" for path in self._uploaded])
         except Exception as e:  # noqa: BLE001 - the error that led here matters more
@@ -320,6 +320,7 @@ class _Attempt:
             self._tokens[f"position/{epoch}"] = lsn
         table._log.open_or_create(current_schema(self._layout))
         failpoint("merge.before_commit")
+        self._attempted = True
         version = table._log.commit(
             adds=done.adds,
             removes=done.removes,
@@ -337,7 +338,7 @@ def _is_data(path: str) -> bool:
 def open_current(store: ObjectStore, source: str, table: TableId, version: int | None = None) -> ds.Dataset | None:
     """`current` of a table, at a Delta version (default: the newest), for reading with Arrow; None if nothing is shown.
 
-    Local stores only read in place; others go through pyarrow's own file systems.
+    For stores in a local directory; the files of others have no path that Arrow opens without their credentials.
     """
     found = DeltaLog(store, current_path(source, table))
     if not found.exists() or found.token(MERGED) is None:

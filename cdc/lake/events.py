@@ -154,11 +154,20 @@ def convert(array: pa.Array, kind: pa.DataType) -> pa.Array | None:
 
 def _converts(old: pa.DataType, new: pa.DataType) -> bool:
     is_type = pa.types
+    # Another writer of the table may have stored the same values in a sibling of our type.
+    if is_type.is_large_string(old) or is_type.is_string_view(old):
+        return bool(is_type.is_string(new))
+    if is_type.is_large_binary(old) or is_type.is_binary_view(old):
+        return bool(is_type.is_binary(new))
+    if is_type.is_timestamp(old):
+        return bool(is_type.is_timestamp(new)) and (old.tz is None) == (new.tz is None)
     if is_type.is_integer(old):
         return bool(is_type.is_integer(new) or is_type.is_decimal(new) or is_type.is_string(new))
     if is_type.is_decimal(old):
         return bool(is_type.is_decimal(new))
-    return bool(is_type.is_list(old) and is_type.is_list(new) and _converts(old.value_type, new.value_type))
+    if is_type.is_list(new) and (is_type.is_list(old) or is_type.is_large_list(old)):
+        return old.value_type == new.value_type or _converts(old.value_type, new.value_type)
+    return False
 
 
 def raw_in_layout(raw: pa.Array, renames: dict[str, str]) -> pa.Array:

@@ -23,9 +23,9 @@ from cdc.errors import IdentityMissing, InvariantBroken
 from cdc.lake.assemble import Missing
 from cdc.lake.bucket import BucketWriter, current_schema, orders_of, slice_rows
 from cdc.lake.delta import AddedFile, LiveFile
-from cdc.lake.events import ABSENT, FileShape, Layout, columns_of, ops_of, raw_in_layout
+from cdc.lake.events import FileShape, Layout, columns_of, ops_of, raw_in_layout
 from cdc.lake.keyed import Rewritten
-from cdc.lake.reduce import Order
+from cdc.lake.reduce import ABSENT, Order
 from cdc.lake.scan import Control, Scan
 from cdc.ports import Visibility
 

@@ -65,7 +65,7 @@ def demo(call: Call) -> int:
     from cdc.demo import run_demo
 
     directory = Path(call.args.directory).absolute() if call.args.directory else None
-    return run_demo(call.args.duration, call.args.keep, directory)
+    return run_demo(call.args.duration, call.args.keep, directory, call.console)
 
 
 def show_version(call: Call) -> int:
@@ -80,8 +80,13 @@ def show_version(call: Call) -> int:
 
 def _change_sources(call: Call, what: str) -> int:
     """Run setup or teardown at the chosen sources; prints the SQL in the order in which it ran (or would run)."""
+    from cdc.lake.anchor import Anchor
+    from cdc.origin import give_up
+
     done: dict[str, list[str]] = {}
     for name in call.sources(call.args.source):
+        if what == "teardown" and not call.args.dry_run:
+            give_up(Anchor(call.store, name))
         statements = getattr(call.admin(name), what)(dry_run=call.args.dry_run)
         done[name] = statements
         mode = "would run" if call.args.dry_run else "ran"

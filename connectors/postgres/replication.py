@@ -31,6 +31,8 @@ POSTGRES_EPOCH_US = 946_684_800_000_000
 STATUS_EVERY_S = 5.0
 """Well below a third of the smallest sensible wal_sender_timeout (default 60 s)."""
 KEEPALIVE = 0x6B
+KEEPALIVE_BYTES = 18
+"""Length of a keepalive; XLogData is longer by its header alone."""
 CLOSE_WAIT_S = 5.0
 
 
@@ -141,37 +143,46 @@ class Receiver:
         poller.register(pgconn.socket, select.POLLIN)
         get = pgconn.get_copy_data
         frames: list[Any] = []
-        size, fresh, first_at = 0, False, 0.0
+        append = frames.append
+        size, before, first_at = 0, 0, 0.0
         next_status = time.monotonic() + STATUS_EVERY_S
         while not self._stop.is_set():
-            length, data = get(1)
-            if length > 0:
-                if not frames:
-                    first_at = time.monotonic()
-                frames.append(data)
+            asked, length = False, 1
+            # The hot loop of the product: one turn per message.
+            while size < self._blob_bytes:
+                length, data = get(1)
+                if length <= 0:
+                    break
+                append(data)
                 size += length
-                fresh = True
-                if data[0] == KEEPALIVE and data[17]:
-                    self._send_status(pgconn)
-                elif size >= self._blob_bytes:
-                    self._hand_over(frames, size, pgconn)
-                    frames, size = [], 0
+                if length == KEEPALIVE_BYTES and data[0] == KEEPALIVE:
+                    asked |= bool(data[KEEPALIVE_BYTES - 1])
+            fresh = len(frames) > before
+            now = time.monotonic()
+            if fresh and not before:
+                first_at = now
+            if asked:
+                self._send_status(pgconn)
+            if length > 0:
+                self._hand_over(frames, size, pgconn)
+                frames.clear()
+                size = before = 0
                 continue
             if length < 0:
                 self._ended(pgconn)
-            now = time.monotonic()
             if frames and (now - first_at >= self._linger_s or (not fresh and not poller.poll(self._quiet_ms))):
                 self._hand_over(frames, size, pgconn)
-                frames, size = [], 0
+                frames.clear()
+                size = 0
             if now >= next_status or self._confirmed > self._sent_confirmed:
                 self._send_status(pgconn)
                 next_status = now + STATUS_EVERY_S
             if fresh:
                 # Waking for every message costs both sides more than decoding: let some arrive.
                 time.sleep(self._poll_sleep_s)
-                fresh = False
             else:
                 poller.poll(100)
+            before = len(frames)
             pgconn.consume_input()
         self._send_status(pgconn)
         pgconn.put_copy_end()

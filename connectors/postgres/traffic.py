@@ -35,9 +35,7 @@ class Done:
 class Traffic(threading.Thread):
     """`start`, then `done` at any time, then `stop`. The rate is an aim: a slow server gets less."""
 
-    def __init__(
-        self, dsn: str, sizes: Mapping[str, int], *, transactions_per_s: float = 120.0, seed: int = 7
-    ) -> None:
+    def __init__(self, dsn: str, sizes: Mapping[str, int], *, transactions_per_s: float = 120.0, seed: int = 7) -> None:
         """`sizes`: how many customers, products and orders there are."""
         super().__init__(name="shop-traffic", daemon=True)
         self._dsn = dsn

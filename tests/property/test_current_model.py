@@ -132,7 +132,7 @@ def _steps(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [{"_op": "end", "v": version}]
 
 
-_CUT = st.sampled_from(["commit", "commit", "merge", "merge before", "merge after"]).map(lambda what: {"do": what})
+_CUT = st.sampled_from(["commit", "merge", "merge before", "merge after"]).map(lambda what: {"do": what})
 
 
 @st.composite

@@ -95,6 +95,10 @@ class Workload:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the sessions; raises what one of them did not expect. Idempotent."""
         self._stop.set()
         for thread in self._threads:
             thread.join(20)

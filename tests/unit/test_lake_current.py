@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
+from cdc import failpoints
 from cdc.batch import SNAPSHOT_SEQ, Boundary
-from cdc.errors import IdentityMissing, StoreConflict
+from cdc.errors import IdentityMissing, SourceUnavailable, StoreConflict
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.lake.delta import DeltaLog
@@ -102,6 +104,23 @@ def test_a_merge_that_is_repeated_changes_nothing(story: Story) -> None:
     version = story.current.version()
     result = story.merge()
     assert (result.version, result.rows_upserted, result.rows_deleted) == (version, 0, 0)
+
+
+@pytest.mark.parametrize(("point", "happened"), [("merge.before_commit", False), ("merge.after_commit", True)])
+def test_a_merge_that_fails_around_its_commit_leaves_one_whole_state(
+    story: Story, monkeypatch: pytest.MonkeyPatch, point: str, happened: bool
+) -> None:
+    story.begin([story.row("c", id="1", note="a")])
+    story.land([story.row("u", id="1", note="b")])
+    monkeypatch.setattr(failpoints, "_armed", {point: ("error", 1)})
+    monkeypatch.setattr(failpoints, "_passes", {})
+    with pytest.raises(SourceUnavailable):
+        story.merge()
+    assert story.rows() == [{"id": 1, "note": "b" if happened else "a"}]
+    data = {p.name for p in (tmp_of(story) / "current").glob("*.parquet")}
+    assert len(data) == (2 if happened else 1)
+    assert story.merge().rows_upserted == (0 if happened else 1)
+    assert story.rows() == [{"id": 1, "note": "b"}]
 
 
 def test_two_merges_at_once_end_in_a_conflict_and_one_result(story: Story, tmp_path: Path) -> None:
@@ -390,3 +409,17 @@ def test_a_hot_key_with_a_hundred_thousand_updates_is_followed_to_its_value() ->
     assert reduced.upserts.tolist() == [n - 1]
     assert reduced.sources[0].tolist() == [n]
     assert Order(0, 1, 2) < Order(0, 2, 0) < Order(1, 0, 0)
+
+
+def test_a_resync_mends_a_table_that_another_writer_has_changed(story: Story) -> None:
+    story.begin([story.row("c", id="1", note="a"), story.row("c", id="2", note="b")])
+    DeltaTable(str(tmp_of(story) / "current")).delete("id = 2")
+    assert story.rows() == [{"id": 1, "note": "a"}]
+    begin = story.control("begin", "run2", "resync")
+    read = [
+        story.row("r", id=i, note=note) | {"_run": "run2", "_seq": SNAPSHOT_SEQ + 500 + int(i)}
+        for i, note in (("1", "a"), ("2", "b"))
+    ]
+    story.land([begin, *read, story.control("end", "run2", "resync")], complete=True)
+    story.merge()
+    assert story.rows() == [{"id": 1, "note": "a"}, {"id": 2, "note": "b"}]

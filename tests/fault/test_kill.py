@@ -1,0 +1,144 @@
+"""The daemon is killed at every named point while the source is written to, and nothing is lost or doubled.
+
+Each area of the code has a lake of its own, on which the daemon is killed at the area's points one after the other, with
+a snapshot in progress each time. The oracle is at the end: `verify` finds every table equal, and every changelog
+holds each change exactly once by the count of Postgres' own test_decoding per table, operation and transaction.
+`make test-slow` kills at each point alone, at several passes.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.waiting import wait_until
+from tests.support.witness import Witness, assert_exactly_once
+from tests.support.workload import SCHEMA, TABLES, Workload
+
+# Each point, and up to which of its passes it strikes.
+AREAS: Mapping[str, Mapping[str, int]] = {
+    "append": {
+        "capture.before_append": 15, "log.after_write": 15, "log.after_fsync": 15, "log.before_index": 15,
+        "log.after_index": 15, "capture.after_append": 15,
+    },
+    "land": {
+        "land.before_cut": 4, "land.before_upload": 8, "land.before_commit": 8, "land.after_commit": 8,
+        "land.between_tables": 8, "land.after_cut": 4,
+    },
+    "confirm": {
+        "confirm.before_anchor": 2, "confirm.after_anchor": 2, "capture.before_confirm": 2, "log.before_unlink": 1,
+    },
+    "snapshot and merge": {
+        "backfill.after_snapshot": 6, "backfill.after_chunk": 10, "merge.before_commit": 6, "merge.after_commit": 6,
+    },
+}  # fmt: skip
+ELSEWHERE = {"sync.before_commit", "sync.after_commit"}
+"""Points of reverse ETL: tests/integration/test_sync_postgres.py kills there."""
+
+EVERY = [point for points in AREAS.values() for point in points]
+
+
+class Scene:
+    """A database with the workload's tables, its witness, and a daemon with small chunks and small segments."""
+
+    def __init__(self, directory: Path, dsn: str) -> None:
+        execute(dsn, *SCHEMA.split(";\n"))
+        self.dsn = dsn
+        self.daemon = Daemon(
+            directory, dsn, source={"chunk_rows": 150, "confirm_every_s": 0.3}, top={"log_segment_bytes": "1MB"}
+        )
+        assert self.daemon.ask("setup").code == 0
+        self.witness = Witness(dsn, f"witness_{self.daemon.slot}")
+
+    def kill_at(self, point: str, nth: int) -> None:
+        """Run until the daemon has killed itself there; a snapshot is in progress."""
+        if self.daemon.state_dir.exists():
+            self.daemon.ask("resync", "stock")
+        self.daemon.start(failpoints=f"{point}=kill:{nth}")
+        # A segment is unlinked once a megabyte has gone through the log.
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+
+            def ended() -> bool:
+                connection.execute("update stock set big = repeat(md5(random()::text), 80) where n % 9 = 0")
+                return not self.daemon.alive
+
+            wait_until(ended, 40, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
+        assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
+
+    def check(self) -> int:
+        """Nothing lost, nothing doubled, every table equal; the number of changes."""
+        self.daemon.settled().verified()
+        return assert_exactly_once(self.witness, self.daemon.lake, TABLES)
+
+
+def test_every_failpoint_is_struck_by_some_test() -> None:
+    """A new failpoint must be named here; one that is gone must go here too."""
+    named = set()
+    for folder in ("cdc", "connectors"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
+            constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
+            named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
+    assert named == set(EVERY) | ELSEWHERE
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_nothing_is_lost_or_doubled_by_a_kill_at_any_point(
+    area: str, tmp_path: Path, database: str, rng: random.Random
+) -> None:
+    scene = Scene(tmp_path, database)
+    with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30)) as workload:
+        for point, most in AREAS[area].items():
+            scene.kill_at(point, rng.randrange(1, most + 1))
+        daemon.start().streaming()
+        at = workload.committed
+        wait_until(lambda: workload.committed > at + 20, 20, "some transactions after the last kill")
+        workload.stop()
+        assert scene.check() > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [1, 2, 5])
+@pytest.mark.parametrize("point", EVERY)
+def test_nothing_is_lost_or_doubled_by_kills_at_one_point(
+    point: str, nth: int, tmp_path: Path, database: str, rng: random.Random
+) -> None:
+    scene = Scene(tmp_path, database)
+    with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30)) as workload:
+        for _ in range(3):
+            scene.kill_at(point, nth)
+        daemon.start().streaming()
+        workload.stop()
+        assert scene.check() > 100
+
+
+def test_a_transaction_too_big_to_wait_for_lands_once_however_often_we_die_in_it(
+    tmp_path: Path, database: str
+) -> None:
+    execute(database, "create table big (id int primary key, text text)", "create table small (id int primary key)")
+    with Daemon(tmp_path, database) as daemon:
+        daemon.start().settled()
+        witness = Witness(database, f"witness_{daemon.slot}")
+        daemon.kill()
+        with psycopg.connect(database) as connection:
+            connection.execute(
+                "insert into big select g, repeat(md5(g::text), 10) from generate_series(1, 100000) g"
+            )
+            connection.execute("savepoint s")
+            connection.execute("update big set text = 'rolled back' where id < 5000")
+            connection.execute("rollback to savepoint s")
+            connection.execute("insert into small values (1)")
+            connection.execute("delete from big where id % 10 = 0")
+        for point in ("capture.after_append=kill:8", "log.after_write=kill:12", "land.before_upload=kill",
+                      "land.between_tables=kill"):  # fmt: skip
+            assert daemon.start(failpoints=point).ended(60) == -signal.SIGKILL
+        daemon.start().settled().verified()
+        assert assert_exactly_once(witness, daemon.lake, ["public.big", "public.small"]) == 110_001
