@@ -27,11 +27,15 @@ from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.state import State
 from cdc.table import TableId, TableSchema
-from cdc.window import Stamp, control_batch, fill_batch, must_read_again, read_batch, reconcile
+from cdc.window import Stamp, control_batch, fill_batch, must_read_again, read_batch, reconcile, unseen
 
 log = logging.getLogger(__name__)
 
 KEYS_PER_CHUNK = 1000
+NUDGE_S = 0.3
+"""So long the stream may take to reach what a chunk has seen before a quiet server is asked to flush."""
+NUDGE_AGAIN_S = 5.0
+SETTLE_S = 0.01
 RETRY_S = 0.05
 """Pause before a snapshot is taken again because something logged is not visible yet."""
 
@@ -42,6 +46,20 @@ class Wish:
 
     table: TableId
     keys: list[tuple[str, ...]]
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Rows that have been read and wait to be appended."""
+
+    run: Run
+    schema: TableSchema
+    snapshot: TableSnapshot
+    rows: RowsRead
+    mark: _Mark
+    wish: Wish | None
+    since: float
+    nudge_at: float
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,8 +85,11 @@ class Backfill:
         chunk_rows: int,
         landed_lsn: Callable[[TableId], int],
         stop_table: Callable[[TableId, CdcError], None],
+        nudge: Callable[[], int],
     ) -> None:
-        """`landed_lsn` gives the highest position that the lake holds for a table (rule 0)."""
+        """`landed_lsn` gives the highest position that the lake holds for a table (rule 0); `nudge` makes a quiet
+        server
+        flush and send what it has written."""
         self._source = source
         self._reader = reader
         self._log = event_log
@@ -77,10 +98,16 @@ class Backfill:
         self._chunk_rows = chunk_rows
         self._landed_lsn = landed_lsn
         self._stop_table = stop_table
+        self._nudge = nudge
+        self._chunk: _Chunk | None = None
         self._wishes: list[Wish] = []
         self._lock = threading.Lock()
         self._before: dict[str, set[str]] = {}
         self._not_before = 0.0
+        for run in state.runs(source, states=["running"]):
+            if run.kind == "keys":
+                # Whoever wished for them finds out anew that they are missing.
+                state.update_run(run.id, state="cancelled", reason="the daemon was stopped")
 
     def order(self, table: TableId, kind: str, reason: str = "") -> Run:
         """A run of the whole table; one that is pending is joined, one that is running is followed by the new one."""
@@ -109,13 +136,16 @@ class Backfill:
         """Whether nothing is ordered."""
         with self._lock:
             wishes = bool(self._wishes)
-        return not wishes and not self._state.runs(self._source, states=["pending", "running"])
+        waiting = wishes or self._chunk is not None
+        return not waiting and not self._state.runs(self._source, states=["pending", "running"])
 
     def step(self) -> bool:
         """One bounded piece of work: start a run, read a chunk, or end a run. False if there was nothing to do or it
         must wait; errors of one table stop that table, others are raised."""
         if time.monotonic() < self._not_before or self._log.position(self._source) is None:
             return False
+        if self._chunk is not None:
+            return self._guarded(self._chunk.run.table, self._settle_chunk, self._chunk.run)
         with self._lock:
             wish = self._wishes.pop(0) if self._wishes else None
         if wish is not None:
@@ -134,6 +164,7 @@ class Backfill:
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise
+            self._chunk = None
             if run is not None:
                 self._state.update_run(run.id, state="failed", reason=e.args[0])
             self._stop_table(table, e)
@@ -216,9 +247,51 @@ class Backfill:
         rows = self._reader.read(after=after, rows_max=self._chunk_rows)
         self._reader.end()
         metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(time.perf_counter() - began)
-        appended = self._append_chunk(run, schema, snapshot, rows, mark)
+        return self._hold(run, schema, snapshot, rows, mark)
+
+    def _hold(
+        self,
+        run: Run,
+        schema: TableSchema,
+        snapshot: TableSnapshot,
+        rows: RowsRead,
+        mark: _Mark,
+        wish: Wish | None = None,
+    ) -> bool:
+        now = time.monotonic()
+        self._chunk = _Chunk(run, schema, snapshot, rows, mark, wish, now, now + NUDGE_S)
+        return self._settle_chunk()
+
+    def _settle_chunk(self) -> bool:
+        """Append the chunk once every transaction that its snapshot saw is in the log.
+
+        Else one of them would come behind the chunk's rows: harmless for whole rows, but a key that moved and left a
+        TOAST value alone would take it from a newer row that has its old key by then.
+        """
+        chunk = self._chunk
+        assert chunk is not None
+        position = self._log.position(self._source)
+        assert position is not None
+        now = time.monotonic()
+        if position.epoch == chunk.mark.epoch and position.end_lsn < chunk.snapshot.lsn:
+            if now >= chunk.nudge_at:
+                self._nudge()
+                chunk.nudge_at = now + NUDGE_AGAIN_S
+            if now - chunk.since > NUDGE_AGAIN_S:
+                return self._wait(chunk.run, "waits for the stream to reach what the chunk has seen", SETTLE_S)
+            self._not_before = now + SETTLE_S
+            return False
+        self._chunk = None
+        appended = position.epoch == chunk.mark.epoch and self._append_chunk(
+            chunk.run, chunk.schema, chunk.snapshot, chunk.rows, chunk.mark
+        )
         if appended:
             failpoint("backfill.after_chunk")
+        elif chunk.wish is not None:
+            self._state.update_run(chunk.run.id, state="cancelled")
+            self.wish(chunk.wish.table, chunk.wish.keys)
+        if appended and chunk.wish is not None and len(chunk.wish.keys) > KEYS_PER_CHUNK:
+            self.wish(chunk.wish.table, chunk.wish.keys[KEYS_PER_CHUNK:])
         return appended
 
     def _mark(self) -> _Mark:
@@ -242,7 +315,7 @@ class Backfill:
             records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]
             if must_read_again(schema, [(r.version, r.has_truncate) for r in records]):
                 return self._wait(run, "the table changed while a chunk was read; it is read again", RETRY_S)
-            window = [self._log.read(r, schema) for r in records]
+            window = [unseen(self._log.read(r, schema), snapshot.visibility) for r in records]
             current = self._state.run(run.id)
             if current is None or current.state != "running":
                 return True
@@ -344,13 +417,7 @@ class Backfill:
             self._source, wish.table, "keys", state="running", reason="values that no message carried",
             details={"oid": schema.oid, "version": under_lock.version, "epoch": mark.epoch},
         )  # fmt: skip
-        if not self._append_chunk(run, under_lock, snapshot, rows, mark):
-            self._state.update_run(run.id, state="cancelled")
-            self.wish(wish.table, wish.keys)
-            return False
-        if len(wish.keys) > len(keys):
-            self.wish(wish.table, wish.keys[KEYS_PER_CHUNK:])
-        return True
+        return self._hold(run, under_lock, snapshot, rows, mark, wish)
 
     def _start_anew(self, run: Run, why: str) -> bool:
         """Rule 2: what was read is of another table by now. The new run's begin row makes the old rows orphans."""

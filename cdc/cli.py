@@ -210,7 +210,7 @@ def _demo(p: argparse.ArgumentParser) -> None:
         "--duration", type=_seconds, default=20.0, metavar="S", help="length of the live workload (default 20)"
     )
     p.add_argument("--keep", action="store_true", help="leave everything running to look at, until Ctrl-C")
-    p.add_argument("--directory", metavar="DIR", help="where to put it (default: ./cdc-demo; a demo's folder is replaced)")
+    p.add_argument("--directory", metavar="DIR", help="where to put it; a demo's is replaced (default ./cdc-demo)")
 
 
 def _seconds(text: str) -> float:

@@ -12,6 +12,7 @@ A table that fails stops alone. It does not merge (cdc.merge), and it does not d
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ class LogReader:
     """The upstream end: groups of log records behind an offset, never past the beginning of a small open
     transaction."""
 
-    def __init__(self, source: str, log: EventLog, state: State, gate: ConfirmGate, due: Callable[[], bool]) -> None:
+    def __init__(
+        self, source: str, log: EventLog, state: State, gate: ConfirmGate, due_in_s: Callable[[], float]
+    ) -> None:
         self._source = source
         self._log = log
         self._state = state
         self._gate = gate
-        self._due = due
+        self._due_in_s = due_in_s
         self._offset = 0
         self._generation = -1
         self._last: Boundary | None = None
@@ -98,6 +101,7 @@ class LogReader:
         self._in_open = False
 
     def read(self, timeout_s: float) -> Group | None:
+        timeout_s = min(timeout_s, self._due_in_s())
         with self._log.lock():
             generation = self._log.generation(self._source)
             position = self._log.position(self._source)
@@ -146,7 +150,7 @@ class LogReader:
             return complete
         # Once begun, an open transaction is read to its end: only there is the next cut.
         big = self._in_open or sum(r.bytes for r in records) >= READ_BYTES or self._log_open_bytes() >= OPEN_BYTES
-        if not big or (self._due() and not self._in_open):
+        if not big or (self._due_in_s() <= 0 and not self._in_open):
             return []
         self._in_open = True
         return records
@@ -218,13 +222,13 @@ class Lander:
         """Land what is open as soon as a cut allows. Thread-safe."""
         self._asked = True
 
-    def due(self) -> bool:
-        """Whether what is open should be committed at the next cut."""
+    def due_in_s(self) -> float:
+        """Seconds until what is open should be committed at the next cut; infinite if nothing is open."""
         if not self._dirty or self._first_at is None:
-            return False
+            return math.inf
         if self._asked or self._bytes >= self._land_bytes:
-            return True
-        return time.monotonic() - self._first_at >= self._land_every_s
+            return 0.0
+        return max(0.0, self._first_at + self._land_every_s - time.monotonic())
 
     def changelog(self, table: TableId) -> ChangelogTable:
         """The changelog of a table, as landing sees it."""
@@ -273,7 +277,7 @@ class Lander:
         if self._cut is None:
             return None
         if self._dirty:
-            if not self.due():
+            if self.due_in_s() > 0:
                 return None
             self._asked = False
             self._commit(self._cut)

@@ -69,7 +69,7 @@ class Merger:
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._vacuumed_at: dict[TableId, float] = {}
         self._asked = 0
-        self._not_before = 0.0
+        self._not_before = time.monotonic() + merge_every_s
         self._versions: dict[TableId, int] = {}
         self._through: dict[TableId, int] = {}
         self._blocked: dict[TableId, float] = {}

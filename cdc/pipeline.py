@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 DISCOVER_S = 10.0
 """How often the publication is looked at for new and vanished tables."""
+HEADS_MAX = 4096
+"""Positions of the head that are remembered, one a second, to tell how old is what a step lacks."""
 READ_S = 0.2
 """Longest wait of one step for input: how soon a stop or a request is seen."""
 LOOK_S = 20.0
@@ -196,6 +198,7 @@ class Pipeline:
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
             chunk_rows=self._source_config.chunk_rows, landed_lsn=self._landed_lsn, stop_table=self.stop_table,
+            nudge=self.admin.barrier,
         )  # fmt: skip
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
@@ -204,7 +207,7 @@ class Pipeline:
             wish=self.backfill.wish, stop_table=self.stop_table, is_stopped=self.is_stopped,
             check_lease=self._lease.check,
         )  # fmt: skip
-        reader = LogReader(self.name, self._log, self._state, self._gate, self.lander.due)
+        reader = LogReader(self.name, self._log, self._state, self._gate, self.lander.due_in_s)
         self.log_end = LogEnd(self.name, self._log)
         stream = SourceStream(self.name, self._source, self._book, self._gate, self._epoch)
         self._capture: Stage[Portion, Boundary | None] = Stage(f"capture:{self.name}", stream, self.log_end)

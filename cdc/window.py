@@ -1,8 +1,9 @@
 """What of a chunk may be appended, given what the stream did to the table while the chunk was read: pure.
 
-Rules 6, 8 and 11 of snapshots. Rows whose key changed in the window are left out, both keys of a key change counted.
-A key that the window leaves alive with TOAST values that no message carried gets those values, and only those, from
-the chunk, under its last key. It makes the batches that snapshots append; it reads no log and takes no lock.
+Rules 6, 8 and 11 of snapshots. Rows whose key was changed in the window by a transaction that the snapshot does not see
+are left out, both keys of a key change counted. A key that the window leaves alive with TOAST values that no
+message carried gets those values, and only those, from the chunk, under its last key. It makes the batches that
+snapshots append; it reads no log and takes no lock.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from cdc.batch import RAW_TYPE, TIMESTAMP_TYPE, Batch, batch_schema
 from cdc.keys import key_of, key_texts
 from cdc.lake.reduce import CLEAR, KNOWN, SET, UNCHANGED, Events, Orders, Reduced, Targets, reduce
-from cdc.ports import RowsRead
+from cdc.ports import RowsRead, Visibility
 from cdc.table import TableSchema
 
 
@@ -55,8 +56,17 @@ def must_read_again(schema: TableSchema, records: Sequence[tuple[int, bool]]) ->
     return any(version != schema.version or truncate for version, truncate in records)
 
 
+def unseen(batch: Batch, visibility: Visibility) -> Batch:
+    """The changes of transactions that the chunk's snapshot does not see. The others are in the chunk's rows
+    already."""
+    seen = visibility.sees(_ints(batch, "_xid").astype(np.uint32))
+    return batch if not seen.any() else Batch(batch.schema, batch.data.filter(pa.array(~seen)))
+
+
 def reconcile(schema: TableSchema, rows: RowsRead, window: Sequence[Batch]) -> Reconciled:
-    """Apply rules 6 and 8 to a chunk of `schema` and the window's changes of the same schema version, in order."""
+    """Apply rules 6 and 8 to a chunk of `schema` and the `unseen` changes of the window, of the same schema version
+    and in
+    order. Every transaction that the snapshot sees is in the log by now."""
     everything = np.arange(rows.rows)
     if not window or not schema.key:
         return Reconciled(everything, None)

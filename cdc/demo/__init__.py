@@ -17,7 +17,7 @@ from cdc import registry
 from cdc.console import Console
 from cdc.demo import folder
 from cdc.demo.facts import Watch
-from cdc.demo.processes import DemoFailed, Interrupted, Interrupts, Processes
+from cdc.demo.processes import Interrupted, Interrupts, Processes
 from cdc.demo.shop import Shop
 from cdc.demo.story import Story, Verdict, as_typed, look_commands
 from cdc.demo.view import View

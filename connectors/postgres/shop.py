@@ -120,6 +120,7 @@ class PostgresShop:
         self._passwords = {role: secrets.token_urlsafe(18) for role in ROLES}
         self._server = EmbeddedPostgres(directory / "postgres", settings=SETTINGS, password=self._passwords["owner"])
         self._traffic: Traffic | None = None
+        self._runs = 0
         self._connection: psycopg.Connection[Any] | None = None
 
     @property
@@ -181,8 +182,9 @@ class PostgresShop:
         return ADD_COLUMN
 
     def traffic(self) -> Traffic:
-        """The live traffic, not started yet; a thread of its own."""
-        self._traffic = Traffic(self._server.dsn(DATABASE), SIZES)
+        """New live traffic, not started yet; a thread of its own."""
+        self._runs += 1
+        self._traffic = Traffic(self._server.dsn(DATABASE), SIZES, seed=self._runs)
         return self._traffic
 
     def session_command(self) -> str:

@@ -110,7 +110,7 @@ class Traffic(threading.Thread):
     def _customer(self, session: psycopg.Connection[Any]) -> None:
         row = session.execute(
             "insert into customers (email, name, tags) values (%s, %s, %s) returning customer_id",
-            [f"new{self._customers + 1}@example.org", "Zoë\tN’Guessan", ["new"]],
+            [f"{self._random.getrandbits(60):x}@example.org", "Zoë\tN’Guessan", ["new"]],
         ).fetchone()
         assert row is not None
         self._customers = int(row[0])

@@ -272,7 +272,7 @@ def machine(engine: Engine) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check-java", action="store_true", help="only say whether there is a JDK that will do")
-    parser.add_argument("--java-options", default="", help="for the engine's JVM, e.g. '-Xmx512m'; none by default")
+    parser.add_argument("--java-options", default="", help="for the engine's JVM, as in --java-options=-Xmx512m; none by default")
     parser.add_argument("--rounds", type=int, default=bench.ROUNDS)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full workload")
     parser.add_argument("workload", nargs="*", default=list(bench.SIZES))

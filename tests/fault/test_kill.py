@@ -62,14 +62,10 @@ class Scene:
         if self.daemon.state_dir.exists():
             self.daemon.ask("resync", "stock")
         self.daemon.start(failpoints=f"{point}=kill:{nth}")
-        # A segment is unlinked once a megabyte has gone through the log.
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-
-            def ended() -> bool:
-                connection.execute("update stock set big = repeat(md5(random()::text), 80) where n % 9 = 0")
-                return not self.daemon.alive
-
-            wait_until(ended, 40, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
+        if point == "log.before_unlink":
+            # A segment goes when everything in it has landed and the next one has begun.
+            execute(self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g")
+        wait_until(lambda: not self.daemon.alive, 40, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
         assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
 
     def check(self) -> int:
