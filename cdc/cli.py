@@ -207,7 +207,11 @@ def _history(p: argparse.ArgumentParser) -> None:
 
 def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--duration", type=_seconds, default=20.0, metavar="S", help="length of the live workload (default 20)"
+        "--duration",
+        type=_seconds,
+        default=15.0,
+        metavar="S",
+        help="of streaming, after the first snapshots (default 15)",
     )
     p.add_argument("--keep", action="store_true", help="leave everything running to look at, until Ctrl-C")
     p.add_argument("--directory", metavar="DIR", help="where to put it; a demo's is replaced (default ./cdc-demo)")

@@ -39,6 +39,8 @@ class SourceConfig:
     lock_timeout_s: float = 10.0
     statement_timeout_s: float = 300.0
     connect_timeout_s: float = 10.0
+    receive_timeout_s: float = 60.0
+    """Silence of the server after which the stream is taken for dead; at half of it, it is asked for a sign."""
     buffer_bytes: int = 32 << 20
     """Bound of frames received and not yet decoded."""
     poll_sleep_s: float = 0.00015

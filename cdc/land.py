@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.compute as pc
+
 from cdc import metrics
 from cdc.batch import Boundary
 from cdc.capture import ConfirmGate
@@ -206,6 +208,7 @@ class Lander:
         self._is_stopped = is_stopped
         self._changelogs: dict[TableId, ChangelogTable] = {}
         self._writers: dict[TableId, ChangelogWriter] = {}
+        self._changed_us: dict[TableId, int] = {}
         self._bytes = 0
         self._first_at: float | None = None
         self._point = LandPoint(0, None)
@@ -305,6 +308,9 @@ class Lander:
                 raise
             self._stop(record.table, e)
             return
+        newest = pc.max(batch.system("_committed_at")).value if record.kind == "change" else None
+        if newest is not None:
+            self._changed_us[record.table] = max(newest, self._changed_us.get(record.table, 0))
         self._bytes += record.bytes
         self._dirty = True
         if self._first_at is None:
@@ -314,6 +320,7 @@ class Lander:
         assert cut.boundary is not None
         self._lease.check()
         failpoint("land.before_cut")
+        tables = list(self._writers)
         for table, writer in list(self._writers.items()):
             began = time.perf_counter()
             try:
@@ -332,6 +339,11 @@ class Lander:
             metrics.LANDED_BYTES.labels(self._source).inc(landed.bytes)
             metrics.LAND_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         failpoint("land.after_cut")
+        with self._state.transaction() as tx:
+            for table in tables:
+                last = {"last_change_us": self._changed_us[table]} if table in self._changed_us else {}
+                self._state.update_table(self._source, table, tx=tx, landed_lsn=cut.boundary.lsn, **last)
+        self._changed_us.clear()
         self.stats.commits += 1
         self._bytes, self._first_at, self._dirty = 0, None, False
 
@@ -345,4 +357,5 @@ class Lander:
         for writer in self._writers.values():
             writer.abandon()
         self._writers.clear()
+        self._changed_us.clear()
         self._bytes, self._first_at, self._dirty, self._cut = 0, None, False, None

@@ -147,7 +147,7 @@ class Merger:
         metrics.MERGED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(rows)
         if result.foreign_change:
             self.changed_by_others[table] = lsn
-        self._state.update_table(self._source, table, current_lsn=lsn)
+        self._state.update_table(self._source, table, current_lsn=lsn, rows=current.rows())
         if time.monotonic() - self._vacuumed_at.setdefault(table, time.monotonic()) > self._vacuum_after_s:
             self._vacuumed_at[table] = time.monotonic()
             current.vacuum(self._vacuum_after_s)

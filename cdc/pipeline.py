@@ -133,7 +133,8 @@ class Pipeline:
 
     def _note_error(self, error: CdcError | None) -> None:
         if error is None:
-            self._state.save_source(self.name, error="", hint="", phase="streaming")
+            if self.error is None:
+                self._state.save_source(self.name, error="", hint="", phase="streaming")
             return
         self._state.save_source(self.name, error=error.args[0], hint=error.hint, phase=error.verdict.value)
         if isinstance(error, (SourceUnavailable,)):
@@ -288,7 +289,7 @@ class Pipeline:
         complete = tokens.complete(self._epoch, oid) and str(table) not in self._anchor_marks()
         came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
         self._stopped.discard(table)
-        counter = max(tokens.snapshot_seq + 1, before.snapshot_seq if before is not None else 0)
+        counter = max(tokens.snapshot_seq + 1, self._state.table(self.name, table).snapshot_seq)
         state = "streaming" if complete and not came_back else "new"
         self._state.update_table(self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter)
         if state == "new":

@@ -72,8 +72,11 @@ class Stage(Generic[ItemT, PointT]):
         """One bounded turn; raises whatever either end raises, after closing both."""
         try:
             if not self._is_open:
-                self._upstream.open(self._downstream.resume())
+                held = self._downstream.resume()
+                self._upstream.open(held)
                 self._is_open = True
+                # Confirming may be what failed, or what the process died before.
+                self._upstream.confirm(held)
             item = self._upstream.read(timeout_s)
             durable = self._downstream.tick() if item is None else self._downstream.write(item)
             if durable is not None:

@@ -64,8 +64,9 @@ class _Demo:
         except Interrupted:
             if verdict is None:
                 self._clean_up()
+                self._shop.remove()
                 name = signal.Signals(self._interrupts.number).name
-                self._view.say(f"{name}: ended; no process is left, {folder.shown(self._place)} stays as it is")
+                self._view.say(f"{name}: ended; no process is left, lake and logs stay in {folder.shown(self._place)}")
                 self._console.document({"equal": False, "interrupted": name})
                 return 128 + self._interrupts.number
         except CdcError as error:
@@ -75,7 +76,7 @@ class _Demo:
         finally:
             self._clean_up()
         assert verdict is not None
-        if verdict.equal:
+        if verdict.equal:  # else the server's files are evidence
             self._shop.remove()
         if not keep:
             self._show(verdict, keep)
@@ -103,7 +104,7 @@ class _Demo:
         return Story(self._shop, config, self._processes, watch, view, self._interrupts, duration_s)
 
     def _clean_up(self) -> None:
-        """End every process; idempotent, bounded. What was not equal or failed keeps the server's files."""
+        """End every process; idempotent, bounded."""
         if self._watch is not None:
             self._watch.end()
         self._processes.close()

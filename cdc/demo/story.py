@@ -20,7 +20,7 @@ from cdc.demo.processes import DemoFailed, Interrupts, Outcome, Processes
 from cdc.demo.shop import Shop, Traffic
 from cdc.demo.view import View
 
-CALM_S = 60.0
+CALM_S = 120.0
 """Bound of what takes a few seconds on an idle machine."""
 RESYNCED = "public.orders"
 COLUMN_AT, KILL_AT, MODEL_AT, RESYNC_AT = 0.1, 0.3, 0.55, 0.75

@@ -23,6 +23,7 @@ from cdc.demo.facts import Facts
 
 PLAIN_EVERY_S = 3.0
 REFRESH_PER_S = 4
+PANEL_WIDTH = 104
 STEPS = {
     "head": "the database's head",
     "received": "received",
@@ -117,7 +118,8 @@ class View:
         upper = Table.grid(padding=(0, 4))
         upper.add_row(_ladder(facts), _rates(facts))
         title = f"{self.seconds:.0f} s · {self.chapter}"
-        return Panel(Group(_state(facts), Text(), upper, Text(), _tables(facts)), title=title, expand=False)
+        width = min(PANEL_WIDTH, self._console.width)
+        return Panel(Group(*_state(facts), Text(), upper, Text(), _tables(facts)), title=title, width=width)
 
 
 def plain(facts: Facts) -> str:
@@ -138,7 +140,7 @@ def _phase(facts: Facts) -> str:
     return str(facts.source.get("phase", "")) if running else "daemon down"
 
 
-def _state(facts: Facts) -> Text:
+def _state(facts: Facts) -> list[Text]:
     daemon: Mapping[str, Any] = facts.document.get("daemon", {})
     text = Text("daemon ")
     if daemon.get("running"):
@@ -148,14 +150,21 @@ def _state(facts: Facts) -> Text:
     slot = facts.source.get("slot", {})
     text.append(f" · slot {slot.get('name', '')}: {bytes_text(slot.get('retained_bytes'))} of WAL kept")
     text.append(f" · event log {bytes_text(facts.document.get('log', {}).get('bytes'))}")
-    for sync in facts.document.get("syncs", []):
-        last = sync["last_run"]
-        if last is not None:
-            written = last["counts"].get("written", 0)
-            text.append(f" · sync {sync['name']}: {last['outcome']}, {written} rows written")
+    lines = [text, *(Text(_sync(sync)) for sync in facts.document.get("syncs", []))]
     if facts.source.get("error"):
-        text.append(f"\n{facts.source['error']}", "red")
-    return text
+        lines.append(Text(facts.source["error"], "red"))
+    return lines
+
+
+def _sync(sync: Mapping[str, Any]) -> str:
+    last = sync["last_run"]
+    what = "waits for its first run"
+    if last is not None:
+        counts = last["counts"]
+        what = f"last run {last['outcome']}"
+        if counts:
+            what += f", {counts.get('written', 0):,} rows written, {counts.get('unchanged', 0):,} unchanged"
+    return f"sync {sync['name']} into {sync['table']}: {what}"
 
 
 def _ladder(facts: Facts) -> Table:

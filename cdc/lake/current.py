@@ -88,6 +88,10 @@ class CurrentTable:
         """Newest Delta version, None while nothing is to be shown."""
         return self._log.version() if self.merged() >= 0 else None
 
+    def rows(self) -> int:
+        """How many rows the newest version shows; 0 if there is none."""
+        return sum(f.rows for f in self._log.files()) if self._log.exists() else 0
+
     def merged(self) -> int:
         """Version of the changelog that `current` holds; -1 if none."""
         if not self._log.exists():

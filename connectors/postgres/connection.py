@@ -48,6 +48,8 @@ def connect(
         "connect_timeout": max(2, round(connect_timeout_s)),
         "client_encoding": "UTF8",
         "options": f"{given.get('options', '')} {options}".strip(),
+        # A peer that is gone without a word: keepalives notice it while we wait, this one while we send.
+        "tcp_user_timeout": 60_000,
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,

@@ -71,12 +71,15 @@ class Receiver:
         poll_sleep_s: float = 0.00015,
         linger_s: float = 0.2,
         quiet_s: float = 0.003,
+        silence_s: float = 60.0,
     ) -> None:
         """`start` is the START_REPLICATION statement. Raises SlotLost or SourceUnavailable if it is refused.
 
         A blob is handed over when it has `blob_bytes`, when its first frame is `linger_s` old, or when the stream has
         been quiet for `quiet_s`: whatever comes behind it costs a write to disk for each blob, so a stream that keeps
-        coming is not cut into many.
+        coming is not cut into many. A server that says nothing for half of `silence_s` is asked for a sign of life;
+        after the whole of it the stream ends with SourceUnavailable (Postgres' own wal_receiver_timeout works like
+        this).
         """
         self._connection = connection
         self._where = where
@@ -85,6 +88,9 @@ class Receiver:
         self._poll_sleep_s = poll_sleep_s
         self._linger_s = linger_s
         self._quiet_ms = quiet_s * 1000
+        self._silence_s = silence_s
+        self._heard_at = time.monotonic()
+        self._asked = False
         self._queue: deque[Blob] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()
@@ -159,8 +165,9 @@ class Receiver:
                     asked |= bool(data[KEEPALIVE_BYTES - 1])
             fresh = len(frames) > before
             now = time.monotonic()
-            if fresh and not before:
-                first_at = now
+            if fresh:
+                first_at = first_at if before else now
+                self._heard_at, self._asked = now, False
             if asked:
                 self._send_status(pgconn)
             if length > 0:
@@ -177,6 +184,8 @@ class Receiver:
             if now >= next_status or self._confirmed > self._sent_confirmed:
                 self._send_status(pgconn)
                 next_status = now + STATUS_EVERY_S
+            elif now - self._heard_at > self._silence_s / 2:
+                self._check_alive(pgconn, now)
             if fresh:
                 # Waking for every message costs both sides more than decoding: let some arrive.
                 time.sleep(self._poll_sleep_s)
@@ -187,6 +196,14 @@ class Receiver:
         self._send_status(pgconn)
         pgconn.put_copy_end()
         pgconn.flush()
+
+    def _check_alive(self, pgconn: pq.abc.PGconn, now: float) -> None:
+        """Ask a silent server for a sign of life, once; then give it up."""
+        if now - self._heard_at > self._silence_s:
+            raise SourceUnavailable(f"{self._where}: the server has been silent for {self._silence_s:g} s")
+        if not self._asked:
+            self._asked = True
+            self._send_status(pgconn, ask=True)
 
     def _hand_over(self, frames: list[Any], size: int, pgconn: pq.abc.PGconn) -> None:
         """Join early (a queued frame costs 460 bytes besides its own) and wait while the queue is full."""
@@ -201,11 +218,13 @@ class Receiver:
             self._queue.append(blob)
             self._queued_bytes += size
             self._changed.notify_all()
+        # While the queue was full we did not listen: that silence is ours.
+        self._heard_at = time.monotonic()
 
-    def _send_status(self, pgconn: pq.abc.PGconn) -> None:
+    def _send_status(self, pgconn: pq.abc.PGconn, *, ask: bool = False) -> None:
         confirmed = self._confirmed
         clock_us = time.time_ns() // 1000 - POSTGRES_EPOCH_US
-        pgconn.put_copy_data(struct.pack("!cQQQQB", b"r", confirmed, confirmed, confirmed, clock_us, 0))
+        pgconn.put_copy_data(struct.pack("!cQQQQB", b"r", confirmed, confirmed, confirmed, clock_us, ask))
         deadline = time.monotonic() + CLOSE_WAIT_S
         while pgconn.flush() == 1:
             # The server may not read before we do: bounded, then the supervisor reconnects.

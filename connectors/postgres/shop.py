@@ -202,12 +202,11 @@ class PostgresShop:
         self._server.stop(timeout_s=5.0)
 
     def remove(self) -> None:
-        """Stop, and delete server, data and passwords."""
+        """Stop, and delete the server's data, also those that an earlier process left. The passwords' files stay: the
+        configuration names them."""
         self.stop()
         self._server.remove()
         shutil.rmtree(self._server.directory, ignore_errors=True)
-        for role in ROLES:
-            self._password_file(role).unlink(missing_ok=True)
 
     def _password_file(self, role: str) -> Path:
         return self._directory / f"password.{role}"

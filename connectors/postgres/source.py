@@ -18,7 +18,7 @@ import psycopg
 from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SlotLost, SourceUnavailable
+from cdc.errors import SlotLost, SourceRefused, SourceUnavailable
 from cdc.ports import RegisterSchema, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog
@@ -62,9 +62,12 @@ class PostgresSource:
                 where=f"{self._where} slot {self._config.slot}",
                 buffer_bytes=self._config.buffer_bytes,
                 poll_sleep_s=self._config.poll_sleep_s,
+                silence_s=self._config.receive_timeout_s,
             )
-        except psycopg.errors.UndefinedObject as e:
+        except SourceRefused as e:
             connection.close()
+            if not isinstance(e.__cause__, psycopg.errors.UndefinedObject):
+                raise
             raise SlotLost(
                 f"{self._where}: replication slot {self._config.slot!r} does not exist",
                 hint="`cdc teardown` then `cdc setup`: the next start snapshots every table anew",

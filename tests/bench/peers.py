@@ -164,7 +164,9 @@ class EngineRun:
         with psycopg.connect(log.dsn, autocommit=True) as connection:
             while "end" not in self._lines():
                 if process.poll() is not None or time.time() > deadline:
-                    raise RuntimeError(f"the engine did not come to the end:\n{self._log.read_text()[-3000:]}")
+                    # The engine's own log goes to stdout; what ended it, to stderr.
+                    reason = self._said.read_text()[-3000:] + self._log.read_text()[-3000:]
+                    raise RuntimeError(f"the engine did not come to the end:\n{reason}")
                 if not stream_at:
                     row = connection.execute(
                         "select active from pg_replication_slots where slot_name = %s", [bl.SLOT]
@@ -272,7 +274,9 @@ def machine(engine: Engine) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check-java", action="store_true", help="only say whether there is a JDK that will do")
-    parser.add_argument("--java-options", default="", help="for the engine's JVM, as in --java-options=-Xmx512m; none by default")
+    parser.add_argument(
+        "--java-options", default="", help="for the engine's JVM, as in --java-options=-Xmx512m; none by default"
+    )
     parser.add_argument("--rounds", type=int, default=bench.ROUNDS)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full workload")
     parser.add_argument("workload", nargs="*", default=list(bench.SIZES))

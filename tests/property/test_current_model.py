@@ -210,9 +210,13 @@ class Machine:
             else:
                 batches.append(([row], version))
             self.landed.append((row, version))
-        self.through = self.changelog.commit(
-            [batch_of(_schema(v, self.missing), rows) for rows, v in batches], lsn=self.at // 2, complete=self.ended
-        ) if self.pending else self.through
+        self.through = (
+            self.changelog.commit(
+                [batch_of(_schema(v, self.missing), rows) for rows, v in batches], lsn=self.at // 2, complete=self.ended
+            )
+            if self.pending
+            else self.through
+        )
         self.pending = []
 
     def merge(self, what: str) -> None:
@@ -230,9 +234,7 @@ class Machine:
         self.check(self._merge())
 
     def _merge(self) -> MergeResult:
-        table = CurrentTable(
-            self.changelog.store, self.changelog.source, TABLE, temp_dir=self.scratch, bucket_rows=3
-        )
+        table = CurrentTable(self.changelog.store, self.changelog.source, TABLE, temp_dir=self.scratch, bucket_rows=3)
         return table.merge(None, _schema(self.version, self.missing))  # type: ignore[arg-type]
 
     def check(self, result: MergeResult) -> None:

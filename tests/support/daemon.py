@@ -16,7 +16,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -171,6 +171,26 @@ class Daemon:
             return Answer(done.returncode, json.loads(done.stdout), done.stderr)
         except json.JSONDecodeError:
             raise AssertionError(f"cdc {' '.join(words)} wrote no JSON: {done.stdout!r}\n{done.stderr}") from None
+
+    def begin(self, *words: str) -> Callable[[], Answer]:
+        """Start a command as a process of its own, with --json; what is returned waits for its answer."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdc", "--config", str(self.config_path), "--json", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def answer() -> Answer:
+            try:
+                out, err = process.communicate(timeout=90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            return Answer(process.returncode, json.loads(out), err)
+
+        return answer
 
     def ask(self, *words: str) -> Answer:
         """A command in this process, with --json."""

@@ -168,9 +168,7 @@ def test_an_unchanged_toast_value_survives_moves_through_buckets(tmp_path: Path)
     story.land(rotated)
     result = story.merge()
     assert (result.rows_upserted, result.unresolved) == (40, [])
-    assert story.rows() == sorted(
-        ({"id": (i + 1) % 40, "note": f"text {i}"} for i in range(40)), key=lambda r: str(r)
-    )
+    assert story.rows() == sorted(({"id": (i + 1) % 40, "note": f"text {i}"} for i in range(40)), key=lambda r: str(r))
 
 
 def test_a_value_that_nobody_knows_blocks_the_merge_until_its_row_is_read(story: Story) -> None:
