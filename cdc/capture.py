@@ -88,7 +88,7 @@ class SourceStream:
 
     def open(self, after: Boundary | None) -> None:
         self._told = 0
-        self._source.open(after, self._book.register, self._epoch)
+        self._source.open(after, self._book, self._epoch)
 
     def read(self, timeout_s: float) -> Portion | None:
         self._confirm()
@@ -148,4 +148,5 @@ class LogEnd:
             metrics.LOG_APPENDED_BYTES.labels(self._name).inc(batch.data.nbytes)
             if batch.has("_raw"):
                 # The map's items are the values that their columns' types could not hold.
-                metrics.RAW_VALUES.labels(self._name, label).inc(len(batch.system("_raw").flatten()))
+                offsets = batch.system("_raw").offsets
+                metrics.RAW_VALUES.labels(self._name, label).inc(offsets[-1].as_py() - offsets[0].as_py())

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ from cdc.worker import Worker
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+SWITCH_S = 0.0005
+"""The receiving thread wakes for every burst; at Python's default of 5 ms it would wait that long behind the others."""
 M_ARENA_MAX = -8
 """glibc's mallopt parameter (malloc.h)."""
 ONCE_TIMEOUT_S = 24 * 3600.0
@@ -56,6 +59,7 @@ class Daemon:
         0 fine, 1 failed. Blocks; installs signal handlers when called in the main thread."""
         config = self._config
         _keep_memory_low()
+        sys.setswitchinterval(SWITCH_S)
         config.state_dir.mkdir(parents=True, exist_ok=True)
         with self._only_one(), self._signals_handled():
             state = open_state(config.state_dir)
@@ -162,8 +166,8 @@ class Daemon:
             return
 
         def handle(number: int, _frame: object) -> None:
+            # Nothing that takes a lock, as an event does: the main thread may hold it, and would wait for itself.
             self._signals += 1
-            self._stop.set()
             if self._signals > 1:
                 os._exit(128 + number)
 
@@ -183,7 +187,7 @@ class Daemon:
         metrics.LOG_LIMIT_BYTES.set(self._config.log_bytes_max)
         finished = self._finished() if once else None
         beat_at = 0.0
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._signals:
             now = time.monotonic()
             if now >= beat_at:
                 beat_at = now + 1.0

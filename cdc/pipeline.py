@@ -45,7 +45,9 @@ DISCOVER_S = 10.0
 HEADS_MAX = 4096
 """Positions of the head that are remembered, one a second, to tell how old is what a step lacks."""
 READ_S = 0.2
-"""Longest wait of one step for input: how soon a stop or a request is seen."""
+"""Longest wait of one step for input: how soon a stop is seen."""
+LAND_S = 0.05
+"""The same for landing: how soon it is seen that somebody waits."""
 LOOK_S = 20.0
 """How often the server is asked for its slot, and logged transaction ids that no snapshot can miss are forgotten."""
 
@@ -234,7 +236,7 @@ class Pipeline:
         if time.monotonic() >= self._renew_at:
             self._lease.renew()
             self._renew_at = time.monotonic() + self._lease.renew_every_s
-        progress = self._land.step(READ_S)
+        progress = self._land.step(LAND_S)
         return progress.read
 
     def _merge_step(self) -> bool:

@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,10 +16,17 @@ import numpy as np
 import pyarrow as pa
 
 from cdc.batch import Boundary, Portion
-from cdc.table import TableSchema
+from cdc.table import TableId, TableSchema
 
-RegisterSchema = Callable[[TableSchema], TableSchema]
-"""Gives a schema its durable version number; equal schemas of a table get the same number."""
+
+class Schemas(Protocol):
+    """The memory of a source's schemas, which the core lends to the connector."""
+
+    def register(self, schema: TableSchema) -> TableSchema:
+        """Give a schema its durable version number; equal schemas of a table get the same number."""
+
+    def versions(self, table: TableId) -> list[TableSchema]:
+        """The versions known of a table, newest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +70,7 @@ class SourceStatus:
 class Source(Protocol):
     """A stream of changes with a resume point that the server keeps for us."""
 
-    def open(self, after: Boundary | None, register: RegisterSchema, epoch: int) -> None:
+    def open(self, after: Boundary | None, schemas: Schemas, epoch: int) -> None:
         """Start streaming. Transactions with a commit LSN at or below `after.lsn` are not yielded again.
 
         `after` None: from where the server's slot stands. Raises SlotLost if the slot is missing or cannot serve.
@@ -239,8 +246,8 @@ __all__ = [
     "ObjectStore",
     "Portion",
     "PushResult",
-    "RegisterSchema",
     "RowsRead",
+    "Schemas",
     "Sink",
     "SnapshotReader",
     "Source",

@@ -59,6 +59,12 @@ class SchemaBook:
             known = self._known(table)
             return known[max(known)] if known else None
 
+    def versions(self, table: TableId) -> list[TableSchema]:
+        """Every version of a table, the newest first."""
+        with self._lock:
+            known = self._known(table)
+            return [known[number] for number in sorted(known, reverse=True)]
+
     def tables(self) -> list[TableId]:
         """Every table with at least one version, by name."""
         rows = self._state.query(

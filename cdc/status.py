@@ -127,6 +127,9 @@ def _source(
     known = state.source(name) if state else None
     server = live if isinstance(live, SourceStatus) else None
     progress = _progress(state, name)
+    if server is not None and section.confirm_after == "landed" and progress.get("landed_lsn"):
+        # Only what has landed is confirmed; the server's answer may be newer than the daemon's note.
+        progress = {**progress, "landed_lsn": max(int(progress["landed_lsn"]), server.confirmed_lsn)}
     return {
         "name": name,
         "type": section.type,

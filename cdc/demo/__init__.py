@@ -57,6 +57,7 @@ class _Demo:
             with self._view:
                 story = self._prepare(duration_s)
                 verdict = story.tell()
+                verdict.seconds = round(self._view.seconds, 1)
                 if keep:
                     self._show(verdict, keep)
                     story.keep_running()
@@ -126,7 +127,7 @@ class _Demo:
         bare()
         if verdict.equal:
             bare(
-                f"Everything is equal after {self._view.seconds:.0f} s: {len(verdict.tables)} tables, cell by cell, "
+                f"Everything is equal after {verdict.seconds:.0f} s: {len(verdict.tables)} tables, cell by cell, "
                 f"and {verdict.scores:,} pushed scores.",
                 "bold green",
             )
@@ -150,7 +151,7 @@ class _Demo:
     def _document(self, verdict: Verdict) -> dict[str, Any]:
         return {
             "equal": verdict.equal,
-            "seconds": round(self._view.seconds, 1),
+            "seconds": verdict.seconds,
             "tables": verdict.tables,
             "scores": {"equal": verdict.scores_equal, "rows": verdict.scores},
             "transactions": verdict.transactions,

@@ -47,9 +47,9 @@ chunk_rows = 20000                    # small, so that snapshots take several ch
 # Where they go: Delta tables, <source>/<schema>.<table>/current and …/changelog.
 [lake]
 url = {lake}
-land_every_s = 1                      # a demo is impatient; the default is 10
-merge_every_s = 1
-merge_share = 0.5
+land_every_s = 2                      # a demo is impatient; the default is 10
+merge_every_s = 2
+merge_share = 0.3
 
 # SQL over current tables, all read at one position.
 [model.customer_value]

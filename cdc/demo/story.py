@@ -37,6 +37,7 @@ class Verdict:
     scores: int = 0
     transactions: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def equal(self) -> bool:

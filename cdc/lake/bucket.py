@@ -185,7 +185,7 @@ class OldFile:
                 name = shape.layout.names[int(np.flatnonzero(states == UNCHANGED)[0])]
                 raise SchemaConflict(
                     f"table {shape.layout.schema.table}: existing values of column {name} do not fit its new type",
-                    hint="move the lake table away and resync",
+                    hint="stop the daemon, move the table's folder away, start, and run `cdc resync` for it",
                 )
             raw = raw_in_layout(data.column(shape.system["_raw"]), shape.renames)
             columns, raw = missing.fill(columns, raw, np.flatnonzero(states == ABSENT).tolist())

@@ -153,7 +153,8 @@ class ChangelogTable:
         if taken:
             raise SchemaConflict(
                 f"{self.path}: column {taken[0]} collides with a system column of a table that exists already",
-                hint="rename the column at the source, or move the lake table away and resync",
+                hint="rename the column at the source; or stop the daemon, move the table's folder away, start, and run"
+                " `cdc resync` for it",
             )
         self.delta.open_or_create(
             lake_schema(schema, prefix),

@@ -503,7 +503,8 @@ def _grown(old: pa.DataType, new: pa.DataType, name: str, prefix: str) -> pa.Dat
         if not _same(old, new):
             raise SchemaConflict(
                 f"{prefix}: column {name} is {old} in the lake and {new} at the source",
-                hint="declare the column's type in the configuration, or move the lake table away and resync",
+                hint=f"stop the daemon, move the lake's folder {prefix.rpartition('/')[0]} away (its history stays"
+                " readable there), start, and run `cdc resync` for the table",
             )
         return None
     children = {f.name: f.type for f in old}

@@ -98,7 +98,10 @@ class FileShape:
     def source(self) -> list[str | None]:
         """File column of each column of the layout, None where the file has none."""
         by_attnum = {attnum_of(field): field.name for field in self.schema}
-        return [by_attnum.get(attnum) for attnum in self.layout.attnums]
+        # Another writer may have lost a field's metadata: then the name must do.
+        bare = {f.name for f in self.schema if attnum_of(f) is None} - set(self.system.values())
+        columns = zip(self.layout.attnums, self.layout.names, strict=True)
+        return [by_attnum.get(attnum, name if name in bare else None) for attnum, name in columns]
 
     @cached_property
     def by_name(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -19,7 +20,7 @@ from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig, password_of
 from cdc.errors import SlotLost, SourceRefused, SourceUnavailable
-from cdc.ports import RegisterSchema, SnapshotReader, Source, SourceAdmin, SourceIdentity
+from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog
 from connectors.postgres.admin import PostgresAdmin
@@ -41,13 +42,12 @@ class PostgresSource:
         self._receiver: Receiver | None = None
         self._catalog: psycopg.Connection[Any] | None = None
         self._decoder: Decoder | None = None
-        self._register: RegisterSchema | None = None
+        self._schemas: Schemas | None = None
         self._published: dict[int, catalog.Published] = {}
-        self._known: dict[int, TableSchema] = {}
 
-    def open(self, after: Boundary | None, register: RegisterSchema, epoch: int) -> None:
+    def open(self, after: Boundary | None, schemas: Schemas, epoch: int) -> None:
         self.close()
-        self._register = register
+        self._schemas = schemas
         self._catalog = self._connect(replication=False)
         self._take_turn(self._catalog)
         with translated(self._where):
@@ -142,7 +142,7 @@ class PostgresSource:
         The catalog may be newer than the message. What it no longer has is taken from the version known before.
         """
         assert self._catalog is not None
-        assert self._register is not None
+        assert self._schemas is not None
         table = TableId(relation.schema, relation.name)
         with translated(self._where):
             if relation.oid not in self._published:
@@ -150,9 +150,7 @@ class PostgresSource:
             described = catalog.describe(self._catalog, [relation.oid]).get(relation.oid)
         if relation.oid not in self._published and not catalog.selected(self._config, table):
             return None
-        now = {c.name: c for c in described.schema.columns} if described is not None else {}
-        before = {c.name: c for c in self._known[relation.oid].columns} if relation.oid in self._known else {}
-        columns = [self._column(sent, now, before) for sent in relation.columns]
+        columns = self._columns(relation, described.schema if described is not None else None)
         if relation.identity == "f":
             names = {c.name for c in columns}
             key = described.schema.key if described is not None else ()
@@ -162,24 +160,41 @@ class PostgresSource:
             ordered = described.schema.key if described is not None else ()
             key = ordered if set(ordered) == sent_key else tuple(c.name for c in relation.columns if c.is_key)
         schema = TableSchema(table=table, oid=relation.oid, columns=tuple(columns), key=key, identity=relation.identity)
-        registered = self._register(schema)
-        self._known[relation.oid] = registered
-        return registered
+        return self._schemas.register(schema)
 
-    def _column(self, sent: RelationColumn, now: dict[str, Column], before: dict[str, Column]) -> Column:
-        """The catalog's column if it is of the type that was sent, else the one known before, else made from types."""
+    def _columns(self, relation: Relation, now: TableSchema | None) -> tuple[Column, ...]:
+        """The columns of a Relation message, which has names but no attnums, and may be older than the catalog.
+
+        A whole list of columns is recognised first, in the catalog or in a version known before: it tells columns apart
+        that have swapped their names. Then a column is recognised by name and type, or by its place among equal types
+        (it was renamed since); what none of these knows is made from the message.
+        """
         assert self._catalog is not None
+        assert self._schemas is not None
         with translated(self._where):
-            facts = catalog.type_facts(self._catalog, [sent.type_oid])
+            facts = catalog.type_facts(self._catalog, [c.type_oid for c in relation.columns])
+        sent = [self._as_sent(column, facts) for column in relation.columns]
+        published = self._published.get(relation.oid)
+        current = catalog.restricted(now, published.columns if published is not None else None) if now else None
+        before = [s for s in self._schemas.versions(TableId(relation.schema, relation.name)) if s.oid == relation.oid]
+        candidates = [s.columns for s in ([current] if current is not None else []) + before]
+        wanted = [_shape(c) for c in sent]
+        for columns in candidates:
+            if [_shape(c) for c in columns] == wanted:
+                return columns
+        if current is not None and [_shape(c)[1:] for c in current.columns] == [w[1:] for w in wanted]:
+            return tuple(replace(c, name=s.name) for c, s in zip(current.columns, sent, strict=True))
+        known = {_shape(c): c for columns in reversed(candidates) for c in columns}
+        return tuple(known.get(_shape(c), c) for c in sent)
+
+    def _as_sent(self, sent: RelationColumn, facts: dict[int, tuple[int, int, int, str]]) -> Column:
         base, domain_typmod, element, type_name = facts.get(sent.type_oid, (sent.type_oid, -1, 0, ""))
         typmod = sent.typmod if sent.typmod >= 0 else domain_typmod
-        for known in (now.get(sent.name), before.get(sent.name)):
-            if known is not None and (known.type_oid, known.typmod) == (base, typmod):
-                return known
-        attnum = next((k.attnum for k in (now.get(sent.name), before.get(sent.name)) if k is not None), 0)
-        return Column(
-            name=sent.name, attnum=attnum, type_oid=base, typmod=typmod, type_name=type_name, element_oid=element
-        )
+        return Column(name=sent.name, attnum=0, type_oid=base, typmod=typmod, type_name=type_name, element_oid=element)
+
+
+def _shape(column: Column) -> tuple[str, int, int]:
+    return column.name, column.type_oid, column.typmod
 
 
 class PostgresKind:

@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from cdc.state import State
 from connectors.postgres.connection import connect
 from connectors.postgres.replication import Receiver, format_lsn, start_statement
 from tests.bench import backlog as bl
@@ -45,8 +47,6 @@ publication = "{publication}"
 
 [lake]
 url = "file://{folder}/lake"
-# Often, so that the end of the measurement does not wait for a clock.
-land_every_s = 0.25
 # The benchmark ends with the changelog; merging has one of its own.
 merge_every_s = 3600
 """
@@ -99,6 +99,9 @@ class DaemonRun:
         self.stages: dict[str, float] = {}
         self._state = folder / "state" / "state.db"
         write_config(folder, log.dsn)
+        # What `cdc wait` would order: land as soon as the log has everything up to the end, not when the clock says so.
+        with closing(State(self._state, create=False)) as state:
+            state.post_request("wait", {"source": "bench", "lsn": log.end, "tables": []})
         with (folder / "log").open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "cdc", "--config", str(folder / "cdc.toml"), "run"],

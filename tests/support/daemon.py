@@ -94,17 +94,17 @@ class Daemon:
 
     # ---- the process ----
 
-    def start(self, *, failpoints: str = "", once: bool = False) -> Self:
+    def start(self, *, failpoints: str = "", once: bool = False, environment: Mapping[str, str] | None = None) -> Self:
         """Start the process; returns at once."""
         assert not self.alive, "it runs already"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("CDC_", "PG"))}
-        environment |= {"PYTHONPATH": str(ROOT), "CDC_FAILPOINTS": failpoints}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("CDC_", "PG"))}
+        clean |= {"PYTHONPATH": str(ROOT), "CDC_FAILPOINTS": failpoints, **(environment or {})}
         command = [sys.executable, "-m", "cdc", "--config", str(self.config_path), "run", *(["--once"] if once else [])]
         with self.log_path.open("ab") as log:
             log.write(f"--- start {failpoints}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+                command, env=clean, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
             )
         return self
 

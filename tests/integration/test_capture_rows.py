@@ -1,0 +1,296 @@
+"""What stands in the changelog and in `current` after each kind of change, captured from a real server by a real daemon.
+
+One daemon serves the module; each test works on tables of its own. That every table is equal is `verify`'s to say; here
+the rows themselves are read, as a user of the lake would read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+import pytest
+
+from connectors.postgres.embedded import EmbeddedPostgres
+from tests.support.daemon import Daemon, execute, in_one
+from tests.support.postgres import create_database, drop_database
+from tests.support.waiting import wait_until
+from tests.support.witness import changelog
+
+BIG = "repeat(md5('{}'), 200)"
+TABLES = f"""
+create table moved (id int primary key, n int, big text);
+alter table moved alter big set storage external;
+insert into moved select g, g, repeat(md5(g::text), 200) from generate_series(1, 5) g;
+create table toast (id int primary key, n int, big text, bytes bytea);
+alter table toast alter big set storage external, alter bytes set storage external;
+insert into toast select g, g, repeat(md5(g::text), 200), decode(repeat(md5(g::text), 200), 'hex') from generate_series(1, 5) g;
+create table cut_a (id int primary key);
+create table cut_b (id int primary key, a int references cut_a);
+insert into cut_a select generate_series(1, 5);
+insert into cut_b select g, g from generate_series(1, 5) g;
+create table origins (id int primary key);
+create table whole (id int primary key, n int, big text);
+alter table whole alter big set storage external;
+alter table whole replica identity full;
+insert into whole select g, g, repeat(md5(g::text), 200) from generate_series(1, 5) g;
+create table grown (id int primary key, n int);
+insert into grown select g, g from generate_series(1, 5) g;
+create table by_index (a int, b text not null, n int);
+create unique index by_b on by_index (b);
+alter table by_index replica identity using index by_b;
+insert into by_index values (1, 'one', 1), (2, 'two', 2);
+create table counted (id int primary key);
+create table passed_over (id int primary key);
+create schema "Odd.Schema";
+create table "Odd.Schema"."odd ""name"" %41" ("_op" int, "a b" text, "Ä" text, primary key ("a b", "_op"));
+create table unheld (id int primary key, amount numeric(10,2), day date, at timestamptz, grid int[]);
+create table bare (n int, text text);
+create table sullen (n int, text text);
+alter table sullen replica identity full;
+insert into sullen values (1, 'one');
+"""
+ODD = 'Odd.Schema.odd "name" %41'
+
+
+@pytest.fixture(scope="module")
+def daemon(server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    dsn = create_database(server, "capture_rows")
+    execute(dsn, *TABLES.split(";\n"))
+    with Daemon(tmp_path_factory.mktemp("capture"), dsn, source={"exclude": ["public.passed_*"]}) as running:
+        yield running.start().settled()
+    drop_database(server, "capture_rows")
+
+
+@pytest.fixture
+def db(daemon: Daemon) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(daemon.dsn, autocommit=True) as connection:
+        yield connection
+
+
+def changes(daemon: Daemon, table: str) -> list[dict[str, Any]]:
+    """The changes in a changelog, in order, snapshots left out; waits for what is committed."""
+    assert daemon.ask("wait").code == 0
+    return [r for r in changelog(daemon.lake, f"public.{table}").to_pylist() if r["_op"] in "cudt"]
+
+
+def now_in(daemon: Daemon, sql: str) -> list[list[Any]]:
+    rows: list[list[Any]] = daemon.ask("query", sql).document["rows"]
+    return rows
+
+
+def test_a_key_change_is_one_update_with_the_old_key_and_keeps_the_big_value(daemon: Daemon) -> None:
+    in_one(daemon.dsn, ["update moved set id = 10 where id = 1", f"insert into moved values (1, 7, {BIG.format('new')})"])
+    update, insert = changes(daemon, "moved")
+    assert (update["_op"], update["id"], update["_before"]["id"]) == ("u", 10, 1)
+    assert (update["_unchanged"], update["big"], update["n"]) == (["big"], None, 1)
+    assert (insert["_op"], insert["id"], insert["_before"], insert["_unchanged"]) == ("c", 1, None, None)
+    assert insert["_lsn"] == update["_lsn"]
+    daemon.verified("moved")
+
+
+def test_an_unchanged_toast_value_is_unknown_in_the_changelog_and_kept_in_current(daemon: Daemon) -> None:
+    execute(
+        daemon.dsn,
+        "update toast set n = 100 where id = 1",
+        f"update toast set big = {BIG.format('other')} where id = 2",
+        "update toast set big = null where id = 3",
+        "update toast set n = 101 where id = 3",
+        "delete from toast where id = 4",
+    )
+    one, two, three, again, gone = changes(daemon, "toast")
+    assert (one["_unchanged"], one["big"], one["bytes"]) == (["big", "bytes"], None, None)
+    assert (two["_unchanged"], two["big"] is None, two["bytes"]) == (["bytes"], False, None)
+    assert (three["_unchanged"], three["big"]) == (["bytes"], None)
+    assert (again["_unchanged"], again["big"]) == (["bytes"], None), "a NULL is known: only bytes is not"
+    assert (gone["_op"], gone["id"], gone["n"], gone["_unchanged"]) == ("d", 4, None, None)
+    held = now_in(daemon, "select id, n, length(big), octet_length(bytes) from shop.toast order by id")
+    assert held == [[1, 100, 6400, 3200], [2, 2, 6400, 3200], [3, 101, None, 3200], [5, 5, 6400, 3200]]
+    daemon.verified("toast")
+
+
+def test_a_truncate_of_several_tables_stands_once_in_each_changelog(daemon: Daemon) -> None:
+    in_one(daemon.dsn, ["insert into cut_a values (100)", "truncate cut_a, cut_b", "insert into cut_a values (101)"])
+    before, truncate, after = changes(daemon, "cut_a")
+    (other,) = changes(daemon, "cut_b")
+    assert [r["_op"] for r in (before, truncate, after, other)] == ["c", "t", "c", "t"]
+    assert {(r["_lsn"], r["_xid"]) for r in (before, truncate, after, other)} == {(before["_lsn"], before["_xid"])}
+    assert (before["_seq"], truncate["_seq"], other["_seq"], after["_seq"]) == (0, 1, 1, 2)
+    assert (now_in(daemon, "select id from shop.cut_a"), now_in(daemon, "select id from shop.cut_b")) == ([[101]], [])
+    execute(daemon.dsn, "insert into cut_b values (1, 101)", "truncate cut_a cascade")
+    assert [r["_op"] for r in changes(daemon, "cut_b")] == ["t", "c", "t"]
+    daemon.verified("cut_a", "cut_b")
+
+
+def test_a_transaction_of_an_origin_names_it(daemon: Daemon, db: psycopg.Connection) -> None:
+    db.execute("select pg_replication_origin_create('capture_rows')")
+    db.execute("insert into origins values (1)")
+    db.execute("select pg_replication_origin_session_setup('capture_rows')")
+    with db.transaction():
+        db.execute("select pg_replication_origin_xact_setup('0/1234', '2020-02-02 02:02:02+00')")
+        db.execute("insert into origins values (2)")
+    db.execute("insert into origins values (3)")
+    db.execute("select pg_replication_origin_session_reset()")
+    db.execute("insert into origins values (4)")
+    rows = changes(daemon, "origins")
+    assert [(r["id"], r["_origin"]) for r in rows] == [(1, None), (2, "capture_rows"), (3, "capture_rows"), (4, None)]
+    assert rows[1]["_committed_at"] == datetime(2020, 2, 2, 2, 2, 2, tzinfo=UTC), "the commit time of the origin"
+    daemon.verified("origins")
+
+
+def test_replica_identity_full_brings_the_whole_old_row(daemon: Daemon) -> None:
+    execute(
+        daemon.dsn,
+        "update whole set n = 100 where id = 1",
+        "update whole set id = 20 where id = 2",
+        "delete from whole where id = 3",
+    )
+    plain, moved, gone = changes(daemon, "whole")
+    assert plain["_before"] == {"id": 1, "n": 1, "big": plain["big"]}
+    assert (len(plain["big"]), plain["_unchanged"]) == (6400, None), "the old tuple holds what the new one leaves out"
+    assert (moved["id"], moved["_before"]["id"], len(moved["big"])) == (20, 2, 6400)
+    assert (gone["_op"], gone["id"], gone["n"], len(gone["big"])) == ("d", 3, 3, 6400)
+    daemon.verified("whole")
+
+
+def test_a_new_column_shows_its_default_in_rows_that_were_never_written_again(daemon: Daemon) -> None:
+    execute(
+        daemon.dsn,
+        "insert into grown values (6, 6)",
+        "alter table grown add plain text, add filled int default 7, add dated date default '2020-02-02'",
+        "insert into grown values (7, 7, 'seven', 8, null)",
+        "update grown set n = 10 where id = 1",
+        "alter table grown alter filled set default 9",
+        "insert into grown (id) values (8)",
+        "alter table grown rename n to number",
+        "update grown set number = 20 where id = 2",
+        "alter table grown drop plain",
+        "delete from grown where id = 3",
+    )
+    rows = changes(daemon, "grown")
+    assert [r["_op"] for r in rows] == ["c", "c", "u", "c", "u", "d"]
+    daemon.verified("grown")
+    held = now_in(daemon, "select id, number, filled, cast(dated as text) from shop.grown order by id")
+    assert held == [
+        [1, 10, 7, "2020-02-02"], [2, 20, 7, "2020-02-02"], [4, 4, 7, "2020-02-02"], [5, 5, 7, "2020-02-02"],
+        [6, 6, 7, "2020-02-02"], [7, 7, 8, None], [8, None, 9, "2020-02-02"],
+    ]  # fmt: skip
+
+
+def test_a_key_may_be_another_unique_index(daemon: Daemon) -> None:
+    execute(
+        daemon.dsn,
+        "update by_index set n = 10 where b = 'one'",
+        "update by_index set b = 'zwei' where b = 'two'",
+        "insert into by_index values (null, 'three', 3)",
+        "delete from by_index where b = 'one'",
+    )
+    assert [(r["_op"], r["b"]) for r in changes(daemon, "by_index")] == [
+        ("u", "one"), ("u", "zwei"), ("c", "three"), ("d", "one"),
+    ]  # fmt: skip
+    assert now_in(daemon, "select b, n from shop.by_index order by b") == [["three", 3], ["zwei", 2]]
+    daemon.verified("by_index")
+
+
+def test_ordinals_count_the_changes_of_a_transaction_and_nothing_that_was_rolled_back(
+    daemon: Daemon, db: psycopg.Connection
+) -> None:
+    with psycopg.connect(daemon.dsn) as connection:
+        connection.execute("insert into counted values (1), (2)")
+        with pytest.raises(ZeroDivisionError), connection.transaction():
+            connection.execute("insert into counted values (3)")
+            raise ZeroDivisionError
+        connection.execute("insert into counted values (4)")
+        row = connection.execute("select pg_current_xact_id()::text::int8, clock_timestamp()").fetchone()
+    assert row
+    db.execute("insert into passed_over values (1)")
+    rows = changes(daemon, "counted")
+    assert [(r["id"], r["_seq"], r["_xid"]) for r in rows] == [(1, 0, row[0]), (2, 1, row[0]), (4, 2, row[0])]
+    assert len({r["_lsn"] for r in rows}) == 1
+    assert 0 <= (rows[0]["_committed_at"] - row[1]).total_seconds() < 5
+    tables = {t["table"] for t in daemon.ask("lake", "ls").document["tables"]}
+    assert "public.counted" in tables
+    assert "public.passed_over" not in tables, "it is excluded by the configuration"
+
+
+def test_odd_names_and_system_names_are_held(daemon: Daemon) -> None:
+    table = '"Odd.Schema"."odd ""name"" %41"'
+    execute(
+        daemon.dsn,
+        f"insert into {table} values (1, 'x', 'y'), (2, '', null), (3, E'line\\nbreak', '\\')",
+        f"update {table} set \"_op\" = 4 where \"_op\" = 1",
+        f"delete from {table} where \"_op\" = 2",
+    )
+    assert daemon.ask("wait").code == 0
+    assert ODD in daemon.tables()
+    rows = now_in(daemon, f'select * exclude (__epoch, __lsn, __seq, __committed_at, __origin, __raw) from shop."{ODD.replace(chr(34), chr(34) * 2)}" order by 1')
+    assert rows == [[3, "line\nbreak", "\\"], [4, "x", "y"]]
+    daemon.verified(ODD)
+
+
+def test_values_that_a_type_cannot_hold_are_kept_as_text_and_compared(daemon: Daemon) -> None:
+    execute(
+        daemon.dsn,
+        "insert into unheld values (1, 'NaN', 'infinity', '-infinity', '{{1,2},{3,4}}'), (2, 1.5, '0044-03-15 BC', now(), '{1}')",
+        "update unheld set amount = 2 where id = 1",
+        "update unheld set amount = 'NaN' where id = 2",
+    )
+    first, _, again, _ = changes(daemon, "unheld")
+    assert (first["amount"], first["day"], first["at"], first["grid"]) == (None, None, None, None)
+    assert dict(first["_raw"]) == {"amount": "NaN", "day": "infinity", "at": "-infinity", "grid": "{{1,2},{3,4}}"}
+    assert set(dict(again["_raw"])) == {"day", "at", "grid"}
+    daemon.verified("unheld")
+
+
+def test_a_table_without_a_key_holds_its_inserts(daemon: Daemon) -> None:
+    execute(daemon.dsn, "insert into bare values (1, 'same'), (1, 'same'), (null, null)", "insert into bare values (1, 'same')")
+    assert [r["_op"] for r in changes(daemon, "bare")] == ["c"] * 4
+    daemon.verified("bare")
+    execute(daemon.dsn, "truncate bare", "insert into bare values (2, 'new')")
+    daemon.verified("bare")
+
+
+def test_a_table_whose_changes_have_no_key_stops_alone_and_says_what_mends_it(daemon: Daemon) -> None:
+    execute(daemon.dsn, "update sullen set n = 2", "insert into bare values (3, 'goes on')")
+
+    def stopped() -> dict[str, Any] | None:
+        table = daemon.tables()["public.sullen"]
+        return table if table["state"] == "stopped" else None
+
+    told = wait_until(stopped, 20, "the table to stop")
+    assert told["reason"]
+    assert "primary key" in told["hint"]
+    waited = daemon.ask("wait")
+    assert (waited.code, [t["table"] for t in waited.document["stopped"]]) == (3, ["public.sullen"])
+    assert daemon.source()["phase"] == "streaming"
+    daemon.verified("bare")
+
+    execute(daemon.dsn, "alter table sullen add primary key (n)", "alter table sullen replica identity default")
+    assert daemon.ask("resync", "sullen").code == 0
+    daemon.settled().verified("sullen")
+    execute(daemon.dsn, "update sullen set n = 3")
+    daemon.settled().verified("sullen")
+    assert now_in(daemon, "select n, text from shop.sullen") == [[3, "one"]]
+
+
+def test_rows_that_move_into_a_row_filter_are_read_again_for_what_no_message_carries(
+    server: EmbeddedPostgres, database: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rule 9 of snapshots: Postgres sends an insert whose big value is "unchanged", of a row that the lake never saw."""
+    execute(
+        database,
+        "create table t (id int primary key, n int, hidden text, big text)",
+        "alter table t alter big set storage external",
+        "insert into t select g, g, 'secret', repeat(md5(g::text), 200) from generate_series(1, 20) g",
+    )
+    with Daemon(tmp_path_factory.mktemp("filter"), database) as daemon:
+        execute(database, f"create publication {daemon.slot} for table t (id, n, big) where (id > 10)")
+        daemon.start().settled().verified()
+        execute(database, "update t set id = id + 100 where id in (1, 2)", "update t set id = 3 - id where id = 11",
+                "update t set n = 0 where id in (3, 12)", "update t set id = 200 where id = 101")  # fmt: skip
+        daemon.settled().verified()
+        held = now_in(daemon, "select count(*), min(length(big)), min(id), max(id) from shop.t")
+        assert held == [[11, 6400, 12, 200]]
+        assert "hidden" not in daemon.ask("query", "select * from shop.t").document["columns"]
