@@ -86,6 +86,7 @@ class Pipeline:
         self._anchor_lock = threading.Lock()
         self._temp = config.state_dir / "tmp" / source.name
         self._prepared = threading.Event()
+        self._resting = False
         self._stopped: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
         self._heads: list[tuple[int, float]] = []
@@ -150,9 +151,13 @@ class Pipeline:
         if self._paused():
             self._capture.close()
             self._state.save_source(self.name, phase="paused")
+            self._resting = True
             metrics.UP.labels(self.name).set(0)
             return False
         progress = self._capture.step(READ_S)
+        if self._resting:
+            self._resting = False
+            self._state.save_source(self.name, phase="streaming")
         metrics.UP.labels(self.name).set(1)
         return progress.read
 

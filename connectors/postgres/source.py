@@ -174,16 +174,18 @@ class PostgresSource:
         with translated(self._where):
             facts = catalog.type_facts(self._catalog, [c.type_oid for c in relation.columns])
         sent = [self._as_sent(column, facts) for column in relation.columns]
-        published = self._published.get(relation.oid)
-        current = catalog.restricted(now, published.columns if published is not None else None) if now else None
-        before = [s for s in self._schemas.versions(TableId(relation.schema, relation.name)) if s.oid == relation.oid]
-        candidates = [s.columns for s in ([current] if current is not None else []) + before]
         wanted = [_shape(c) for c in sent]
+        current = now.columns if now is not None else ()
+        names = {c.name for c in sent}
+        # A publication's column list leaves columns out.
+        listed = tuple(c for c in current if c.name in names)
+        before = [s for s in self._schemas.versions(TableId(relation.schema, relation.name)) if s.oid == relation.oid]
+        candidates = [current, listed, *(s.columns for s in before)]
         for columns in candidates:
             if [_shape(c) for c in columns] == wanted:
                 return columns
-        if current is not None and [_shape(c)[1:] for c in current.columns] == [w[1:] for w in wanted]:
-            return tuple(replace(c, name=s.name) for c, s in zip(current.columns, sent, strict=True))
+        if [_shape(c)[1:] for c in current] == [w[1:] for w in wanted]:
+            return tuple(replace(c, name=s.name) for c, s in zip(current, sent, strict=True))
         known = {_shape(c): c for columns in reversed(candidates) for c in columns}
         return tuple(known.get(_shape(c), c) for c in sent)
 
