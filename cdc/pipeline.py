@@ -35,7 +35,7 @@ from cdc.schema import SchemaBook
 from cdc.stage import Stage
 from cdc.state import State, TableState
 from cdc.status import progress_fact
-from cdc.table import TableId
+from cdc.table import TableId, TableSchema
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -274,15 +274,15 @@ class Pipeline:
         history = f"epoch:{self.name}"
         if self._state.get(history) != self._epoch:
             # What was known is of another history (or of none): the lake alone tells which snapshots are complete.
-            for table in published:
-                self._adopt(table, published[table].oid, None)
+            for schema in published.values():
+                self._adopt(schema, None)
             self._state.set(history, self._epoch)
         known = {t.table: t for t in self._state.tables(self.name)}
         for table, schema in published.items():
             before = known.get(table)
             if before is not None and before.state != "removed" and before.oid == schema.oid:
                 continue
-            self._adopt(table, schema.oid, before)
+            self._adopt(schema, before)
         for table, before in known.items():
             if table not in published and before.state != "removed":
                 self._state.update_table(
@@ -290,8 +290,11 @@ class Pipeline:
                 )
                 self._stopped.add(table)
 
-    def _adopt(self, table: TableId, oid: int, before: TableState | None) -> None:
+    def _adopt(self, schema: TableSchema, before: TableState | None) -> None:
         """A table that is new here: its snapshot is done if the lake says so for this epoch and OID."""
+        table, oid = schema.table, schema.oid
+        # On an empty disk nothing else may ever say what a quiet table looks like, and merging asks.
+        self._book.register(schema)
         tokens = ChangelogTable(self._store, self.name, table).tokens()
         complete = tokens.complete(self._epoch, oid) and str(table) not in self._anchor_marks()
         came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
@@ -317,6 +320,8 @@ class Pipeline:
         over."""
         self._mark(table, True)
         self._stopped.add(table)
+        for run in self._state.runs(self.name, table, states=["pending", "running"]):
+            self._state.update_run(run.id, state="failed", reason=error.args[0])
         self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
         log.error(
             error.args[0],
