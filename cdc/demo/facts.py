@@ -53,7 +53,7 @@ class Facts:
     def source(self) -> Mapping[str, Any]:
         """The one source's part of the status; empty if it is not known yet."""
         sources = self.document.get("sources") or [{}]
-        return sources[0]  # type: ignore[no-any-return]
+        return sources[0]
 
     @property
     def serving_pid(self) -> int:

@@ -1,4 +1,4 @@
-"""The daemon as an operator meets it: starting, stopping, pausing, asking, and losing its disk. Real processes throughout."""
+"""The daemon as an operator meets it: starting, stopping, pausing, asking, and losing its disk. Real processes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_a_second_daemon_on_the_same_slot_waits_for_its_turn(daemon: Daemon, tmp
         other.streaming(40)
         execute(daemon.dsn, "delete from orders where id <= 5")
         other.settled().verified()
-        ops = changelog(daemon.lake, "public.orders", columns=("_op", "_epoch", "_lsn", "_seq")).column("_op").to_pylist()
+        ops = (
+            changelog(daemon.lake, "public.orders", columns=("_op", "_epoch", "_lsn", "_seq")).column("_op").to_pylist()
+        )
         assert (ops.count("u"), ops.count("d")) == (10, 5)
 
 
@@ -165,13 +167,16 @@ def test_a_resync_under_load_is_followed_to_its_end(tmp_path: Path, database: st
         with Workload(database, rng.randrange(1 << 30)):
             done = daemon.cdc("resync", "stock", "items", "--wait", "--timeout", "60", timeout_s=90)
             assert done.code == 0, done
-            assert [(r["table"], r["served"]) for r in done.document["resyncs"]] == [("public.stock", True), ("public.items", True)]
+            assert [(r["table"], r["served"]) for r in done.document["resyncs"]] == [
+                ("public.stock", True),
+                ("public.items", True),
+            ]
             assert all(t["snapshot"] is None for t in daemon.tables().values())
             daemon.ask("resync", "stock")
             cancelled = daemon.ask("resync", "cancel", "stock")
             assert cancelled.code == 0
             # Verify stands on its own while the source is written to: nothing that differs, at most what always moves.
-            report = daemon.ask("verify", "--timeout", "60").document
+            report = daemon.ask("verify", "items", "lines", "--timeout", "60").document
             assert [t["counts"] for t in report["tables"] if any(t["counts"].values())] == []
         daemon.settled().verified()
 
@@ -257,9 +262,7 @@ def test_metrics_and_health_tell_how_it_is(daemon: Daemon) -> None:
         wait_until(lambda: _metrics(daemon.http("/metrics")[1])['cdc_source_up{source="shop"}'] == 0, 10)
 
 
-def test_no_value_and_no_secret_reaches_the_log(
-    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_value_and_no_secret_reaches_the_log(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     password = {"CDC_TEST_PASSWORD": "Xyzzy-password"}
     monkeypatch.setenv(*next(iter(password.items())))  # for the commands that run in this process
     execute(database, "create table t (id int primary key, secret text)", "insert into t values (1, 'Xyzzy-row-value')")

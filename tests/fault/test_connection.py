@@ -170,3 +170,16 @@ def test_a_frozen_connection_goes_on_where_it_stood(tmp_path: Path, tables: str,
             proxy.thaw()
             daemon.streaming()
             assert walsender(tables, daemon.slot) == before, "it is the same connection"
+
+
+def test_a_server_that_says_nothing_any_more_is_given_up_and_asked_anew(
+    tmp_path: Path, tables: str, rng: random.Random
+) -> None:
+    with Proxy(tables) as proxy:
+        with Daemon(tmp_path, proxy.dsn, source={"receive_timeout_s": 2, "connect_timeout_s": 2}) as daemon:
+            with watched(daemon, tables, rng.randrange(1 << 30)):
+                proxy.freeze()
+                wait_until(lambda: "silent for 2 s" in daemon.log_tail(), 20, daemon.log_tail)
+                assert daemon.alive
+                proxy.thaw()
+                daemon.streaming()

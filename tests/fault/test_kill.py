@@ -1,7 +1,7 @@
 """The daemon is killed at every named point while the source is written to, and nothing is lost or doubled.
 
-Each area of the code has a lake of its own, on which the daemon is killed at the area's points one after the other, with
-a snapshot in progress each time. The oracle is at the end: `verify` finds every table equal, and every changelog
+Each area of the code has a lake of its own, on which the daemon is killed at the area's points one after the other,
+with a snapshot in progress each time. The oracle is at the end: `verify` finds every table equal, and every changelog
 holds each change exactly once by the count of Postgres' own test_decoding per table, operation and transaction.
 `make test-slow` kills at each point alone, at several passes.
 """
@@ -64,7 +64,9 @@ class Scene:
         self.daemon.start(failpoints=f"{point}=kill:{nth}")
         if point == "log.before_unlink":
             # A segment goes when everything in it has landed and the next one has begun.
-            execute(self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g")
+            execute(
+                self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g"
+            )
         wait_until(lambda: not self.daemon.alive, 40, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
         assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
 
@@ -116,18 +118,14 @@ def test_nothing_is_lost_or_doubled_by_kills_at_one_point(
         assert scene.check() > 100
 
 
-def test_a_transaction_too_big_to_wait_for_lands_once_however_often_we_die_in_it(
-    tmp_path: Path, database: str
-) -> None:
+def test_a_transaction_too_big_to_wait_for_lands_once_however_often_we_die_in_it(tmp_path: Path, database: str) -> None:
     execute(database, "create table big (id int primary key, text text)", "create table small (id int primary key)")
     with Daemon(tmp_path, database) as daemon:
         daemon.start().settled()
         witness = Witness(database, f"witness_{daemon.slot}")
         daemon.kill()
         with psycopg.connect(database) as connection:
-            connection.execute(
-                "insert into big select g, repeat(md5(g::text), 10) from generate_series(1, 100000) g"
-            )
+            connection.execute("insert into big select g, repeat(md5(g::text), 10) from generate_series(1, 100000) g")
             connection.execute("savepoint s")
             connection.execute("update big set text = 'rolled back' where id < 5000")
             connection.execute("rollback to savepoint s")

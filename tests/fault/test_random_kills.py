@@ -60,8 +60,8 @@ def test_kills_at_random_moments_lose_and_double_nothing(
 
 def run_for(daemon: Daemon, seconds: float) -> None:
     """Start it, and kill it after a time; it must not end before."""
-    daemon.start()
+    process = daemon.start().process
+    assert process is not None
     with pytest.raises(subprocess.TimeoutExpired):
-        assert daemon.process is not None
-        daemon.process.wait(seconds)
+        process.wait(seconds)
     daemon.kill()

@@ -1,5 +1,5 @@
-"""Snapshots against writers, each race made real: what the stream never carries, what is logged and not visible yet, what
-changes while a chunk is read. Each test names the rule of docs/snapshots.md whose breach it would show.
+"""Snapshots against writers, each race made real: what the stream never carries, what is logged and not visible yet,
+what changes while a chunk is read. Each test names the rule of docs/snapshots.md whose breach it would show.
 
 The stream is held back by stopping the walsender's process, so that a chunk is read while the log stands still; nothing
 here depends on who is faster.
@@ -123,7 +123,9 @@ def test_rule_1_a_commit_that_waits_for_a_standby_is_not_undone_by_a_chunk(tmp_p
     """Its WAL is streamed and logged while no snapshot sees it: a chunk would bring back the older row, for good."""
     with private_server(tmp_path / "postgres") as server:
         dsn = server.dsn()
-        execute(dsn, "create table t (id int primary key, n int)", "insert into t select g, 0 from generate_series(1, 9) g")
+        execute(
+            dsn, "create table t (id int primary key, n int)", "insert into t select g, 0 from generate_series(1, 9) g"
+        )
         with Daemon(tmp_path / "daemon", dsn) as daemon:
             daemon.start().settled()
             execute(dsn, "alter system set synchronous_standby_names = 'nobody'", "select pg_reload_conf()")
@@ -268,7 +270,11 @@ def test_snapshots_under_load_end_equal(tmp_path: Path, database: str, rng: rand
 
 
 def test_rule_13_a_resync_removes_ghosts_and_readers_never_see_a_hole(tmp_path: Path, database: str) -> None:
-    execute(database, "create table t (id int primary key, n int)", "insert into t select g, g from generate_series(1, 500) g")
+    execute(
+        database,
+        "create table t (id int primary key, n int)",
+        "insert into t select g, g from generate_series(1, 500) g",
+    )
     with Daemon(tmp_path, database, source={"chunk_rows": 20}) as daemon:
         daemon.start().settled()
         # What a lost change would look like: the source's row is gone, and the stream never says so.
@@ -300,11 +306,17 @@ def test_verify_leaves_out_what_its_snapshot_does_not_see_by_transaction_not_by_
     tmp_path: Path, database: str
 ) -> None:
     """A transaction that is open when the snapshot is taken has an id between those of others that it sees."""
-    execute(database, "create table t (id int primary key, n int)", "insert into t select g, 0 from generate_series(1, 9) g")
+    execute(
+        database, "create table t (id int primary key, n int)", "insert into t select g, 0 from generate_series(1, 9) g"
+    )
     with Daemon(tmp_path, database, lake={"land_every_s": 2}) as daemon:
         daemon.start().settled()
         for _ in range(3):
-            with psycopg.connect(database) as early, psycopg.connect(database) as held, psycopg.connect(database) as late:
+            with (
+                psycopg.connect(database) as early,
+                psycopg.connect(database) as held,
+                psycopg.connect(database) as late,
+            ):
                 early.execute("update t set n = n + 1 where id = 1")
                 held.execute("update t set n = n + 1 where id = 2")
                 late.execute("update t set n = n + 1 where id = 3")

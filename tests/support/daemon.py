@@ -219,7 +219,11 @@ class Daemon:
             assert self.alive, f"the daemon has ended\n{self.log_tail()}"
             # Before the first start has written its state, `status` has nothing to show.
             document = self.ask("status").document
-            return bool("daemon" in document and document["daemon"]["pid"] == self.pid and document["sources"][0]["phase"] == phase)
+            return bool(
+                "daemon" in document
+                and document["daemon"]["pid"] == self.pid
+                and document["sources"][0]["phase"] == phase
+            )
 
         wait_until(reached, timeout_s, lambda: f"phase {phase}\n{self.log_tail()}")
         return self

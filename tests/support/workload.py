@@ -1,9 +1,9 @@
 """A small live workload with everything that is hard about capture, in threads of the test's process.
 
 Transactions of one to six statements: inserts, updates that leave a big value alone, updates of it, key changes,
-deletes, truncates, savepoints rolled back, whole rollbacks; over tables with one key column, two, REPLICA IDENTITY FULL,
-and none. Two sessions run at once, so that transactions interleave in the WAL. Reproducible per session by its seed
-but for the server's own timing.
+deletes, truncates, savepoints rolled back, whole rollbacks; over tables with one key column, two, REPLICA IDENTITY
+FULL, and none. Two sessions run at once, so that transactions interleave in the WAL. Reproducible per session by its
+seed but for the server's own timing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ create table lines (item int, line int, qty numeric(10,2), primary key (item, li
 create table wide_old (id int primary key, n int, big text);
 alter table wide_old alter big set storage external;
 alter table wide_old replica identity full;
-create table events (id bigint generated always as identity primary key, at timestamptz default clock_timestamp(), text text);
+create table events (
+  id bigint generated always as identity primary key, at timestamptz default clock_timestamp(), text text);
 create table bare (a int, b text);
 create table stock (sku text primary key, n int, big text);
 alter table stock alter big set storage external;
@@ -60,7 +61,8 @@ STATEMENTS: list[tuple[int, Statement]] = [
     (1, lambda r: "truncate lines, events"),
     (4, lambda r: f"insert into bare select g, 'same' from generate_series(1, {r.randrange(1, 5)}) g"),
     (8, lambda r: f"update stock set n = n + 1 where sku = 'sku-{r.randrange(1, STOCK)}'"),
-    (3, lambda r: f"update stock set sku = 'sku-{r.randrange(1, 2 * STOCK)}' where sku = 'sku-{r.randrange(1, STOCK)}'"),
+    (3, lambda r: f"update stock set sku = 'sku-{r.randrange(1, 2 * STOCK)}' "
+                  f"where sku = 'sku-{r.randrange(1, STOCK)}'"),
     (3, lambda r: f"delete from stock where sku = 'sku-{r.randrange(1, STOCK)}'"),
     (3, lambda r: f"insert into stock values ('sku-{r.randrange(1, 2 * STOCK)}', 0, repeat(md5('{r.random()}'), 80)) "
                   "on conflict do nothing"),
