@@ -40,7 +40,7 @@ ORPHAN_S = 24 * 3600.0
 """Age from which an object that no version shows is nobody's any more; longer than any transaction should stay open."""
 READ_BYTES = 8 << 20
 """Log bytes in one item: bounds memory, and how late a request to land is seen."""
-OPEN_BYTES = 16 << 20
+OPEN_BYTES = 8 << 20
 """From this size on an open transaction is written to objects before its Commit has arrived."""
 
 
@@ -151,14 +151,15 @@ class LogReader:
         if complete:
             return complete
         # Once begun, an open transaction is read to its end: only there is the next cut.
-        big = self._in_open or sum(r.bytes for r in records) >= READ_BYTES or self._log_open_bytes() >= OPEN_BYTES
+        big = self._in_open or self._open_bytes() >= OPEN_BYTES
         if not big or (self._due_in_s() <= 0 and not self._in_open):
             return []
         self._in_open = True
         return records
 
-    def _log_open_bytes(self) -> int:
-        return sum(r.bytes for r in self._log.records(self._source, self._offset, bytes_max=OPEN_BYTES))
+    def _open_bytes(self) -> int:
+        """Bytes of the open transaction that wait, as far as it matters: `records` stops short of its bound."""
+        return sum(r.bytes for r in self._log.records(self._source, self._offset, bytes_max=2 * OPEN_BYTES))
 
     def _cut(self, taken: list[LogRecord], end: int, position: Boundary) -> Boundary | None:
         reached = max((r.epoch, r.last_lsn) for r in taken)

@@ -251,7 +251,7 @@ def test_rule_11_what_is_truncated_rewritten_or_altered_while_a_chunk_is_read_is
 def test_snapshots_under_load_end_equal(tmp_path: Path, database: str, rng: random.Random) -> None:
     """Rules 6 to 12 at once: small chunks, a busy source, a first snapshot and a resync of every table."""
     execute(database, *SCHEMA.split(";\n"))
-    with Daemon(tmp_path, database, source={"chunk_rows": 100}) as daemon:
+    with Daemon(tmp_path, database, source={"chunk_rows": 200}) as daemon:
         assert daemon.ask("setup").code == 0
         witness = Witness(database, f"witness_{daemon.slot}")
         with Workload(database, rng.randrange(1 << 30)):
