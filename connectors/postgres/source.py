@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -186,13 +187,25 @@ class PostgresSource:
                 return columns
         if [_shape(c)[1:] for c in current] == [w[1:] for w in wanted]:
             return tuple(replace(c, name=s.name) for c, s in zip(current, sent, strict=True))
-        known = {_shape(c): c for columns in reversed(candidates) for c in columns}
-        return tuple(known.get(_shape(c), c) for c in sent)
+        return _ascending(sent, candidates)
 
     def _as_sent(self, sent: RelationColumn, facts: dict[int, tuple[int, int, int, str]]) -> Column:
         base, domain_typmod, element, type_name = facts.get(sent.type_oid, (sent.type_oid, -1, 0, ""))
         typmod = sent.typmod if sent.typmod >= 0 else domain_typmod
         return Column(name=sent.name, attnum=0, type_oid=base, typmod=typmod, type_name=type_name, element_oid=element)
+
+
+def _ascending(sent: list[Column], candidates: Sequence[Sequence[Column]]) -> tuple[Column, ...]:
+    """Recognise columns one by one. A message has them in the order of their attnums, so of several that had a name, one
+    after the other, the newest that keeps the order is meant."""
+    found: list[Column] = []
+    below = 1 << 16
+    for column in reversed(sent):
+        same = [c for columns in candidates for c in columns if _shape(c) == _shape(column) and 0 < c.attnum < below]
+        best = max(same, key=lambda c: c.attnum, default=column)
+        below = best.attnum or below
+        found.append(best)
+    return tuple(reversed(found))
 
 
 def _shape(column: Column) -> tuple[str, int, int]:

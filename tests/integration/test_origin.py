@@ -1,4 +1,5 @@
-"""Where a source's history stands at a start: every disagreement between server, lake and log is an error that says so."""
+"""Where a source's history stands at a start: every disagreement between server, lake and log is an error that says
+so."""
 
 from __future__ import annotations
 
@@ -42,9 +43,7 @@ class Start:
         self.open_log()
 
     def start(self, config: SourceConfig | None = None) -> AnchorState:
-        return settle(
-            config or self.config, self.source.identity(), self.admin, Anchor(self.store, "shop"), self.log
-        )
+        return settle(config or self.config, self.source.identity(), self.admin, Anchor(self.store, "shop"), self.log)
 
     def move_slot(self) -> None:
         """Someone else reads the slot."""
