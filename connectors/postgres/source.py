@@ -196,7 +196,8 @@ class PostgresSource:
 
 
 def _ascending(sent: list[Column], candidates: Sequence[Sequence[Column]]) -> tuple[Column, ...]:
-    """Recognise columns one by one. A message has them in the order of their attnums, so of several that had a name, one
+    """Recognise columns one by one. A message has them in the order of their attnums, so of several that had a
+    name, one
     after the other, the newest that keeps the order is meant."""
     found: list[Column] = []
     below = 1 << 16
