@@ -122,6 +122,9 @@ class Backfill:
         for run in self._state.runs(self._source, table, states=["pending", "running"]):
             if run.kind == "resync":
                 self._state.update_run(run.id, state="cancelled")
+                if run.state == "running":
+                    # What it has read so far is as good as what was there: the table goes on as before.
+                    self._state.update_table(self._source, table, state="streaming", reason="", hint="")
                 cancelled.append(run.id)
         return cancelled
 

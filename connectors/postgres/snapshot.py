@@ -35,6 +35,7 @@ from pg_locks l
 left join pg_stat_activity a on a.pid = l.pid
 left join pg_prepared_xacts p on p.transaction = l.transactionid
 where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
+  and coalesce(a.datname, p.database, current_database()) = current_database()
 """
 
 NOTHING = sql.Composed([])

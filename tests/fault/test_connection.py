@@ -33,6 +33,7 @@ def watched(daemon: Daemon, dsn: str, seed: int) -> Iterator[None]:
     assert daemon.ask("setup").code == 0
     witness = Witness(dsn, f"witness_{daemon.slot}")
     daemon.start().streaming()
+    wait_until(lambda: walsender(dsn, daemon.slot), 20, "the stream")
     with Workload(dsn, seed) as workload:
         yield
         at = workload.committed
