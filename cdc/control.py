@@ -29,6 +29,7 @@ DAEMON_FACT = "daemon"
 HEARTBEAT_STALE_S = 10.0
 POLL_S = 0.1
 EXPIRES_AT = "_expires_at"
+EXPIRED = "expired before it was served"
 
 Answer = dict[str, Any]
 Pending = Callable[[], Answer | None]
@@ -127,6 +128,9 @@ def _answer(state: State, number: int, timeout_s: float) -> Answer:
     deadline = time.monotonic() + timeout_s
     while True:
         request = state.request(number)
+        if request.error == EXPIRED:
+            # The daemon's clock was the first to say what ours is about to.
+            raise TimedOut(f"no answer within {timeout_s:g} s", hint="cdc status shows what the daemon is doing")
         if request.error is not None:
             raise RequestFailed(request.error)
         if request.answered:
@@ -182,7 +186,7 @@ class Control:
         """One call of a handler or of what it returned; True if the request was answered."""
         expires_at = request.args.get(EXPIRES_AT)
         if expires_at is not None and time.time() > float(expires_at):
-            return self._finish(request, error="expired before it was served")
+            return self._finish(request, error=EXPIRED)
         try:
             outcome = step()
         except CdcError as error:

@@ -211,3 +211,12 @@ def test_an_open_request_of_a_killed_daemon_is_served_by_the_next(state: State) 
     with MainLoop(state.path, {"resync": lambda args: {"run": "1"}, "ping": lambda args: {}}):
         control.ask(state, "ping", {}, timeout_s=5)
     assert state.request(number).result == {"run": "1"}
+
+
+def test_a_request_whose_time_the_daemon_ended_first_is_a_time_out_too(state: State) -> None:
+    number = state.post_request("wait", {control.EXPIRES_AT: 1.0})
+    server = control.Control(state)
+    server.serve({"wait": lambda args: lambda: None})
+    server.poll_once()
+    with pytest.raises(TimedOut):
+        control._answer(state, number, 5.0)
