@@ -20,9 +20,6 @@ from cdc.log import EventLog
 from cdc.ports import Source
 from cdc.schema import SchemaBook
 
-ANCHOR_EVERY_S = 1.0
-"""The anchor is one small object; written at most this often, so confirming is as coarse."""
-
 
 class AnchorWriter(Protocol):
     """Writes how far the slot may have been confirmed; durable on return."""
@@ -40,7 +37,7 @@ class ConfirmGate:
         self._after_log = confirm_after == "log"
         self._save_anchor = save_anchor
         self._anchored = anchored_lsn
-        self._every_s = min(every_s, ANCHOR_EVERY_S)
+        self._every_s = every_s
         self._next_at = 0.0
         self._lock = threading.Lock()
         self._allowed = 0

@@ -34,7 +34,7 @@ class SourceConfig:
     slot: str = ""
     publication: tuple[str, ...] = ()
     confirm_after: str = "landed"
-    confirm_every_s: float = 10.0
+    confirm_every_s: float = 1.0
     chunk_rows: int = 50_000
     lock_timeout_s: float = 10.0
     statement_timeout_s: float = 300.0

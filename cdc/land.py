@@ -69,16 +69,6 @@ class LandedCut:
     versions: dict[TableId, int]
 
 
-@dataclass(slots=True)
-class LandStats:
-    """What landing has done since the start, for status and benchmarks."""
-
-    rows: int = 0
-    bytes: int = 0
-    commits: int = 0
-    landed: Boundary | None = None
-
-
 class LogReader:
     """The upstream end: groups of log records behind an offset, never past the beginning of a small open
     transaction."""
@@ -220,7 +210,8 @@ class Lander:
         self._floor = -1
         self.landed_cut: LandedCut | None = None
         """The newest cut at which all changelogs stand; None until landing has passed what it found in the lake."""
-        self.stats = LandStats()
+        self.landed: Boundary | None = None
+        """Position up to which everything has landed; None until something is known."""
 
     def ask(self) -> None:
         """Land what is open as soon as a cut allows. Thread-safe."""
@@ -286,7 +277,7 @@ class Lander:
             self._asked = False
             self._commit(self._cut)
         point, self._cut = self._cut, None
-        self.stats.landed = point.boundary
+        self.landed = point.boundary
         if point.boundary is not None and point.boundary.lsn >= self._floor:
             self.landed_cut = LandedCut(point.boundary, dict(self._versions))
         return point
@@ -333,8 +324,6 @@ class Lander:
                 continue
             failpoint("land.between_tables")
             del self._writers[table]
-            self.stats.rows += landed.rows
-            self.stats.bytes += landed.bytes
             self._versions[table] = landed.version
             metrics.LANDED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(landed.rows)
             metrics.LANDED_BYTES.labels(self._source).inc(landed.bytes)
@@ -345,7 +334,6 @@ class Lander:
                 last = {"last_change_us": self._changed_us[table]} if table in self._changed_us else {}
                 self._state.update_table(self._source, table, tx=tx, landed_lsn=cut.boundary.lsn, **last)
         self._changed_us.clear()
-        self.stats.commits += 1
         self._bytes, self._first_at, self._dirty = 0, None, False
 
     def _stop(self, table: TableId, error: CdcError) -> None:

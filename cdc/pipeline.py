@@ -377,7 +377,7 @@ class Pipeline:
     def reached(self) -> dict[str, int]:
         """End LSNs up to which the log, the changelogs and the current tables hold everything."""
         logged = self._log.position(self.name)
-        landed = self.lander.stats.landed if self._prepared.is_set() else None
+        landed = self.lander.landed if self._prepared.is_set() else None
         return {
             "logged": logged.end_lsn if logged is not None else 0,
             "landed": landed.end_lsn if landed is not None else 0,
