@@ -370,6 +370,8 @@ class Backfill:
             with self._state.transaction() as tx:
                 progress(tx)
         metrics.SNAPSHOT_ROWS.labels(self._source, metrics.table_label(self._source, run.table)).inc(read)
+        for batch in batches:
+            metrics.count_kept_as_text(self._source, run.table, batch.kept_as_text())
         if rows.done:
             log.info(
                 "snapshot run ended",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cdc.table import TableId, TableSchema
 from cdc.types import arrow_fields
@@ -70,6 +71,17 @@ class Batch:
     def column(self, name: str) -> pa.Array:
         """A column of the row image by its source name."""
         return self.data.column(self.row_start + self._row_index(name))
+
+    def kept_as_text(self) -> dict[str, int]:
+        """How many values of each column are kept as text in `_raw`, those of old row images included."""
+        counts: dict[str, int] = {}
+        if self.has("_raw"):
+            raw = self.system("_raw")
+            own = {column.name for column in self.schema.columns}
+            for entry in pc.value_counts(raw.filter(raw.is_valid()).keys).to_pylist():
+                name = entry["values"] if entry["values"] in own else entry["values"].removeprefix("before.")
+                counts[name] = counts.get(name, 0) + entry["counts"]
+        return counts
 
     @property
     def row_start(self) -> int:

@@ -143,7 +143,4 @@ class LogEnd:
             label = metrics.table_label(self._name, batch.table)
             metrics.CHANGES.labels(self._name, label).inc(batch.data.num_rows)
             metrics.LOG_APPENDED_BYTES.labels(self._name).inc(batch.data.nbytes)
-            if batch.has("_raw"):
-                # The map's items are the values that their columns' types could not hold.
-                offsets = batch.system("_raw").offsets
-                metrics.RAW_VALUES.labels(self._name, label).inc(offsets[-1].as_py() - offsets[0].as_py())
+            metrics.count_kept_as_text(self._name, batch.table, batch.kept_as_text())

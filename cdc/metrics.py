@@ -28,6 +28,8 @@ ProcessCollector(registry=REGISTRY)
 
 TABLES_MAX = 2000
 """Tables with series of their own; see `table_label`."""
+COLUMNS_MAX = 2000
+"""Columns with series of their own; only those count that keep values as text."""
 OTHER = "(other)"
 
 _SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -54,8 +56,12 @@ RECEIVED_BYTES = _counter("cdc_received_bytes", "Bytes of the stream received.",
 RECEIVED_MESSAGES = _counter("cdc_received_messages", "Messages of the stream received.", "source")
 TRANSACTIONS = _counter("cdc_transactions", "Complete transactions received.", "source")
 CHANGES = _counter("cdc_changes", "Changes received and logged.", "source", "table")
-RAW_VALUES = _counter(
-    "cdc_raw_values", "Values kept as text in _raw: their column's type cannot hold them.", "source", "table"
+VALUES_KEPT_AS_TEXT = _counter(
+    "cdc_values_kept_as_text",
+    "Values kept as text in _raw: their column's type cannot hold them.",
+    "source",
+    "table",
+    "column",
 )
 
 # The ladder of positions: head, received, logged, landed, confirmed
@@ -105,6 +111,7 @@ ERRORS = _counter("cdc_errors", "Errors by the part that met them and their clas
 RESTARTS = _counter("cdc_restarts", "Restarts of a part after an error.", "part")
 
 _tables: set[tuple[str, str]] = set()
+_columns: set[tuple[str, str, str]] = set()
 _tables_lock = threading.Lock()
 
 
@@ -119,6 +126,20 @@ def table_label(source: str, table: object) -> str:
             return OTHER
         _tables.add(pair)
     return name
+
+
+def count_kept_as_text(source: str, table: object, columns: Mapping[str, int]) -> None:
+    """Add values that are kept as text, by column; columns beyond COLUMNS_MAX are counted under `(other)`.
+    Thread-safe."""
+    for name, count in columns.items():
+        label = table_label(source, table)
+        series = (source, label, name)
+        with _tables_lock:
+            if label == OTHER or (series not in _columns and len(_columns) >= COLUMNS_MAX):
+                series = (source, label, OTHER)
+            else:
+                _columns.add(series)
+        VALUES_KEPT_AS_TEXT.labels(*series).inc(count)
 
 
 Health = Callable[[], Mapping[str, Any]]

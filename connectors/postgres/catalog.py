@@ -29,8 +29,8 @@ with recursive base(oid, base, typmod) as (
 select a.attrelid::int8, a.attname, a.attnum, b.base::int8,
        case when t.typtype = 'd' then b.typmod else a.atttypmod end,
        format_type(a.atttypid, a.atttypmod),
-       coalesce(eb.base, 0)::int8, a.attnotnull,
-       case when a.atthasmissing then (a.attmissingval::text::text[])[1] end
+       case when et.typdelim = ',' or eb.base = 'box'::regtype then eb.base else 0 end::int8, a.attnotnull,
+       case when a.atthasmissing then array_to_string(a.attmissingval, '') end
 from pg_attribute a
 join pg_type t on t.oid = a.atttypid
 join base b on b.oid = a.atttypid
@@ -171,7 +171,9 @@ def restricted(schema: TableSchema, columns: frozenset[str] | None) -> TableSche
 def type_facts(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[int, tuple[int, int, int, str]]:
     """Base type, its typmod, array element's base type and name of types by OID, for columns the catalog lost."""
     query = COLUMNS.partition("select a.attrelid")[0] + (
-        "select t.oid::int8, b.base::int8, b.typmod, coalesce(eb.base, 0)::int8, format_type(t.oid, null)"
+        "select t.oid::int8, b.base::int8, b.typmod,"
+        " case when et.typdelim = ',' or eb.base = 'box'::regtype then eb.base else 0 end::int8,"
+        " format_type(t.oid, null)"
         " from pg_type t join base b on b.oid = t.oid join pg_type bt on bt.oid = b.base"
         " left join pg_type et on et.oid = bt.typelem and et.typarray = bt.oid"
         " left join base eb on eb.oid = et.oid where t.oid = any(%s)"

@@ -152,6 +152,18 @@ def test_series_of_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics.table_label("s", "public.t1") == "public.t1"
 
 
+def test_series_of_columns_that_keep_text_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_columns", set())
+    monkeypatch.setattr(metrics, "COLUMNS_MAX", 2)
+
+    def kept(column: str) -> float:
+        return metrics.VALUES_KEPT_AS_TEXT.labels("bounded", "public.t", column)._value.get()
+
+    for _ in range(2):
+        metrics.count_kept_as_text("bounded", "public.t", {"a": 3, "b": 1, "c": 5, "d": 7})
+    assert [kept(column) for column in ("a", "b", metrics.OTHER)] == [6, 2, 24]
+
+
 def emit(form: str, message: str, *args: object, **extra: object) -> str:
     out = io.StringIO()
     root = logging.getLogger()
