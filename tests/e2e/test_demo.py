@@ -155,10 +155,10 @@ def test_an_interrupted_demo_leaves_no_process(
     assert sum(command.startswith("postgres:") for command in running) > 3, "the server"
 
     demo.send_signal(number)
-    _, told = demo.communicate(timeout=40)
+    _, told = demo.communicate(timeout=120)
     assert demo.returncode == code, told
     if number == signal.SIGKILL:  # nobody could clean up: the kernel tells the children
-        wait_until(lambda: not descendants() - before, 10.0, lambda: describe(descendants() - before))
+        wait_until(lambda: not descendants() - before, 60, lambda: describe(descendants() - before))
     assert describe(descendants() - before) == {}
 
 
@@ -167,7 +167,7 @@ def test_the_demo_replaces_its_own_folder_and_nobody_elses(tmp_path: Path, start
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     demo = start(foreign)
-    out, told = demo.communicate(timeout=30)
+    out, told = demo.communicate(timeout=120)
     assert (demo.returncode, json.loads(out)["error"]["kind"]) == (2, "ConfigError"), told
     assert "--directory" in told
     assert (foreign / "thesis.tex").read_text() == "years of work"
@@ -179,9 +179,9 @@ def test_the_demo_replaces_its_own_folder_and_nobody_elses(tmp_path: Path, start
         first = demo.stderr.readline()
         assert ("replaced" in first) == (attempt == 1), first
         rival = start(own)
-        assert (rival.communicate(timeout=30)[1].count("another demo is running"), rival.returncode) == (1, 2)
+        assert (rival.communicate(timeout=120)[1].count("another demo is running"), rival.returncode) == (1, 2)
         demo.send_signal(signal.SIGINT)
-        demo.communicate(timeout=30)
+        demo.communicate(timeout=120)
         assert demo.returncode == 130
         (own / "left_by_the_demo_before").touch()
     assert sorted(own.glob("left*")) == [own / "left_by_the_demo_before"], "the first one's was replaced"

@@ -19,6 +19,8 @@ from tests.support.postgres import create_database, drop_database
 from tests.support.waiting import wait_until
 from tests.support.witness import changelog
 
+pytestmark = pytest.mark.matrix
+
 BIG = "repeat(md5('{}'), 200)"
 TABLES = """
 create table moved (id int primary key, n int, big text);
@@ -268,7 +270,7 @@ def test_a_table_whose_changes_have_no_key_stops_alone_and_says_what_mends_it(da
         table = daemon.tables()["public.sullen"]
         return table if table["state"] == "stopped" else None
 
-    told = wait_until(stopped, 20, "the table to stop")
+    told = wait_until(stopped, 60, "the table to stop")
     assert told["reason"]
     assert "primary key" in told["hint"]
     waited = daemon.ask("wait")

@@ -11,6 +11,8 @@ import pytest
 
 from cdc.cli import main
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.fixture
 def file(tmp_path: Path, database: str) -> Path:

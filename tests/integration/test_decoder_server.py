@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.decoding import batches_of, decode, rows_of
 
+pytestmark = pytest.mark.matrix
+
 LONG = "".join(chr(33 + i * i * 7 % 90) for i in range(6_000))  # too long for its row, and does not compress away
 
 

@@ -19,6 +19,8 @@ from cdc.state import State
 from connectors.local.store import LocalStore
 from connectors.postgres.source import PostgresKind
 
+pytestmark = pytest.mark.matrix
+
 
 class Start:
     """A source that can be started again and again, with or without what was kept before."""

@@ -38,7 +38,7 @@ def stream_held(daemon: Daemon) -> Iterator[None]:
             ).fetchone()
             return row[0] if row and row[0] else 0
 
-        pid = wait_until(active, 20, "the walsender")
+        pid = wait_until(active, 60, "the walsender")
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -103,7 +103,7 @@ def test_rule_0_who_wrote_before_the_table_was_published_is_waited_for(
                 writer.execute("prepare transaction 'late'")
             execute(database, f"alter publication {daemon.slot} add table late", "insert into late values (2, 'after')")
             daemon.start().streaming()
-            why = wait_until(lambda: reason(daemon, "public.late"), 20, "the snapshot to wait")
+            why = wait_until(lambda: reason(daemon, "public.late"), 60, "the snapshot to wait")
             assert "waits for older transactions" in why
             assert (f"pid {writer.info.backend_pid}" if not prepared else "prepared transaction late") in why
             if prepared:
@@ -130,17 +130,17 @@ def test_rule_1_a_commit_that_waits_for_a_standby_is_not_undone_by_a_chunk(tmp_p
             daemon.start().settled()
             execute(dsn, "alter system set synchronous_standby_names = 'nobody'", "select pg_reload_conf()")
             with psycopg.connect(dsn, autocommit=True) as look:
-                wait_until(lambda: look.execute("show synchronous_standby_names").fetchone() == ("nobody",), 10)
+                wait_until(lambda: look.execute("show synchronous_standby_names").fetchone() == ("nobody",), 60)
                 # Returns when the standby has answered: not before we say so.
                 commit = "set synchronous_commit = on", "update t set n = 1 where id = 5"
                 writer = threading.Thread(target=in_session, args=(dsn, *commit), daemon=True)
                 writer.start()
-                wait_until(lambda: any(r["table"] == "public.t" and r["kind"] == "change" for r in records(daemon)), 20)
+                wait_until(lambda: any(r["table"] == "public.t" and r["kind"] == "change" for r in records(daemon)), 60)
                 assert look.execute("select n from t where id = 5").fetchone() == (0,), "the commit is not visible"
                 daemon.ask("resync", "t")
-                wait_until(lambda: "become visible" in reason(daemon, "public.t"), 20, "the snapshot to wait")
+                wait_until(lambda: "become visible" in reason(daemon, "public.t"), 60, "the snapshot to wait")
                 execute(dsn, "alter system reset synchronous_standby_names", "select pg_reload_conf()")
-                writer.join(20)
+                writer.join(60)
                 assert look.execute("select n from t where id = 5").fetchone() == (1,)
             daemon.settled().verified()
             assert daemon.ask("query", "select n from shop.t where id = 5").document["rows"] == [[1]]
@@ -201,7 +201,7 @@ def test_rules_6_and_8_keys_that_move_around_a_chunk_keep_their_big_values(
             assert daemon.ask("setup").code == 0
             blocker.execute("insert into zebra values (1)")
             daemon.start().streaming()
-            wait_until(lambda: "older transactions" in "".join(reason(daemon, t) for t in daemon.tables()), 20)
+            wait_until(lambda: "older transactions" in "".join(reason(daemon, t) for t in daemon.tables()), 60)
         else:
             daemon.start().settled()
         with stream_held(daemon):
@@ -294,7 +294,7 @@ def test_rule_13_a_resync_removes_ghosts_and_readers_never_see_a_hole(tmp_path: 
             counts.add(DeltaTable(str(ghost)).to_pyarrow_table(columns=["id"]).num_rows)
             return daemon.tables()["public.t"]["snapshot"] is None
 
-        wait_until(over, 30, "the resync to end")
+        wait_until(over, 60, "the resync to end")
         daemon.settled().verified()
         assert min(counts) >= 500, f"a reader saw {sorted(counts)} rows"
 

@@ -376,12 +376,12 @@ def test_a_connection_cut_in_the_middle_of_a_run_is_retried_and_ends_right(shop:
             ).fetchone()
         )
         db.execute("SELECT pg_terminate_backend(%s)", (pid,))
-        thread.join(20)
+        thread.join(60)
         blocker.rollback()
     assert [run.outcome for run in runs] == ["failed"]
     assert job.blocked == ""
     assert sorted(scores(db)) == [0, 1, 2, 3], "the batches before the cut"
-    again = wait_until(lambda: job.step(shop.changed), 15.0, "the retry")
+    again = wait_until(lambda: job.step(shop.changed), 60, "the retry")
     assert (again.outcome, again.counts["unchanged"], again.counts["written"]) == ("done", 4, 5)
     assert scores(db) == {i: float(i) for i in range(9)}
 

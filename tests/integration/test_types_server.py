@@ -22,6 +22,8 @@ from cdc.types import arrow_type, build_raw, cast, pg_text
 from connectors.postgres.embedded import EmbeddedPostgres
 from tests.support.postgres import create_database, drop_database
 
+pytestmark = pytest.mark.matrix
+
 SETTINGS = {
     "datestyle": "ISO",
     "timezone": "UTC",

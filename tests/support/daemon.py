@@ -127,12 +127,12 @@ class Daemon:
         assert self.process is not None, "never started"
         self.process.send_signal(number)
 
-    def stop(self, timeout_s: float = 20.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM, and wait; the exit code."""
         self.signal()
         return self.ended(timeout_s)
 
-    def ended(self, timeout_s: float = 30.0) -> int:
+    def ended(self, timeout_s: float = 60.0) -> int:
         """Wait for the process to end; its exit code (negative: the signal that ended it)."""
         assert self.process is not None, "never started"
         try:
@@ -157,7 +157,7 @@ class Daemon:
 
     # ---- commands ----
 
-    def cdc(self, *words: str, timeout_s: float = 60.0) -> Answer:
+    def cdc(self, *words: str, timeout_s: float = 120.0) -> Answer:
         """A command as a process of its own, with --json."""
         done = subprocess.run(
             [sys.executable, "-m", "cdc", "--config", str(self.config_path), "--json", *words],
@@ -184,7 +184,7 @@ class Daemon:
 
         def answer() -> Answer:
             try:
-                out, err = process.communicate(timeout=90)
+                out, err = process.communicate(timeout=180)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -208,11 +208,11 @@ class Daemon:
         """What `status` says of the tables, by name."""
         return {t["table"]: t for t in self.source()["tables"]}
 
-    def streaming(self, timeout_s: float = 30.0) -> Self:
+    def streaming(self, timeout_s: float = 60.0) -> Self:
         """Wait until this very process streams."""
         return self.in_phase("streaming", timeout_s)
 
-    def in_phase(self, phase: str, timeout_s: float = 30.0) -> Self:
+    def in_phase(self, phase: str, timeout_s: float = 60.0) -> Self:
         """Wait until the source is in this phase, by word of this very process."""
 
         def reached() -> bool:
@@ -228,7 +228,7 @@ class Daemon:
         wait_until(reached, timeout_s, lambda: f"phase {phase}\n{self.log_tail()}")
         return self
 
-    def settled(self, timeout_s: float = 60.0) -> Self:
+    def settled(self, timeout_s: float = 120.0) -> Self:
         """Wait until `current` holds everything that is committed now, and no snapshot is under way."""
         self.streaming(timeout_s)
 
@@ -242,7 +242,7 @@ class Daemon:
         assert answer.code == 0, f"{answer}\n{self.log_tail()}"
         return self
 
-    def verified(self, *tables: str, timeout_s: float = 60.0) -> Self:
+    def verified(self, *tables: str, timeout_s: float = 120.0) -> Self:
         """Assert that `verify` finds every table (or these) equal to its source."""
         answer = self.ask("verify", *tables, "--timeout", f"{timeout_s:g}")
         told = [{k: v for k, v in t.items() if v} for t in answer.document.get("tables", []) if not t["equal"]]
@@ -259,7 +259,7 @@ class Daemon:
             state.close()
         where = address if isinstance(address, str) else ":".join(map(str, address))
         try:
-            with urllib.request.urlopen(f"http://{where}{path}", timeout=5) as reply:
+            with urllib.request.urlopen(f"http://{where}{path}", timeout=30) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

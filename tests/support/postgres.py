@@ -87,7 +87,7 @@ def _drop_slots(admin: psycopg.Connection, name: str) -> None:
             "SELECT slot_name FROM pg_replication_slots WHERE database = %s AND active", (name,)
         ).fetchall()
 
-    wait_until(lambda: not active(), 10.0, f"the slots of {name} to become free")
+    wait_until(lambda: not active(), 60, f"the slots of {name} to become free")
     admin.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", (name,))
 
 

@@ -13,7 +13,7 @@ class NotInTime(AssertionError):
     """The condition did not come true before the deadline."""
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, message: str | Callable[[], object] = "") -> T:
+def wait_until(condition: Callable[[], T], timeout_s: float = 60.0, message: str | Callable[[], object] = "") -> T:
     """Call `condition` until its result is true, and return that. `message` says what was waited for; given as a
     function it is called at the end, to show the state then. An exception of the condition ends the waiting."""
     deadline = time.monotonic() + timeout_s

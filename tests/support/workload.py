@@ -103,7 +103,7 @@ class Workload:
         """End the sessions; raises what one of them did not expect. Idempotent."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(20)
+            thread.join(60)
         if self._errors:
             raise self._errors[0]
 

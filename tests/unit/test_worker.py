@@ -49,7 +49,7 @@ def raising(error: CdcError | Exception, times: int) -> Callable[[int], bool]:
 def test_what_a_repetition_may_mend_is_repeated_until_it_works() -> None:
     part = Part(raising(SourceUnavailable("away"), 2))
     part.worker.start()
-    wait_until(lambda: part.steps > 5, 10, "the part goes on")
+    wait_until(lambda: part.steps > 5, 60, "the part goes on")
     part.end()
     assert part.errors == ["away", "away", None]
     assert part.fatal == []
@@ -89,6 +89,6 @@ def test_an_unknown_exception_is_logged_without_its_text(caplog: object) -> None
 def test_a_stop_ends_a_part_that_waits_to_repeat() -> None:
     part = Part(raising(SourceUnavailable("away"), 10_000))
     part.worker.start()
-    wait_until(lambda: len(part.errors) > 2, 10, "it fails a few times")
+    wait_until(lambda: len(part.errors) > 2, 60, "it fails a few times")
     part.end()
     assert part.fatal == []
