@@ -20,6 +20,17 @@ from cdc.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableConfig:
+    """`[source.NAME.table."SCHEMA.TABLE"]`: what differs for one table."""
+
+    name: str
+    on_schema_change: str = ""
+    """Empty: as the source has it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Type overrides by column name (cdc.types)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """`[source.NAME]`: a database that changes are captured from."""
 
@@ -44,6 +55,24 @@ class SourceConfig:
     buffer_bytes: int = 32 << 20
     """Bound of frames received and not yet decoded."""
     poll_sleep_s: float = 0.00015
+    on_schema_change: str = "evolve"
+    """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
+    table: dict[str, TableConfig] = field(default_factory=dict)
+    """By `schema.table`."""
+
+    def contract(self, table: str) -> str:
+        """What a change of this table's schema meets: evolve, freeze or stop."""
+        own = self.table.get(table)
+        return (own.on_schema_change if own is not None else "") or self.on_schema_change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertsConfig:
+    """`[alerts]`: who is told besides the log."""
+
+    webhook: str = field(default="", repr=False)
+    """URL that each alert is posted to as JSON; empty: none. It may hold a secret."""
+    webhook_timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +141,7 @@ class Config:
     models: dict[str, ModelConfig] = field(default_factory=dict)
     targets: dict[str, TargetConfig] = field(default_factory=dict)
     syncs: dict[str, SyncConfig] = field(default_factory=dict)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     log_bytes_max: int = 10 << 30
     log_segment_bytes: int = 64 << 20
     metrics_listen: str = "127.0.0.1:9187"
@@ -139,7 +169,8 @@ SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
 
 # Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
 _LATER_KEYS: dict[str, frozenset[str]] = {
-    "source": frozenset({"every", "cron", "strategy", "cursor", "table"}),
+    "source": frozenset({"every", "cron", "strategy", "cursor"}),
+    "table": frozenset({"columns"}),
     "lake": frozenset({"region", "endpoint_url"}),
     "sync": frozenset({"where", "approve", "deletes"}),
 }
@@ -152,6 +183,8 @@ _LATER_VALUES: dict[tuple[str, str], frozenset[str]] = {
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "mode"): ("stream",),
     ("source", "confirm_after"): ("landed", "log"),
+    ("source", "on_schema_change"): ("evolve", "freeze", "stop"),
+    ("table", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("sync", "mode"): ("upsert",),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),
@@ -172,7 +205,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SECTIONS = ("source", "lake", "model", "target", "sync")
+_SECTIONS = ("source", "lake", "model", "target", "sync", "alerts")
 
 
 def find(path: Path | str | None = None) -> Path:
@@ -257,8 +290,9 @@ class _Reader:
         models = self._named("model", ModelConfig, document)
         targets = self._named("target", TargetConfig, document)
         syncs = self._named("sync", SyncConfig, document)
+        alerts = self._alerts(document.get("alerts", {}))
         given = self._values(
-            Config, "", "", top, hidden=("path", "sources", "lake", "models", "targets", "syncs", "extra")
+            Config, "", "", top, hidden=("path", "sources", "lake", "models", "targets", "syncs", "alerts", "extra")
         )
         if "source" not in document:
             self.problems.append("no source: write a [source.NAME] section")
@@ -269,9 +303,11 @@ class _Reader:
             self._check_model(model)
         for sync in syncs.values():
             self._check_sync(sync, document)
-        if given is None or lake is None:
+        if given is None or lake is None or alerts is None:
             return None
-        config = Config(path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, **given)
+        config = Config(
+            path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, alerts=alerts, **given
+        )
         self._check_top(config)
         return config
 
@@ -309,7 +345,7 @@ class _Reader:
                 self.problems.append(f"{at}: unknown key{_nearest(key, [*known, *(() if where else _SECTIONS)])}")
             else:
                 try:
-                    values[key] = self._value(section, key, hints[key], value)
+                    values[key] = self._value(section, key, hints[key], value, at)
                 except ValueError as error:
                     self.problems.append(f"{at}: {error}")
         for key, f in known.items():
@@ -317,11 +353,13 @@ class _Reader:
                 self.problems.append(f"{where}.{key}: is required" if where else f"{key}: is required")
         return values if len(self.problems) == before else None
 
-    def _value(self, section: str, key: str, kind: Any, value: Any) -> Any:
+    def _value(self, section: str, key: str, kind: Any, value: Any, at: str) -> Any:
         if kind is int:
             return self._int(section, key, value)
         if kind is float or kind == float | None:
             return self._seconds_or_share(section, key, value)
+        if kind == dict[str, TableConfig]:
+            return self._tables(at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication")
         if kind == dict[str, str]:
@@ -363,6 +401,34 @@ class _Reader:
         if key.endswith("_share") and value > 1:
             raise ValueError("is a share, at most 1")
         return float(value)
+
+    def _tables(self, where: str, value: Any) -> dict[str, TableConfig]:
+        """Sections of single tables of a source."""
+        if not isinstance(value, Mapping):
+            raise ValueError('write [source.NAME.table."schema.table"]')
+        found: dict[str, TableConfig] = {}
+        for name, table in value.items():
+            at = f'{where}."{name}"'
+            if "." not in name:
+                raise ValueError(f'"{name}" names no schema; write "public.{name}"')
+            if not isinstance(table, Mapping):
+                raise ValueError(f'"{name}" is a key where a section is expected')
+            values = self._values(TableConfig, "table", at, table, hidden=("name",))
+            if values is not None:
+                found[name] = TableConfig(name=name, **values)
+        return found
+
+    def _alerts(self, table: Any) -> AlertsConfig | None:
+        if not isinstance(table, Mapping):
+            self.problems.append("alerts: write an [alerts] section")
+            return None
+        values = self._values(AlertsConfig, "alerts", "alerts", table, hidden=())
+        if values is None:
+            return None
+        alerts = AlertsConfig(**values)
+        if alerts.webhook and not re.match(r"https?://[^/]", alerts.webhook):
+            self.problems.append("alerts.webhook: write a URL that begins with https:// or http://")
+        return alerts
 
     def _lake(self, table: Any) -> LakeConfig | None:
         if not isinstance(table, Mapping):

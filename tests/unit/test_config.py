@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from cdc.config import (
+    AlertsConfig,
     Config,
     LakeConfig,
     ModelConfig,
     SourceConfig,
     SyncConfig,
+    TableConfig,
     TargetConfig,
     has_inline_password,
     load,
@@ -29,17 +31,20 @@ EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 SECTIONS: dict[str, Any] = {
     "": Config,
     "source": SourceConfig,
+    "table": TableConfig,
+    "alerts": AlertsConfig,
     "lake": LakeConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
 }
-NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "extra"}
+NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "extra"}
 
 
 def document(**changes: Any) -> dict[str, Any]:
     """A small valid document; `changes` are laid over it, dotted by double underscores."""
     base: dict[str, Any] = {
+        "alerts": {},
         "state_dir": "/var/lib/cdc",
         "source": {"shop": {"dsn": "postgresql://cdc@db/shop"}},
         "lake": {"url": "file:///srv/lake"},
@@ -85,7 +90,9 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
     named: dict[str, set[str]] = {section: set() for section in SECTIONS}
     section = ""
     for line in EXAMPLE.read_text().splitlines():
-        if header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
+        if re.match(r'(?:# )?\[source\.\w+\.table\."', line):
+            section = "table"
+        elif header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
             if header[1] == "lake" and header[2]:
                 named["lake"].add(header[2])
             else:
@@ -93,7 +100,9 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
         elif key := re.match(r"(?:# )?([a-z_]+) = ", line):
             named[section].add(key[1])
     for section, cls in SECTIONS.items():
-        assert named[section] == {f.name for f in fields(cls)} - NO_KEYS, f"section [{section}]"
+        keys = {f.name for f in fields(cls)} - NO_KEYS
+        keys -= {"table"} if section == "source" else set()  # a section of its own
+        assert named[section] == keys, f"section [{section}]"
 
 
 def test_the_example_file_shows_the_defaults() -> None:
@@ -101,6 +110,7 @@ def test_the_example_file_shows_the_defaults() -> None:
     shown: dict[str, Any] = {
         "": config,
         "source": config.sources["shop"],
+        "alerts": config.alerts,
         "lake": config.lake,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
@@ -156,7 +166,10 @@ def test_all_problems_are_told_at_once() -> None:
         ({"source__shop__mode": "snapshot"}, 'source.shop.mode: "snapshot" is not supported yet'),
         ({"source__shop__every": "15m"}, "source.shop.every: not supported yet"),
         ({"source__shop__cron": "0 * * * *"}, "source.shop.cron: not supported yet"),
-        ({"source__shop__table": {"public.users": {}}}, "source.shop.table: not supported yet"),
+        (
+            {"source__shop__table": {"public.users": {"columns": {}}}},
+            'source.shop.table."public.users".columns: not supported yet',
+        ),
         ({"source__shop__type": "kafka"}, 'source.shop.type: "kafka" is not supported yet'),
         ({"lake__url": "s3://bucket/lake"}, "lake.url: s3:// is not supported yet"),
         ({"lake__region": "eu-central-1"}, "lake.region: not supported yet"),
@@ -177,6 +190,14 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
         ({"sync__value__key": []}, "sync.value.key: name at least one column"),
         ({"model__value__key": ["id", "id"]}, "model.value.key: a column stands there twice"),
         ({"source__shop__dsn": None}, "source.shop.dsn: is required"),
+        ({"source__shop__on_schema_change": "frieze"}, "did you mean freeze?"),
+        ({"source__shop__table": {"users": {}}}, 'write "public.users"'),
+        ({"source__shop__table": {"public.users": "freeze"}}, "a key where a section is expected"),
+        (
+            {"source__shop__table": {"public.users": {"on_schema_change": "thaw"}}},
+            'source.shop.table."public.users".on_schema_change: "thaw" is none of',
+        ),
+        ({"alerts__webhook": "hooks.internal"}, "alerts.webhook: write a URL"),
         ({"source__shop__tables": ["orders"]}, 'write "public.orders"'),
         ({"source__shop__tables": "public.*"}, "source.shop.tables: a list of texts is expected"),
         ({"source__shop__slot": "Shop-1"}, "source.shop.slot: only a-z"),
@@ -293,3 +314,10 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
     file.write_text("state_dir = \n")
     with pytest.raises(ConfigError, match=r"cdc\.toml: .*line 1"):
         load(file)
+
+
+def test_a_table_meets_its_own_contract_or_the_one_of_its_source() -> None:
+    own = {"public.users": {"on_schema_change": "stop"}, "public.plain": {}}
+    shop = parse(document(source__shop__table=own, source__shop__on_schema_change="freeze")).sources["shop"]
+    assert [shop.contract(t) for t in ("public.users", "public.plain", "public.other")] == ["stop", "freeze", "freeze"]
+    assert parse(document()).sources["shop"].contract("public.users") == "evolve"
