@@ -65,6 +65,12 @@ class SourceStatus:
     safe_wal_bytes: int | None = None
     oldest_xmin: int = 0
     """Every snapshot taken from now on sees all transactions below it (64 bit)."""
+    wal_keep_bytes: int | None = None
+    """The server's own limit of what a slot may retain; None: it has none."""
+    wal_dir_bytes: int | None = None
+    """WAL on the server's disk; None: our role may not ask."""
+    oldest_writer: str = ""
+    """Who has had a writing transaction open for longest; empty if nobody has one."""
 
 
 class Source(Protocol):

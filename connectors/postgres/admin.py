@@ -18,7 +18,7 @@ from psycopg import sql
 from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, SourceRefused, SourceUnavailable
 from cdc.ports import Finding, SourceStatus
-from connectors.postgres import catalog
+from connectors.postgres import catalog, check
 from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
@@ -27,14 +27,27 @@ select case when pg_is_in_recovery() then pg_last_wal_receive_lsn() else pg_curr
        s.slot_name is not null, coalesce(s.active, false), coalesce(s.active_pid, 0),
        s.confirmed_flush_lsn::text, s.restart_lsn::text,
        coalesce(s.wal_status, ''), s.safe_wal_size,
-       pg_snapshot_xmin(pg_current_snapshot())::text::int8
+       pg_snapshot_xmin(pg_current_snapshot())::text::int8,
+       (select setting::int8 from pg_settings where name = 'max_slot_wal_keep_size'),
+       has_function_privilege('pg_ls_waldir()', 'execute')
 from (select 1) one left join pg_replication_slots s on s.slot_name = %s
 """
 
-SETTINGS = """
-select name, setting from pg_settings
-where name in ('wal_level', 'max_replication_slots', 'max_wal_senders', 'max_slot_wal_keep_size', 'wal_sender_timeout')
+WRITERS = """
+select coalesce('pid ' || l.pid::text || coalesce(' (' || nullif(a.application_name, '') || ')', ''),
+                'prepared transaction ' || p.gid, 'unknown')
+         || coalesce(', open since ' || date_trunc('second', coalesce(a.xact_start, p.prepared))::text, '') who,
+       coalesce(a.xact_start, p.prepared) began
+from pg_locks l
+left join pg_stat_activity a on a.pid = l.pid
+left join pg_prepared_xacts p on p.transaction = l.transactionid
+where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
+  and l.pid is distinct from pg_backend_pid()
 """
+"""Transactions of any database that have written and not ended: a slot's creation waits for them, and as long as one
+is open, WAL from its begin on is kept. The begin of others' sessions needs pg_monitor."""
+
+OLDEST_WRITER = f"select who from ({WRITERS}) w order by began nulls last limit 1"
 
 MADE_BY_US = "made by cdc"
 """Comment on publications that `setup` made; `teardown` drops no others."""
@@ -57,9 +70,11 @@ class PostgresAdmin:
                 findings.append(
                     Finding(name="connection", severity="ok", message=f"connected to {self._where}", object=self._where)
                 )
-                findings += self._check_server(connection)
+                findings += check.server_findings(connection, self._config, self._where)
+                findings += check.role_findings(connection, self._config)
                 findings += self._check_slot(connection)
                 findings += self._check_tables(connection)
+                findings += check.wal_findings(self._status(connection), self._config.slot)
         except CdcError as e:
             findings.append(
                 Finding(name="connection", severity="error", message=e.args[0], fix=e.hint, object=self._where)
@@ -105,9 +120,14 @@ class PostgresAdmin:
 
     def status(self) -> SourceStatus:
         with self._connected() as connection:
-            row = connection.execute(STATUS, [self._config.slot]).fetchone()
+            return self._status(connection)
+
+    def _status(self, connection: psycopg.Connection[Any]) -> SourceStatus:
+        row = connection.execute(STATUS, [self._config.slot]).fetchone()
         assert row is not None
-        head, exists, active, pid, confirmed, restart, wal_status, safe, xmin = row
+        head, exists, active, pid, confirmed, restart, wal_status, safe, xmin, keep_mb, may_look = row
+        size = connection.execute("select sum(size)::int8 from pg_ls_waldir()").fetchone() if may_look else None
+        writer = connection.execute(OLDEST_WRITER).fetchone()
         restart_lsn = parse_lsn(restart)
         return SourceStatus(
             head_lsn=parse_lsn(head),
@@ -120,6 +140,9 @@ class PostgresAdmin:
             wal_status=wal_status,
             safe_wal_bytes=safe,
             oldest_xmin=xmin,
+            wal_keep_bytes=keep_mb << 20 if keep_mb >= 0 else None,
+            wal_dir_bytes=size[0] if size else None,
+            oldest_writer=writer[0] if writer else "",
         )
 
     def barrier(self) -> int:
@@ -229,70 +252,6 @@ class PostgresAdmin:
             ]
         return statements
 
-    def _check_server(self, connection: psycopg.Connection[Any]) -> list[Finding]:
-        settings = dict(connection.execute(SETTINGS).fetchall())
-        findings: list[Finding] = []
-        if settings["wal_level"] != "logical":
-            findings.append(
-                Finding(
-                    name="wal_level",
-                    severity="error",
-                    message=f"wal_level is {settings['wal_level']!r}, logical replication needs 'logical'",
-                    fix="alter system set wal_level = 'logical'; -- then restart the server",
-                    object=self._where,
-                )
-            )
-        counts = connection.execute(
-            "select (select count(*) from pg_replication_slots), (select count(*) from pg_stat_replication),"
-            " pg_is_in_recovery(), (select rolreplication or rolsuper from pg_roles where rolname = current_user),"
-            " current_user"
-        ).fetchone()
-        assert counts is not None
-        slots, senders, standby, may_replicate, user = counts
-        for setting, used in (("max_replication_slots", slots), ("max_wal_senders", senders)):
-            left = int(settings[setting]) - used
-            if left <= 0 and not self._slot_exists(connection):
-                findings.append(
-                    Finding(
-                        name=setting,
-                        severity="error",
-                        message=f"{setting} is {settings[setting]} and all are used",
-                        fix=f"alter system set {setting} = {used + 2}; -- then restart the server",
-                        object=self._where,
-                    )
-                )
-        if standby:
-            findings.append(
-                Finding(
-                    name="standby",
-                    severity="error",
-                    message="the server is a standby: snapshots there leave out running transactions",
-                    fix="point the source's dsn at the primary",
-                    object=self._where,
-                )
-            )
-        if not may_replicate:
-            findings.append(
-                Finding(
-                    name="replication privilege",
-                    severity="error",
-                    message=f"role {user!r} may not replicate",
-                    fix=f'alter role "{user}" replication;',
-                    object=user,
-                )
-            )
-        if settings["max_slot_wal_keep_size"] == "-1":
-            findings.append(
-                Finding(
-                    name="max_slot_wal_keep_size",
-                    severity="info",
-                    message="a slot that is not read keeps WAL without a limit",
-                    fix="alter system set max_slot_wal_keep_size = '100GB'; -- the disk's share that WAL may take",
-                    object=self._where,
-                )
-            )
-        return findings
-
     def _check_slot(self, connection: psycopg.Connection[Any]) -> list[Finding]:
         try:
             exists = self._slot_exists(connection)
@@ -334,6 +293,7 @@ class PostgresAdmin:
                 )
             )
         oids = sorted(set(there) | set(wanted))
+        findings += check.access_findings(connection, self._config, oids, sorted(set(wanted) - set(there)))
         for oid, described in catalog.describe(connection, oids).items():
             findings += self._check_table(connection, oid, described)
         return findings

@@ -16,6 +16,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.errors import CdcError, SlotLost, SourceRefused, SourceUnavailable
 
+MANY_HOSTS = "the dsn names several hosts: each connection may reach another server"
+MANY_HOSTS_FIX = "add target_session_attrs=primary to the dsn, or name one host"
+POOLER = "a connection pooler answers for the server: replication, session locks and snapshots need sessions of our own"
+POOLER_FIX = "point the source's dsn at the server itself"
+
 CANONICAL = {
     "datestyle": "ISO",
     "timezone": "UTC",
@@ -27,6 +32,10 @@ CANONICAL = {
     "search_path": "pg_catalog",
 }
 """Settings under which every type has one text form; the stream, snapshots and verify all read under them."""
+
+NOTICE_THE_END = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+"""The server's side too notices within a minute that our machine is gone (by default after hours), and lets go of the
+lock that a successor waits for."""
 
 
 def connect(
@@ -40,7 +49,9 @@ def connect(
 ) -> psycopg.Connection[Any]:
     """Open an autocommit connection under the canonical settings and `settings`. Blocks up to `connect_timeout_s`."""
     given = conninfo_to_dict(dsn)
-    merged = {**CANONICAL, **(settings or {})}
+    if many_hosts(dsn):
+        raise SourceRefused(f"{describe(dsn)}: {MANY_HOSTS}", hint=MANY_HOSTS_FIX)
+    merged = {**CANONICAL, **NOTICE_THE_END, **(settings or {})}
     options = " ".join(f"-c {name}={value}" for name, value in merged.items())
     arguments: dict[str, Any] = {
         **given,
@@ -70,6 +81,13 @@ def describe(dsn: str) -> str:
     given = conninfo_to_dict(dsn)
     host = given.get("host") or given.get("hostaddr") or "local socket"
     return f"{host}:{given.get('port') or 5432}/{given.get('dbname') or given.get('user') or ''}"
+
+
+def many_hosts(dsn: str) -> bool:
+    """Whether the DSN names several hosts without saying that only the primary will do."""
+    given = conninfo_to_dict(dsn)
+    hosts = str(given.get("host") or given.get("hostaddr") or "")
+    return "," in hosts and given.get("target_session_attrs") not in ("primary", "read-write")
 
 
 def server_message(error: psycopg.Error) -> str:
@@ -104,11 +122,37 @@ def translate(error: psycopg.Error, where: str) -> CdcError:
             return SourceUnavailable(text, hint="another session holds a conflicting lock; we try again")
         case pg.ObjectInUse():
             return SourceUnavailable(text, hint="another process reads this slot; we wait until it is free")
+        case pg.ReadOnlySqlTransaction():
+            return SourceRefused(text, hint="the server is a standby or read only: point the DSN at the primary")
+        case pg.TooManyConnections() | pg.ConfigurationLimitExceeded():
+            return SourceUnavailable(text, hint="raise max_wal_senders, max_replication_slots or max_connections")
     if error.sqlstate is None or error.sqlstate[:2] in ("08", "53", "57", "40", "55"):
+        if error.sqlstate == "55000" and "wal_level" in str(error):
+            return SourceRefused(text, hint="alter system set wal_level = 'logical'; then restart the server")
         if error.sqlstate == "55000" and "slot" in str(error):
             return SlotLost(text, hint="`cdc teardown` then `cdc setup`: the next start snapshots every table anew")
-        authentication = "authentication failed" in str(error) or "no pg_hba.conf entry" in str(error)
-        if authentication:
-            return SourceRefused(text, hint="check user, password reference and pg_hba.conf")
-        return SourceUnavailable(text)
+        return _not_connected(str(error), text) if error.sqlstate is None else SourceUnavailable(text)
     return SourceRefused(text)
+
+
+CONNECT_FAULTS: tuple[tuple[str, str], ...] = (
+    ("authentication failed", "check user, password reference and pg_hba.conf"),
+    ("pg_hba.conf", "check user, password reference and pg_hba.conf"),
+    ("no password supplied", "set password_file or password_env"),
+    ("server does not support SSL", "set ssl = on at the server, or lower sslmode in the DSN"),
+    ("root certificate file", "name the CA's file as sslrootcert in the DSN, or sslrootcert=system"),
+    ("certificate verify failed", "name the CA that signed the server's certificate as sslrootcert in the DSN"),
+    ("does not match host name", "the server's certificate is for another name: use that one as host in the DSN"),
+    ("permission denied to start WAL sender", "grant what `cdc check` lists for this role"),
+    ("must be superuser or replication role", "grant what `cdc check` lists for this role"),
+    ("is not permitted to log in", "alter role … login"),
+    ("does not exist", "check user and database in the DSN"),
+)
+"""What libpq says, without an SQLSTATE, when a connection cannot come about until somebody changes something."""
+
+
+def _not_connected(said: str, text: str) -> CdcError:
+    for words, hint in CONNECT_FAULTS:
+        if words in said:
+            return SourceRefused(text, hint=hint)
+    return SourceUnavailable(text)

@@ -25,7 +25,7 @@ from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdenti
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog
 from connectors.postgres.admin import PostgresAdmin
-from connectors.postgres.connection import connect, describe, translated
+from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, start_statement
 from connectors.postgres.snapshot import PostgresSnapshotReader
@@ -98,7 +98,13 @@ class PostgresSource:
         connection = self._connect(replication=True)
         with translated(self._where), connection:
             row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+            standby = connection.execute("select pg_is_in_recovery()").fetchone()
             assert row is not None
+            if standby == (True,):
+                raise SourceRefused(
+                    f"{self._where}: the server is a standby: snapshots there leave out running transactions",
+                    hint="point the source's dsn at the primary",
+                )
             return SourceIdentity(
                 system_id=row[0],
                 timeline=int(row[1]),
@@ -130,8 +136,11 @@ class PostgresSource:
         """Only one daemon reads a slot: the lock lives as long as this connection."""
         key = zlib.crc32(f"cdc:{self._config.slot}".encode())
         with translated(self._where):
-            row = connection.execute("select pg_try_advisory_lock(%s)", [key]).fetchone()
-        if not row or not row[0]:
+            row = connection.execute("select pg_try_advisory_lock(%s), pg_backend_pid()", [key]).fetchone()
+        assert row is not None
+        if row[1] != connection.info.backend_pid:
+            raise SourceRefused(f"{self._where}: {POOLER}", hint=POOLER_FIX)
+        if not row[0]:
             raise SourceUnavailable(
                 f"{self._where}: another daemon reads slot {self._config.slot!r}",
                 hint="it is waited for; find it by `select * from pg_locks where locktype = 'advisory'`",
