@@ -44,6 +44,8 @@ class SourceConfig:
     mode: str = "stream"
     slot: str = ""
     publication: tuple[str, ...] = ()
+    partial_operations: tuple[str, ...] = ()
+    """Globs of tables whose publication may leave out operations."""
     confirm_after: str = "landed"
     confirm_every_s: float = 1.0
     chunk_rows: int = 50_000
@@ -459,7 +461,11 @@ class _Reader:
             self.problems.append(f"{at}.slot: only a-z, 0-9 and _ are allowed, at most 63 (a rule of Postgres)")
         if not all(source.publication):
             self.problems.append(f"{at}.publication: an empty name")
-        for key, patterns in (("tables", source.tables), ("exclude", source.exclude)):
+        for key, patterns in (
+            ("tables", source.tables),
+            ("exclude", source.exclude),
+            ("partial_operations", source.partial_operations),
+        ):
             for pattern in patterns:
                 if "." not in pattern:
                     self.problems.append(f'{at}.{key}: "{pattern}" names no schema; write "public.{pattern}"')

@@ -45,7 +45,7 @@ class TableSchema:
 
     `key` names the columns that an old tuple carries: the replica identity's, under FULL the primary key's; empty
     if there is none. `identity` is `pg_class.relreplident` (d, n, f, i). `version` is 0 until the schema book
-    (cdc.schema) has given it a number.
+    (cdc.schema) has given it a number. `absent` names generated columns that the table has and the stream does not.
     """
 
     table: TableId
@@ -54,6 +54,7 @@ class TableSchema:
     key: tuple[str, ...] = ()
     identity: str = "d"
     version: int = 0
+    absent: tuple[str, ...] = ()
 
     def column(self, name: str) -> Column:
         """The column of that name; KeyError if there is none."""
@@ -70,6 +71,7 @@ class TableSchema:
             "key": list(self.key),
             "identity": self.identity,
             "version": self.version,
+            **({"absent": list(self.absent)} if self.absent else {}),
         }
 
     @classmethod
@@ -81,4 +83,5 @@ class TableSchema:
             key=tuple(data["key"]),
             identity=data["identity"],
             version=data["version"],
+            absent=tuple(data.get("absent", ())),
         )

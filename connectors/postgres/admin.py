@@ -18,7 +18,8 @@ from psycopg import sql
 from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, SourceRefused, SourceUnavailable
 from cdc.ports import Finding, SourceStatus
-from connectors.postgres import catalog, check
+from cdc.table import TableSchema
+from connectors.postgres import catalog, check, publication
 from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
@@ -48,9 +49,6 @@ where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
 is open, WAL from its begin on is kept. The begin of others' sessions needs pg_monitor."""
 
 OLDEST_WRITER = f"select who from ({WRITERS}) w order by began nulls last limit 1"
-
-MADE_BY_US = "made by cdc"
-"""Comment on publications that `setup` made; `teardown` drops no others."""
 
 SLOT_LOCK_TIMEOUT_S = 20
 """Creating a slot waits for every running transaction; past this we say whom it waits for."""
@@ -84,7 +82,7 @@ class PostgresAdmin:
     def setup(self, *, dry_run: bool) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
-            for statement in self._publication_sql(connection):
+            for statement in publication.setup_sql(connection, self._config, self._where):
                 done.append(statement)
                 if not dry_run:
                     connection.execute(statement.encode())
@@ -110,7 +108,7 @@ class PostgresAdmin:
                     "select obj_description(oid, 'pg_publication') from pg_publication where pubname = %s", [name]
                 ).fetchone()
                 # One that existed before us is not ours to drop.
-                if comment is None or comment[0] != MADE_BY_US:
+                if comment is None or comment[0] != publication.MADE_BY_US:
                     continue
                 statement = sql.SQL("drop publication {}").format(sql.Identifier(name))
                 done.append(statement.as_string(connection))
@@ -208,50 +206,6 @@ class PostgresAdmin:
                 hint="end them, or wait: it is tried again",
             ) from e
 
-    def _publication_sql(self, connection: psycopg.Connection[Any]) -> list[str]:
-        """What is missing of the configured publications, as statements."""
-        statements: list[str] = []
-        wanted = catalog.candidates(connection, self._config)
-        existing = {
-            r[0]: r[1]
-            for r in connection.execute(
-                "select p.pubname, obj_description(p.oid, 'pg_publication') from pg_publication p"
-                " where p.pubname = any(%s)",
-                [list(self._config.publication)],
-            ).fetchall()
-        }
-        missing = [p for p in self._config.publication if p not in existing]
-        if len(self._config.publication) > 1 and missing:
-            raise SourceRefused(
-                f"{self._where}: publication {missing[0]!r} does not exist",
-                hint="create it, or name one publication only: `cdc setup` then makes it",
-            )
-        name = self._config.publication[0]
-        if missing:
-            if not wanted:
-                raise SourceRefused(
-                    f"{self._where}: no table matches `tables` of source {self._config.name!r}",
-                    hint="check the globs; they match `schema.table`",
-                )
-            tables = sql.SQL(", ").join(sql.Identifier(*t) for t in wanted.values())
-            statements.append(
-                sql.SQL("create publication {} for table {} with (publish_via_partition_root = true)")
-                .format(sql.Identifier(name), tables)
-                .as_string(connection)
-            )
-            comment = sql.SQL("comment on publication {} is {}").format(sql.Identifier(name), sql.Literal(MADE_BY_US))
-            statements.append(comment.as_string(connection))
-        elif existing[name] == MADE_BY_US:
-            there = catalog.published(connection, self._config)
-            statements += [
-                sql.SQL("alter publication {} add table {}")
-                .format(sql.Identifier(name), sql.Identifier(*table))
-                .as_string(connection)
-                for oid, table in wanted.items()
-                if oid not in there
-            ]
-        return statements
-
     def _check_slot(self, connection: psycopg.Connection[Any]) -> list[Finding]:
         try:
             exists = self._slot_exists(connection)
@@ -269,39 +223,19 @@ class PostgresAdmin:
         ]
 
     def _check_tables(self, connection: psycopg.Connection[Any]) -> list[Finding]:
+        findings = publication.check(connection, self._config)
         there = catalog.published(connection, self._config)
         wanted = catalog.candidates(connection, self._config)
-        findings = [
-            Finding(
-                name="publication",
-                severity="warning",
-                message=f"table {table} is wanted, but publication {self._config.publication[0]!r} does not have it",
-                fix="cdc setup",
-                object=str(table),
-            )
-            for oid, table in wanted.items()
-            if oid not in there
-        ]
-        if not wanted and not there:
-            findings.append(
-                Finding(
-                    name="tables",
-                    severity="error",
-                    message=f"no table matches `tables` of source {self._config.name!r}",
-                    fix="check the globs; they match `schema.table`",
-                    object=self._config.name,
-                )
-            )
-        oids = sorted(set(there) | set(wanted))
-        findings += check.access_findings(connection, self._config, oids, sorted(set(wanted) - set(there)))
-        for oid, described in catalog.describe(connection, oids).items():
-            findings += self._check_table(connection, oid, described)
+        described = catalog.describe(connection, sorted(set(there) | set(wanted)))
+        lacking = publication.lacking(wanted, there, described)
+        findings += check.access_findings(connection, self._config, [*there, *lacking], sorted(lacking))
+        for oid in [*there, *lacking]:
+            if oid in described:
+                columns = there[oid].columns if oid in there else None
+                findings += self._check_table(connection, oid, described[oid].sent(columns))
         return findings
 
-    def _check_table(
-        self, connection: psycopg.Connection[Any], oid: int, described: catalog.Described
-    ) -> list[Finding]:
-        schema = described.schema
+    def _check_table(self, connection: psycopg.Connection[Any], oid: int, schema: TableSchema) -> list[Finding]:
         findings: list[Finding] = []
         if not schema.key:
             findings.append(

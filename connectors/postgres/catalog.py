@@ -7,8 +7,8 @@ tables are wanted beyond the configured globs, and it registers nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,36 +30,53 @@ select a.attrelid::int8, a.attname, a.attnum, b.base::int8,
        case when t.typtype = 'd' then b.typmod else a.atttypmod end,
        format_type(a.atttypid, a.atttypmod),
        case when et.typdelim = ',' or eb.base = 'box'::regtype then eb.base else 0 end::int8, a.attnotnull,
-       case when a.atthasmissing then array_to_string(a.attmissingval, '') end
+       case when a.atthasmissing then array_to_string(a.attmissingval, '') end,
+       a.attgenerated::text
 from pg_attribute a
 join pg_type t on t.oid = a.atttypid
 join base b on b.oid = a.atttypid
 join pg_type bt on bt.oid = b.base
 left join pg_type et on et.oid = bt.typelem and et.typarray = bt.oid
 left join base eb on eb.oid = et.oid
-where a.attrelid = any(%s) and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+where a.attrelid = any(%s) and a.attnum > 0 and not a.attisdropped
 order by a.attrelid, a.attnum
 """
 
-TABLES = """
-select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8,
-  (select array_agg(k.attname order by k.n) from (
-     select a.attname, u.n from pg_index i
-     cross join lateral unnest(i.indkey::int2[]) with ordinality u(attnum, n)
-     join pg_attribute a on a.attrelid = i.indrelid and a.attnum = u.attnum
-     where i.indrelid = c.oid and u.n <= i.indnkeyatts and i.indislive and
-       case c.relreplident when 'i' then i.indisreplident when 'n' then false else i.indisprimary end) k)
+# The columns of the identity as an old tuple carries them. A deferrable index identifies nothing: Postgres does not use
+# it, and within a transaction its values may meet.
+_KEY = """
+(select array_agg(k.attname order by k.n) from (
+   select a.attname, u.n from pg_index i
+   cross join lateral unnest(i.indkey::int2[]) with ordinality u(attnum, n)
+   join pg_attribute a on a.attrelid = i.indrelid and a.attnum = u.attnum
+   where i.indrelid = c.oid and u.n <= i.indnkeyatts and i.indislive and i.indimmediate and
+     case c.relreplident when 'i' then i.indisreplident when 'n' then false else i.indisprimary end) k)
+"""
+
+TABLES = f"""
+select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8, {_KEY}
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = any(%s)
 """
 
+LEAVES = f"""
+select r.oid::int8, c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, {_KEY}
+from unnest(%s::oid[]) r(oid), pg_partition_tree(r.oid) t
+join pg_class c on c.oid = t.relid join pg_namespace n on n.oid = c.relnamespace
+where t.isleaf and c.relkind <> 'p'
+order by 1, 2
+"""
+
 PUBLISHED = """
-select c.oid::int8, p.schemaname, p.tablename, to_jsonb(p) -> 'attnames', to_jsonb(p) ->> 'rowfilter'
+select c.oid::int8, p.schemaname, p.tablename, p.pubname, to_jsonb(p) -> 'attnames', to_jsonb(p) ->> 'rowfilter',
+  pub.pubviaroot, pub.pubinsert, pub.pubupdate, pub.pubdelete, pub.pubtruncate,
+  array(select a.relid::oid::int8 from pg_partition_ancestors(c.oid) a where a.relid <> c.oid)
 from pg_publication_tables p
+join pg_publication pub on pub.pubname = p.pubname
 join pg_namespace n on n.nspname = p.schemaname
 join pg_class c on c.relnamespace = n.oid and c.relname = p.tablename
 where p.pubname = any(%s)
-order by 2, 3
+order by 2, 3, 4
 """
 
 CANDIDATES = """
@@ -71,23 +88,90 @@ order by 2, 3
 """
 
 
+OPERATIONS = ("insert", "update", "delete", "truncate")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one publication shows of a table: columns (None: all), row filter (None: all rows), operations."""
+
+    publication: str
+    columns: frozenset[str] | None
+    row_filter: str | None
+    operations: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A table as the publications show it: the columns of its list (None: all) and its row filter (None: all rows)."""
+    """A table as all configured publications together show it; those of one table add up, as Postgres does it."""
 
     oid: int
     table: TableId
-    columns: frozenset[str] | None
-    row_filter: str | None
+    parts: tuple[Part, ...]
+
+    @property
+    def columns(self) -> frozenset[str] | None:
+        """Names of the published columns. None: all but generated ones, which no publication sends before 18."""
+        lists = [part.columns for part in self.parts]
+        return None if None in lists else frozenset().union(*(names for names in lists if names is not None))
+
+    @property
+    def row_filter(self) -> str | None:
+        """SQL of which rows are published; None: all."""
+        filters = [part.row_filter for part in self.parts]
+        return None if None in filters else " or ".join(f"({text})" for text in dict.fromkeys(filters))
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A partition that holds rows; `key` are the columns of its identity."""
+
+    oid: int
+    table: TableId
+    identity: str
+    kind: str
+    key: tuple[str, ...]
+
+    def carries(self, key: Collection[str]) -> bool:
+        """Whether its old tuples have these columns. One without any is no danger: Postgres refuses its updates."""
+        return self.kind != "r" or self.identity in "fn" or set(key) <= set(self.key)
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A table's catalog entry."""
+    """A table's catalog entry.
+
+    `schema` is without generated columns, which publications send only on request: `generated` has them, `sent` puts
+    in those that are sent. `leaves` are the partitions of a partitioned table.
+    """
 
     schema: TableSchema
     kind: str
     relfilenode: int
+    generated: tuple[Column, ...] = ()
+    virtual: frozenset[str] = frozenset()
+    leaves: tuple[Leaf, ...] = ()
+
+    def sent(self, names: Collection[str] | None) -> TableSchema:
+        """The schema with the columns that are published (`Published.columns`). A key that is not published whole is
+        none: rows that differ in what is missing would be taken for one."""
+        columns = self.schema.columns
+        if names is not None:
+            columns = tuple(c for c in (*columns, *self.generated) if c.name in names)
+            columns = tuple(sorted(columns, key=lambda c: c.attnum))
+        kept = {c.name for c in columns}
+        return replace(
+            self.schema,
+            columns=columns,
+            key=self.schema.key if set(self.schema.key) <= kept and not self.is_torn(kept) else (),
+            absent=tuple(c.name for c in self.generated if c.name not in kept),
+        )
+
+    def is_torn(self, names: Collection[str]) -> bool:
+        """Whether old tuples with these columns lack a part of the key: a generated column that is not sent, or what
+        the identity of a partition does not hold."""
+        missing = {c.name for c in self.generated if c.name not in names}
+        return bool(missing & set(self.schema.key)) or not all(leaf.carries(self.schema.key) for leaf in self.leaves)
 
 
 def selected(config: SourceConfig, table: TableId) -> bool:
@@ -108,42 +192,51 @@ def candidates(connection: psycopg.Connection[Any], config: SourceConfig) -> dic
 
 
 def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict[int, Published]:
-    """Selected tables of the configured publications. Several publications of a table add up, as Postgres does it."""
+    """Selected tables of the configured publications, as the stream names them: where one publishes a partition by
+    its root, the changes come as the root's, whatever another one says of the partition."""
+    rows = connection.execute(PUBLISHED, [list(config.publication)]).fetchall()
+    roots = {row[0] for row in rows if row[6]}
     found: dict[int, Published] = {}
-    for oid, schema, name, columns, row_filter in connection.execute(PUBLISHED, [list(config.publication)]).fetchall():
+    for oid, schema, name, publication, columns, row_filter, _, *flags, ancestors in rows:
         table = TableId(schema, name)
-        if not selected(config, table):
+        if roots.intersection(ancestors) or not selected(config, table):
             continue
-        names = frozenset(columns) if columns is not None else None
-        before = found.get(oid)
-        if before is not None:
-            names = None if names is None or before.columns is None else names | before.columns
-            both = row_filter is not None and before.row_filter is not None
-            row_filter = f"({before.row_filter}) or ({row_filter})" if both else None
-        found[oid] = Published(oid, table, names, row_filter)
+        operations = frozenset(operation for operation, sent in zip(OPERATIONS, flags, strict=True) if sent)
+        part = Part(publication, frozenset(columns) if columns is not None else None, row_filter, operations)
+        before = found[oid].parts if oid in found else ()
+        found[oid] = Published(oid, table, (*before, part))
     return found
 
 
 def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[int, Described]:
-    """Schema (version 0) of each table that exists, generated columns left out: publications do not send them."""
+    """The catalog's entry (schema version 0) of each table that exists."""
     columns: dict[int, list[Column]] = {}
-    for oid, name, attnum, type_oid, typmod, type_name, element, not_null, missing in connection.execute(
+    generated: dict[int, list[Column]] = {}
+    virtual: set[tuple[int, str]] = set()
+    for oid, name, attnum, type_oid, typmod, type_name, element, not_null, missing, kind in connection.execute(
         COLUMNS, [list(oids)]
     ).fetchall():
-        columns.setdefault(oid, []).append(
-            Column(
-                name=name,
-                attnum=attnum,
-                type_oid=type_oid,
-                typmod=typmod,
-                type_name=type_name,
-                element_oid=element,
-                not_null=not_null,
-                missing=missing,
-            )
+        column = Column(
+            name=name,
+            attnum=attnum,
+            type_oid=type_oid,
+            typmod=typmod,
+            type_name=type_name,
+            element_oid=element,
+            not_null=not_null,
+            missing=missing,
         )
+        (generated if kind else columns).setdefault(oid, []).append(column)
+        if kind == "v":
+            virtual.add((oid, name))
+    rows = connection.execute(TABLES, [list(oids)]).fetchall()
+    partitions = leaves(connection, [row[0] for row in rows if row[4] == "p"])
     found: dict[int, Described] = {}
-    for oid, schema, name, identity, kind, relfilenode, key in connection.execute(TABLES, [list(oids)]).fetchall():
+    for oid, schema, name, identity, kind, relfilenode, key in rows:
+        own = tuple(partitions.get(oid, ()))
+        if identity == "f" and any(leaf.kind == "r" and leaf.identity != "f" for leaf in own):
+            # A setting that partitions do not inherit: what they write is no whole old row, whatever the stream says.
+            identity = "d"
         table_schema = TableSchema(
             table=TableId(schema, name),
             oid=oid,
@@ -151,21 +244,19 @@ def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[i
             key=tuple(key or ()),
             identity=identity,
         )
-        found[oid] = Described(table_schema, kind, relfilenode)
+        hidden = tuple(generated.get(oid, ()))
+        names = frozenset(c.name for c in hidden if (oid, c.name) in virtual)
+        found[oid] = Described(table_schema, kind, relfilenode, hidden, names, own)
     return found
 
 
-def restricted(schema: TableSchema, columns: frozenset[str] | None) -> TableSchema:
-    """The schema with only the columns of a publication's column list."""
-    if columns is None:
-        return schema
-    return TableSchema(
-        table=schema.table,
-        oid=schema.oid,
-        columns=tuple(c for c in schema.columns if c.name in columns),
-        key=tuple(k for k in schema.key if k in columns),
-        identity=schema.identity,
-    )
+def leaves(connection: psycopg.Connection[Any], roots: Sequence[int]) -> dict[int, list[Leaf]]:
+    """The partitions with rows below each partitioned table."""
+    found: dict[int, list[Leaf]] = {}
+    if roots:
+        for root, oid, schema, name, identity, kind, key in connection.execute(LEAVES, [list(roots)]).fetchall():
+            found.setdefault(root, []).append(Leaf(oid, TableId(schema, name), identity, kind, tuple(key or ())))
+    return found
 
 
 def type_facts(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[int, tuple[int, int, int, str]]:

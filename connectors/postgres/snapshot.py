@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from psycopg import sql
 from cdc.config import SourceConfig, password_of
 from cdc.errors import SourceRefused
 from cdc.ports import RowsRead, TableSnapshot, Visibility
-from cdc.table import TableSchema
+from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
-from connectors.postgres import catalog
+from connectors.postgres import catalog, publication
 from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
@@ -58,7 +59,8 @@ class PostgresSnapshotReader:
             connection = self._ready()
             found = catalog.published(connection, self._config)
             described = catalog.describe(connection, list(found))
-        return [catalog.restricted(described[oid].schema, p.columns) for oid, p in found.items() if oid in described]
+        publication.require_whole(self._where, found.values(), self._config)
+        return [described[oid].sent(p.columns) for oid, p in found.items() if oid in described]
 
     def writers(self) -> dict[str, str]:
         with translated(self._where):
@@ -91,8 +93,8 @@ class PostgresSnapshotReader:
             under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if under_lock is None:
                 raise SourceRefused(f"{where} was dropped")
-        readable = catalog.restricted(under_lock.schema, found.columns)
-        self._open = catalog.Described(readable, under_lock.kind, under_lock.relfilenode)
+        readable = under_lock.sent(found.columns)
+        self._open = replace(under_lock, schema=readable)
         self._filter = found.row_filter
         xmin, xmax, running = row[0].split(":")
         return TableSnapshot(
@@ -124,7 +126,7 @@ class PostgresSnapshotReader:
             order = sql.SQL("order by {}").format(_names(schema.key))
             limit = sql.SQL("limit {}").format(sql.Literal(rows_max)) if rows_max else limit
         else:
-            return self._read_blocks(conditions, int(after[0]) if after else 0)
+            return self._read_blocks(conditions, after or ("0", "0"))
         table, texts = self._copy(conditions, order, limit)
         last = tuple(str(texts[_index(schema, k)][-1].as_py()) for k in schema.key) if table.rows else None
         done = keys is not None or not rows_max or table.rows < rows_max
@@ -173,34 +175,50 @@ class PostgresSnapshotReader:
         rows = sql.SQL(", ").join(sql.SQL("({})").format(_values(schema, key)) for key in keys)
         return sql.SQL("({}) in ({})").format(_names(schema.key), rows)
 
-    def _read_blocks(self, conditions: list[sql.Composed], first: int) -> RowsRead:
-        """Rows of the next range of blocks; `last_key` is the block to go on with."""
-        assert self._open is not None
-        connection = self._ready()
+    def _read_blocks(self, conditions: list[sql.Composed], after: tuple[str, ...]) -> RowsRead:
+        """Rows of the next range of blocks; `last_key` says where to go on: which partition (0 if there are none), and
+        which block of it. The snapshot's lock holds partitions where they are."""
+        opened = self._open
+        assert opened is not None
+        files = [(leaf.oid, leaf.table) for leaf in opened.leaves if leaf.kind == "r"]
+        if opened.kind != "p":
+            files = [(opened.schema.oid, opened.schema.table)]
+        place, first = int(after[0]), int(after[1])
+        if place >= len(files):
+            table, _ = self._copy([sql.Composed([sql.SQL("false")])], NOTHING, NOTHING)
+            return table
+        oid, name = files[place]
         with translated(self._where):
-            row = connection.execute(
-                "select coalesce(pg_relation_size(%s::oid) / current_setting('block_size')::int8, 0)",
-                [self._open.schema.oid],
-            ).fetchone()
+            row = (
+                self._ready()
+                .execute("select coalesce(pg_relation_size(%s::oid) / current_setting('block_size')::int8, 0)", [oid])
+                .fetchone()
+            )
         blocks = int(row[0]) if row else 0
         end = first + BLOCKS_PER_CHUNK
-        ranged = [
-            *conditions,
-            sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)")),
-        ]
-        table, _ = self._copy(ranged if self._open.kind != "p" else conditions, NOTHING, NOTHING)
-        done = end >= blocks or self._open.kind == "p"
-        return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=(str(end),), done=done)
+        ranged = sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)"))
+        table, _ = self._copy([*conditions, ranged], NOTHING, NOTHING, only=name)
+        place, end = (place + 1, 0) if end >= blocks else (place, end)
+        done = place >= len(files)
+        return replace(table, last_key=(str(place), str(end)), done=done)
 
     def _copy(
-        self, conditions: list[sql.Composed], order: sql.Composed, limit: sql.Composed
+        self,
+        conditions: list[sql.Composed],
+        order: sql.Composed,
+        limit: sql.Composed,
+        *,
+        only: TableId | None = None,
     ) -> tuple[RowsRead, list[pa.Array]]:
-        """Typed rows of one COPY, and the text columns that they were cast from."""
+        """Typed rows of one COPY (of one partition, if `only` names it), and the text columns that they were cast
+        from."""
         assert self._open is not None
         schema = self._open.schema
         where = sql.SQL("where {}").format(sql.SQL(" and ").join(conditions)) if conditions else NOTHING
         names = _names([c.name for c in schema.columns])
         relation = self._relation(self._open)
+        if only is not None:
+            relation = sql.SQL("only {}").format(sql.Identifier(*only))
         if not schema.columns:
             query = sql.SQL("select count(*) from {} {}").format(relation, where)
             with translated(self._where):

@@ -23,7 +23,7 @@ from cdc.config import SourceConfig, password_of
 from cdc.errors import SlotLost, SourceRefused, SourceUnavailable
 from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
-from connectors.postgres import catalog
+from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
@@ -53,6 +53,7 @@ class PostgresSource:
         self._take_turn(self._catalog)
         with translated(self._where):
             self._published = catalog.published(self._catalog, self._config)
+        publication.require_whole(self._where, self._published.values(), self._config)
         connection = self._connect(replication=True)
         try:
             self._receiver = Receiver(
@@ -160,16 +161,29 @@ class PostgresSource:
             described = catalog.describe(self._catalog, [relation.oid]).get(relation.oid)
         if relation.oid not in self._published and not catalog.selected(self._config, table):
             return None
-        columns = self._columns(relation, described.schema if described is not None else None)
-        if relation.identity == "f":
-            names = {c.name for c in columns}
-            key = described.schema.key if described is not None else ()
-            key = key if set(key) <= names else ()
-        else:
-            sent_key = {c.name for c in relation.columns if c.is_key}
-            ordered = described.schema.key if described is not None else ()
-            key = ordered if set(ordered) == sent_key else tuple(c.name for c in relation.columns if c.is_key)
-        schema = TableSchema(table=table, oid=relation.oid, columns=tuple(columns), key=key, identity=relation.identity)
+        names = {c.name for c in relation.columns}
+        now = described.sent(names) if described is not None else None
+        columns = self._columns(relation, now)
+        identity = relation.identity
+        if identity == "f" and described is not None and described.kind == "p":
+            # The message has the root's identity, the old tuples that of the partitions.
+            identity = described.schema.identity
+        sent_key = tuple(c.name for c in relation.columns if c.is_key)
+        key = now.key if now is not None else ()
+        if described is not None and described.is_torn(names):
+            key = ()
+        elif relation.identity == "f":
+            key = key if set(key) <= {c.name for c in columns} else ()
+        elif set(key) != set(sent_key):
+            key = sent_key
+        schema = TableSchema(
+            table=table,
+            oid=relation.oid,
+            columns=tuple(columns),
+            key=key,
+            identity=identity,
+            absent=now.absent if now is not None else (),
+        )
         return self._schemas.register(schema)
 
     def _columns(self, relation: Relation, now: TableSchema | None) -> tuple[Column, ...]:
