@@ -37,6 +37,7 @@ def tables(call: Call) -> int:
         key = ", ".join(table["key"]) or "none"
         call.console.line(f"{table['source']}.{table['table']}  key: {key}  identity: {table['identity']}")
         rows = [(c["name"], c["type"], "not null" if c["not_null"] else "", c["held"]) for c in table["columns"]]
+        rows += [(name, "generated", "", "absent: the publication does not send it") for name in table["absent"]]
         call.console.table(("column", "type", "", "in the lake"), rows, indent="  ")
         call.console.line()
     return OK
@@ -73,6 +74,7 @@ def _describe_table(source: str, schema: TableSchema) -> dict[str, Any]:
             {"name": c.name, "attnum": c.attnum, "type": c.type_name, "not_null": c.not_null, "held": describe(c)}
             for c in schema.columns
         ],
+        "absent": list(schema.absent),
     }
 
 

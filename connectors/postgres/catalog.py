@@ -69,6 +69,8 @@ order by 1, 2
 
 PUBLISHED = """
 select c.oid::int8, p.schemaname, p.tablename, p.pubname, to_jsonb(p) -> 'attnames', to_jsonb(p) ->> 'rowfilter',
+  array(select a.attname::text from pg_attribute a where a.attrelid = c.oid and a.attgenerated <> ''
+        and current_setting('server_version_num')::int < 180000),
   pub.pubviaroot, pub.pubinsert, pub.pubupdate, pub.pubdelete, pub.pubtruncate,
   array(select a.relid::oid::int8 from pg_partition_ancestors(c.oid) a where a.relid <> c.oid)
 from pg_publication_tables p
@@ -195,14 +197,16 @@ def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict
     """Selected tables of the configured publications, as the stream names them: where one publishes a partition by
     its root, the changes come as the root's, whatever another one says of the partition."""
     rows = connection.execute(PUBLISHED, [list(config.publication)]).fetchall()
-    roots = {row[0] for row in rows if row[6]}
+    roots = {row[0] for row in rows if row[7]}
     found: dict[int, Published] = {}
-    for oid, schema, name, publication, columns, row_filter, _, *flags, ancestors in rows:
+    for oid, schema, name, publication, columns, row_filter, unsent, _, *flags, ancestors in rows:
         table = TableId(schema, name)
         if roots.intersection(ancestors) or not selected(config, table):
             continue
         operations = frozenset(operation for operation, sent in zip(OPERATIONS, flags, strict=True) if sent)
-        part = Part(publication, frozenset(columns) if columns is not None else None, row_filter, operations)
+        # Before 18 no generated column is sent, though 15 lists them.
+        names = frozenset(columns) - frozenset(unsent) if columns is not None else None
+        part = Part(publication, names, row_filter, operations)
         before = found[oid].parts if oid in found else ()
         found[oid] = Published(oid, table, (*before, part))
     return found

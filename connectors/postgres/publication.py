@@ -248,9 +248,8 @@ def setup_sql(connection: psycopg.Connection[Any], config: SourceConfig, where: 
 
 
 def _quoted(name: str) -> str:
-    """An identifier as it stands in a statement; quoted where it must be."""
-    plain = name.isidentifier() and name.isascii() and name == name.lower()
-    return name if plain else '"' + name.replace('"', '""') + '"'
+    """An identifier as it stands in a statement; always quoted: it may be a word that Postgres keeps for itself."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _name(table: TableId) -> str:

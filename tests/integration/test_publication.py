@@ -81,19 +81,19 @@ def test_a_publication_that_leaves_out_an_operation_is_refused_unless_the_table_
         "create table whole (id int primary key)",
         "create table events (id int primary key)",
         "create publication p for table whole",
-        "create publication some for table events with (publish = 'insert, update')",
+        "create publication \"some\" for table events with (publish = 'insert, update')",
     )
     (told,) = asked.findings("p", "some")
     assert (told.severity, told.object) == ("error", "public.events")
     assert "delete, truncate" in told.message
-    assert told.fix.startswith("alter publication some set (publish = 'insert, update, delete, truncate')")
+    assert told.fix.startswith("alter publication \"some\" set (publish = 'insert, update, delete, truncate')")
     for refusing in (
         lambda: asked.schemas("p", "some"),
         lambda: PostgresSource(asked.config("p", "some")).open(None, None, 1),  # type: ignore[arg-type]
     ):
         with pytest.raises(SourceRefused, match="does not publish delete, truncate") as refused:
             refusing()
-        assert "alter publication some" in refused.value.hint
+        assert 'alter publication "some"' in refused.value.hint
     declared = asked.schemas("p", "some", partial_operations=("public.ev*",))
     assert set(declared) == {"public.whole", "public.events"}
     assert asked.findings("p", "some", partial_operations=("public.ev*",)) == []
