@@ -49,6 +49,8 @@ class SourceConfig:
     confirm_after: str = "landed"
     confirm_every_s: float = 1.0
     chunk_rows: int = 50_000
+    chunk_bytes: int = 32 << 20
+    """Bound of a snapshot's chunk as text, whichever of the two is reached first; one row is the least."""
     lock_timeout_s: float = 10.0
     statement_timeout_s: float = 300.0
     connect_timeout_s: float = 10.0
@@ -194,6 +196,7 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 # Smallest value of a number; what is not named here must be greater than zero.
 _LEAST: dict[tuple[str, str], float] = {
     ("source", "chunk_rows"): 1,
+    ("source", "chunk_bytes"): 1 << 16,
     ("source", "buffer_bytes"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
     ("lake", "land_bytes"): 1 << 16,

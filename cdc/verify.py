@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from cdc.errors import CdcError, SourceRefused
 from cdc.keys import key_of
+from cdc.lake.bucket import slice_rows
 from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path, system_name, system_prefix
 from cdc.ports import ObjectStore, RowsRead, SnapshotReader, Visibility
@@ -250,7 +251,7 @@ class _Comparison:
             with current.open_file(live.path) as file:
                 present = set(file.schema_arrow.names)
                 wanted_columns = [n for n in [*names, raw_name] if n in present]
-                for batch in file.iter_batches(batch_size=self._chunk_rows, columns=wanted_columns):
+                for batch in file.iter_batches(batch_size=slice_rows(file.metadata), columns=wanted_columns):
                     columns = [
                         batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.field(n).type) for n in names
                     ]

@@ -81,6 +81,17 @@ where p.pubname = any(%s)
 order by 2, 3, 4
 """
 
+OPERATORS = """
+select oc.opcintype::int8, ao.amopstrategy, n.nspname, o.oprname
+from pg_opclass oc
+join pg_am am on am.oid = oc.opcmethod and am.amname = 'btree'
+join pg_amop ao on ao.amopfamily = oc.opcfamily and ao.amoplefttype = oc.opcintype
+  and ao.amoprighttype = oc.opcintype and ao.amopstrategy in (3, 4, 5)
+join pg_operator o on o.oid = ao.amopopr
+join pg_namespace n on n.oid = o.oprnamespace
+where oc.opcdefault and oc.opcintype = any(%s) and n.nspname <> 'pg_catalog'
+"""
+
 CANDIDATES = """
 select c.oid::int8, n.nspname, c.relname
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -261,6 +272,28 @@ def leaves(connection: psycopg.Connection[Any], roots: Sequence[int]) -> dict[in
         for root, oid, schema, name, identity, kind, key in connection.execute(LEAVES, [list(roots)]).fetchall():
             found.setdefault(root, []).append(Leaf(oid, TableId(schema, name), identity, kind, tuple(key or ())))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """How an extension's type (citext, ltree) is compared in its own order: operators as (schema, name)."""
+
+    equal: tuple[str, str]
+    at_least: tuple[str, str]
+    greater: tuple[str, str]
+
+
+def operators(connection: psycopg.Connection[Any], schema: TableSchema) -> dict[str, Operators]:
+    """Operators of the key columns whose types keep theirs outside of pg_catalog; the others are compared as written.
+
+    Under our search_path `>` between two citext values means that of text, while ORDER BY sorts by the type's own
+    order: a walk along the key would pass rows over.
+    """
+    types = {name: schema.column(name).type_oid for name in schema.key}
+    found: dict[int, dict[int, tuple[str, str]]] = {}
+    for type_oid, strategy, *operator in connection.execute(OPERATORS, [list(types.values())]).fetchall():
+        found.setdefault(type_oid, {})[strategy] = (operator[0], operator[1])
+    return {name: Operators(*(found[oid][n] for n in (3, 4, 5))) for name, oid in types.items() if oid in found}
 
 
 def type_facts(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[int, tuple[int, int, int, str]]:

@@ -41,7 +41,11 @@ where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
 
 NOTHING = sql.Composed([])
 BLOCKS_PER_CHUNK = 4096
-"""A keyless table is read in ranges of blocks of one snapshot: 32 MB at the usual block size."""
+"""A keyless table is read in ranges of blocks of one snapshot: 32 MB at the usual block size, big values apart."""
+
+
+class _Full(Exception):
+    """A chunk has as many bytes as one may have."""
 
 
 class PostgresSnapshotReader:
@@ -53,6 +57,7 @@ class PostgresSnapshotReader:
         self._connection: psycopg.Connection[Any] | None = None
         self._open: catalog.Described | None = None
         self._filter: str | None = None
+        self._operators: dict[str, catalog.Operators] = {}
 
     def tables(self) -> list[TableSchema]:
         with translated(self._where):
@@ -93,6 +98,7 @@ class PostgresSnapshotReader:
             under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if under_lock is None:
                 raise SourceRefused(f"{where} was dropped")
+            self._operators = catalog.operators(connection, under_lock.schema)
         readable = under_lock.sent(found.columns)
         self._open = replace(under_lock, schema=readable)
         self._filter = found.row_filter
@@ -122,14 +128,15 @@ class PostgresSnapshotReader:
             conditions.append(self._among(schema, keys))
         elif schema.key:
             if after is not None:
-                conditions.append(sql.SQL("({}) > ({})").format(_names(schema.key), _values(schema, after)))
+                conditions.append(self._behind(schema, after))
             order = sql.SQL("order by {}").format(_names(schema.key))
             limit = sql.SQL("limit {}").format(sql.Literal(rows_max)) if rows_max else limit
         else:
             return self._read_blocks(conditions, after or ("0", "0"))
-        table, texts = self._copy(conditions, order, limit)
+        # Rows that were asked for by key are few, and whoever asked would not know which are left.
+        table, texts = self._copy(conditions, order, limit, whole=keys is not None)
         last = tuple(str(texts[_index(schema, k)][-1].as_py()) for k in schema.key) if table.rows else None
-        done = keys is not None or not rows_max or table.rows < rows_max
+        done = table.done and (keys is not None or not rows_max or table.rows < rows_max)
         return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=last, done=done)
 
     def end(self) -> None:
@@ -169,15 +176,51 @@ class PostgresSnapshotReader:
         pattern = "{}" if described.kind == "p" else "only {}"
         return sql.SQL(pattern).format(sql.Identifier(*described.schema.table))
 
+    def _behind(self, schema: TableSchema, after: tuple[str, ...]) -> sql.Composed:
+        """The rows behind a key, in the order in which ORDER BY has them."""
+        if not self._operators:
+            return sql.SQL("({}) > ({})").format(_names(schema.key), _values(schema, after))
+        # A row comparison takes one operator for all columns: spelled out, with a first condition for the index.
+        either = [
+            sql.SQL("({})").format(
+                sql.SQL(" and ").join(
+                    [*(self._compare(schema, after, k, "equal") for k in range(i)), self._compare(schema, after, i)]
+                )
+            )
+            for i in range(len(schema.key))
+        ]
+        first = self._compare(schema, after, 0, "at_least")
+        return sql.SQL("({} and ({}))").format(first, sql.SQL(" or ").join(either))
+
+    def _equal(self, schema: TableSchema, key: tuple[str, ...]) -> sql.Composed:
+        return sql.SQL(" and ").join(self._compare(schema, key, i, "equal") for i in range(len(key)))
+
+    def _compare(self, schema: TableSchema, key: tuple[str, ...], i: int, what: str = "greater") -> sql.Composed:
+        """One column of the key against its value, by the operator of its type."""
+        own = self._operators.get(schema.key[i])
+        namespace, name = getattr(own, what) if own else ("pg_catalog", {"equal": "=", "at_least": ">="}.get(what, ">"))
+        return sql.SQL("{} operator({}.{}) {}").format(
+            sql.Identifier(schema.key[i]),
+            sql.Identifier(namespace),
+            sql.SQL(name),
+            _values(replace(schema, key=schema.key[i : i + 1]), key[i : i + 1]),
+        )
+
     def _among(self, schema: TableSchema, keys: Sequence[tuple[str, ...]]) -> sql.Composed:
         if not keys:
             return sql.SQL("{}").format(sql.Literal(False))
+        if self._operators:
+            # By the type's own operator for the sake of the index, and as text, because it may call others equal too.
+            one = sql.SQL("({} and ({}) = ({}))")
+            each = (one.format(self._equal(schema, key), _names(schema.key), _values(schema, key)) for key in keys)
+            return sql.SQL("({})").format(sql.SQL(" or ").join(each))
         rows = sql.SQL(", ").join(sql.SQL("({})").format(_values(schema, key)) for key in keys)
         return sql.SQL("({}) in ({})").format(_names(schema.key), rows)
 
     def _read_blocks(self, conditions: list[sql.Composed], after: tuple[str, ...]) -> RowsRead:
         """Rows of the next range of blocks; `last_key` says where to go on: which partition (0 if there are none), and
-        which block of it. The snapshot's lock holds partitions where they are."""
+        which block of it. The snapshot's lock holds partitions where they are. A range that has too many bytes is read
+        again by half; a block is the least."""
         opened = self._open
         assert opened is not None
         files = [(leaf.oid, leaf.table) for leaf in opened.leaves if leaf.kind == "r"]
@@ -195,9 +238,14 @@ class PostgresSnapshotReader:
                 .fetchone()
             )
         blocks = int(row[0]) if row else 0
-        end = first + BLOCKS_PER_CHUNK
-        ranged = sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)"))
-        table, _ = self._copy([*conditions, ranged], NOTHING, NOTHING, only=name)
+        count = BLOCKS_PER_CHUNK
+        while True:
+            end = first + count
+            ranged = sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)"))
+            table, _ = self._copy([*conditions, ranged], NOTHING, NOTHING, only=name, whole=count == 1)
+            if table.done:
+                break
+            count //= 2
         place, end = (place + 1, 0) if end >= blocks else (place, end)
         done = place >= len(files)
         return replace(table, last_key=(str(place), str(end)), done=done)
@@ -209,9 +257,10 @@ class PostgresSnapshotReader:
         limit: sql.Composed,
         *,
         only: TableId | None = None,
+        whole: bool = False,
     ) -> tuple[RowsRead, list[pa.Array]]:
         """Typed rows of one COPY (of one partition, if `only` names it), and the text columns that they were cast
-        from."""
+        from. Unless all are wanted (`whole`), it ends behind `chunk_bytes`; then it is not `done`."""
         assert self._open is not None
         schema = self._open.schema
         where = sql.SQL("where {}").format(sql.SQL(" and ").join(conditions)) if conditions else NOTHING
@@ -227,12 +276,8 @@ class PostgresSnapshotReader:
         query = sql.SQL("copy (select {} from {} {} {} {}) to stdout (format csv)").format(
             names, relation, where, order, limit
         )
-        buffer = pa.BufferOutputStream()
-        with translated(f"{self._where} table {schema.table}"), self._ready().cursor() as cursor:
-            with cursor.copy(query) as copy:
-                for data in copy:
-                    buffer.write(data)
-        texts = parse_csv(buffer.getvalue(), [c.name for c in schema.columns])
+        data, done = self._receive(query, 0 if whole else self._config.chunk_bytes)
+        texts = parse_csv(data, [c.name for c in schema.columns])
         columns: list[pa.Array] = []
         masks: list[np.ndarray | None] = []
         for column, text in zip(schema.columns, texts, strict=True):
@@ -240,7 +285,27 @@ class PostgresSnapshotReader:
             columns.append(typed)
             masks.append(mask)
         raw = build_raw([c.name for c in schema.columns], texts, masks)
-        return RowsRead(columns=columns, raw=raw, rows=len(texts[0]), last_key=None, done=True), texts
+        return RowsRead(columns=columns, raw=raw, rows=len(texts[0]), last_key=None, done=done), texts
+
+    def _receive(self, query: sql.Composed, bytes_max: int) -> tuple[pa.Buffer, bool]:
+        """What a COPY sends, and whether it is all; what is beyond `bytes_max` (0: no bound) is cancelled, row by row
+        as the server sends them. The savepoint keeps the snapshot over that."""
+        assert self._open is not None
+        buffer = pa.BufferOutputStream()
+        connection = self._ready()
+        with translated(f"{self._where} table {self._open.schema.table}"), connection.cursor() as cursor:
+            connection.execute("savepoint chunk")
+            try:
+                with cursor.copy(query) as copy:
+                    for data in copy:
+                        if bytes_max and buffer.tell() > bytes_max:
+                            raise _Full
+                        buffer.write(data)
+            except _Full:
+                connection.execute("rollback to savepoint chunk")
+                return buffer.getvalue(), False
+            connection.execute("release savepoint chunk")
+        return buffer.getvalue(), True
 
 
 def parse_csv(data: pa.Buffer, names: list[str]) -> list[pa.Array]:
