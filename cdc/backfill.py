@@ -104,6 +104,7 @@ class Backfill:
         self._lock = threading.Lock()
         self._before: dict[str, set[str]] = {}
         self._not_before = 0.0
+        self._halted = False
         for run in state.runs(source, states=["running"]):
             if run.kind == "keys":
                 # Whoever wished for them finds out anew that they are missing.
@@ -134,6 +135,10 @@ class Backfill:
             self._wishes = [w for w in self._wishes if w.table != table]
             self._wishes.append(Wish(table, list(keys)))
 
+    def halt(self) -> None:
+        """Do nothing any more: soon after, no step is at work. Thread-safe, and for good."""
+        self._halted = True
+
     @property
     def idle(self) -> bool:
         """Whether nothing is ordered."""
@@ -145,7 +150,7 @@ class Backfill:
     def step(self) -> bool:
         """One bounded piece of work: start a run, read a chunk, or end a run. False if there was nothing to do or it
         must wait; errors of one table stop that table, others are raised."""
-        if time.monotonic() < self._not_before or self._log.position(self._source) is None:
+        if self._halted or time.monotonic() < self._not_before or self._log.position(self._source) is None:
             return False
         if self._chunk is not None:
             return self._guarded(self._chunk.run.table, self._settle_chunk, self._chunk.run)
@@ -393,7 +398,7 @@ class Backfill:
         after: tuple[str, ...] | None = None
         while True:
             current = self._state.run(run.id)
-            if current is None or current.state != "running":
+            if self._halted or current is None or current.state != "running":
                 return True
             rows = self._reader.read(after=after, rows_max=self._chunk_rows)
             with self._log.lock():

@@ -48,6 +48,9 @@ class SourceConfig:
     """Globs of tables whose publication may leave out operations."""
     confirm_after: str = "landed"
     confirm_every_s: float = 1.0
+    on_slot_lost: str = "stop"
+    failover: bool = False
+    """Make the slot one that standbys keep too (Postgres 17 and later)."""
     chunk_rows: int = 50_000
     chunk_bytes: int = 32 << 20
     """Bound of a snapshot's chunk as text, whichever of the two is reached first; one row is the least."""
@@ -189,6 +192,7 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "confirm_after"): ("landed", "log"),
     ("source", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("table", "on_schema_change"): ("evolve", "freeze", "stop"),
+    ("source", "on_slot_lost"): ("stop", "resync"),
     ("sync", "mode"): ("upsert",),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),
@@ -359,6 +363,10 @@ class _Reader:
         return values if len(self.problems) == before else None
 
     def _value(self, section: str, key: str, kind: Any, value: Any, at: str) -> Any:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"true or false is expected, not {_kind(value)}")
+            return value
         if kind is int:
             return self._int(section, key, value)
         if kind is float or kind == float | None:

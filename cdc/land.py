@@ -232,7 +232,7 @@ class Lander:
         return self._changelogs[table]
 
     def resume(self) -> LandPoint:
-        self._abandon()
+        self.abandon()
         self._changelogs.clear()
         self._look_around()
         saved = self._state.checkpoint("land", self._source)
@@ -342,7 +342,8 @@ class Lander:
             writer.abandon()
         self._stop_table(table, error)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Let go of what is open and not committed; it is read again from the log."""
         for writer in self._writers.values():
             writer.abandon()
         self._writers.clear()

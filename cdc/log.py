@@ -264,10 +264,10 @@ class EventLog:
             self._reset(tail, tail.position, end)
             return dropped
 
-    def set_position(self, source: str, boundary: Boundary) -> None:
-        """Say where a source stands that the log does not know better: at the start on an empty disk, or when a new
-        epoch begins (its transaction ids are another server's then, and the index forgets the old ones). Drops the
-        open transaction. InvariantBroken if it goes back."""
+    def set_position(self, source: str, boundary: Boundary, *, other_server: bool = False) -> None:
+        """Say where a source stands that the log does not know better: at the start on an empty disk, when a new epoch
+        begins, or when another server goes on with it (`other_server`). Then transaction ids and positions are another
+        server's, and the old ones are forgotten. Drops the open transaction. InvariantBroken if it goes back."""
         self._check_writable()
         with self._lock:
             tail = self._tail(source)
@@ -276,13 +276,18 @@ class EventLog:
                 raise InvariantBroken(
                     f"position of source {source} would go back from {_at(before)} to {_at(boundary)}"
                 )
-            other_epoch = before is not None and boundary.epoch != before.epoch
+            other_server |= before is not None and boundary.epoch != before.epoch
             with self._state.transaction() as tx:
                 _, end = self._drop_open(tx, source, tail)
                 _save_tail(tx, source, boundary, end, 0)
-                if other_epoch:
+                if other_server:
                     self._xids.clear(tx, source)
-            if other_epoch:
+                    tx.execute(
+                        "update sources set head_lsn = 0, received_lsn = 0, confirmed_lsn = 0, committed_at = 0 "
+                        "where name = ?",
+                        (source,),
+                    )
+            if other_server:
                 self._xids.cleared(source)
             self._reset(tail, boundary, end)
 

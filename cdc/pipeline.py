@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +24,18 @@ from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, StoreConflict, Verdict
 from cdc.lake.anchor import Anchor, AnchorState
-from cdc.lake.changelog import ChangelogTable
+from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
-from cdc.origin import settle
-from cdc.ports import ObjectStore
+from cdc.origin import give_up, settle
+from cdc.ports import ObjectStore, SourceIdentity
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.stage import Stage
 from cdc.state import State, TableState
-from cdc.status import progress_fact
+from cdc.status import history_fact, progress_fact
 from cdc.table import TableId, TableSchema
 from cdc.worker import Worker
 
@@ -83,9 +84,12 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
-        self._anchor_lock = threading.Lock()
         self._temp = config.state_dir / "tmp" / source.name
         self._prepared = threading.Event()
+        self._built = False
+        self._settled = False
+        self._let_go = ""
+        self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill")}
         self._resting = False
         self._stopped: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
@@ -99,9 +103,9 @@ class Pipeline:
             )
             for part, step, idle_s in (
                 ("capture", self._capture_step, 0.2),
-                ("land", self._land_step, 0.2),
-                ("merge", self._merge_step, 0.1),
-                ("backfill", self._backfill_step, 0.05),
+                ("land", lambda: self._in_turn("land", self._land_step), 0.2),
+                ("merge", lambda: self._in_turn("merge", self._merge_step), 0.1),
+                ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
             )
         ]
 
@@ -145,13 +149,33 @@ class Pipeline:
 
     # ---- capture ----
 
+    def begin_anew(self, why: str) -> None:
+        """Let the slot go and begin a new history: a slot made anew, every table snapshotted again. Thread-safe; done
+        by the capture thread, and repeated by it until it is done."""
+        self._let_go = why
+
     def _capture_step(self) -> bool:
-        if not self._prepared.is_set():
-            self._prepare()
-        if self._paused():
+        try:
+            return self._capture_once()
+        except BaseException:
+            # Whatever cut the stream: where it may go on is looked at anew, at what is the same server or another one.
+            self._settled = False
+            metrics.UP.labels(self.name).set(0)
+            raise
+
+    def _capture_once(self) -> bool:
+        paused = self._paused()
+        if self._let_go and self._prepared.is_set():
+            self._capture.close()
+            give_up(self._anchor, self._let_go)
+            self._let_go, self._settled = "", False
+        if not self._settled and not (paused and self._prepared.is_set()):
+            self._settle()
+        if paused:
             self._capture.close()
             self._state.save_source(self.name, phase="paused")
             self._resting = True
+            self._settled = False
             metrics.UP.labels(self.name).set(0)
             return False
         progress = self._capture.step(READ_S)
@@ -161,16 +185,58 @@ class Pipeline:
         metrics.UP.labels(self.name).set(1)
         return progress.read
 
-    def _prepare(self) -> None:
-        self._state.save_source(self.name, phase="starting")
+    def _settle(self) -> None:
+        """Look where the source's history stands, and (re)build the parts if it is another one than before."""
+        first = not self._built
+        if first:
+            if self.workers[0].error is None:
+                self._state.save_source(self.name, phase="starting")
+            self._take_lease()
+        identity = self._source.identity()
+        with ExitStack() as turns:
+            anchor = settle(
+                self._source_config, identity, self.admin, self._anchor, self._log,
+                landed_lsn=lambda epoch: highest_landed(self._store, self.name, epoch),
+                still=lambda: self._hold_still(turns),
+            )  # fmt: skip
+            self._note_identity(identity, anchor)
+            if first or anchor.epoch != self._epoch:
+                self._build(anchor)
+        self._built = self._settled = True
+        self._prepared.set()
+        if first:
+            self._state.save_source(self.name, phase="streaming", error="", hint="")
+
+    def _take_lease(self) -> None:
         try:
             self._lease.acquire()
         except LeaseLost as e:
             # At the start this is a daemon that waits for its turn, not one that has lost it.
             raise SourceUnavailable(e.args[0], hint=e.hint) from e
         self._renew_at = time.monotonic() + self._lease.renew_every_s
-        identity = self._source.identity()
-        anchor = settle(self._source_config, identity, self.admin, self._anchor, self._log)
+
+    def _hold_still(self, turns: ExitStack) -> None:
+        """Until `turns` is closed, no other part is at work: what it does belongs to the history that ends."""
+        if not self._prepared.is_set():
+            return
+        self._prepared.clear()
+        turns.callback(self._prepared.set)
+        self.backfill.halt()
+        for turn in self._turns.values():
+            turns.enter_context(turn)
+
+    def _in_turn(self, part: str, step: Callable[[], bool]) -> bool:
+        if part == "land" and self._built and time.monotonic() >= self._renew_at:
+            self._lease.renew()
+            self._renew_at = time.monotonic() + self._lease.renew_every_s
+        if not self._prepared.wait(READ_S):
+            return False
+        with self._turns[part]:
+            # It may have been cleared between the two.
+            return self._prepared.is_set() and step()
+
+    def _note_identity(self, identity: SourceIdentity, anchor: AnchorState) -> None:
+        self._state.set(history_fact(self.name), {"epoch": anchor.epoch, "why": anchor.why})
         self._state.save_source(
             self.name,
             identity={
@@ -180,13 +246,18 @@ class Pipeline:
                 "server_version": identity.server_version,
             },
         )
-        self._build(anchor)
-        self._prepared.set()
-        self._state.save_source(self.name, phase="streaming", error="", hint="")
 
     def _build(self, anchor: AnchorState) -> None:
+        """The parts, for one epoch. No part is at work."""
+        if self._built:
+            self._capture.close()
+            self.lander.abandon()
+            log.info("a new epoch began", extra={"source": self.name, "epoch": anchor.epoch})
         lake = self._config.lake
         self._epoch = anchor.epoch
+        self._discover_at = self._look_at = 0.0
+        self._heads.clear()
+        self._caught_up_at.clear()
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         tables = self._state.tables(self.name)
         self._stopped = {t.table for t in tables if t.state in ("stopped", "removed")}
@@ -198,7 +269,7 @@ class Pipeline:
             anchored_lsn=anchor.may_confirm_lsn,
             every_s=self._source_config.confirm_every_s,
         )
-        self.lander = Lander(
+        self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_stopped,
@@ -222,35 +293,30 @@ class Pipeline:
         self._land: Stage[Group, LandPoint] = Stage(f"land:{self.name}", reader, self.lander)
 
     def _save_anchor(self, may_confirm_lsn: int) -> None:
-        with self._anchor_lock:
-            self._lease.check()
-            known = self._anchor.state
-            assert known is not None
-            try:
-                self._anchor.save(replace(known, may_confirm_lsn=max(may_confirm_lsn, known.may_confirm_lsn)))
-            except StoreConflict as e:
-                raise LeaseLost(
-                    f"source {self.name}: another daemon wrote the lake's anchor", hint="run only one"
-                ) from e
+        self._lease.check()
+        mode, epoch = self._source_config.confirm_after, self._epoch
+
+        def further(known: AnchorState) -> AnchorState:
+            if known.epoch != epoch:
+                return known
+            return replace(known, mode=mode, may_confirm_lsn=max(may_confirm_lsn, known.may_confirm_lsn))
+
+        try:
+            self._anchor.change(further)
+        except StoreConflict as e:
+            raise LeaseLost(f"source {self.name}: another daemon wrote the lake's anchor", hint="run only one") from e
 
     # ---- the other parts ----
 
     def _land_step(self) -> bool:
-        if not self._prepared.wait(READ_S):
-            return False
-        if time.monotonic() >= self._renew_at:
-            self._lease.renew()
-            self._renew_at = time.monotonic() + self._lease.renew_every_s
         progress = self._land.step(LAND_S)
         return progress.read
 
     def _merge_step(self) -> bool:
-        if not self._prepared.wait(READ_S):
-            return False
         return self.merger.step()
 
     def _backfill_step(self) -> bool:
-        if not self._prepared.wait(READ_S) or self._paused():
+        if self._paused():
             return False
         now = time.monotonic()
         if now >= self._discover_at:
@@ -274,6 +340,8 @@ class Pipeline:
         history = f"epoch:{self.name}"
         if self._state.get(history) != self._epoch:
             # What was known is of another history (or of none): the lake alone tells which snapshots are complete.
+            for run in self._state.runs(self.name, states=["pending", "running"]):
+                self._state.update_run(run.id, state="cancelled", reason="the source's history began anew")
             for schema in published.values():
                 self._adopt(schema, None)
             self._state.set(history, self._epoch)
@@ -298,7 +366,8 @@ class Pipeline:
         tokens = ChangelogTable(self._store, self.name, table).tokens()
         complete = tokens.complete(self._epoch, oid) and str(table) not in self._anchor_marks()
         came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
-        self._stopped.discard(table)
+        if not self._state.is_paused("table", f"{self.name}/{table}"):
+            self._stopped.discard(table)
         counter = max(tokens.snapshot_seq + 1, self._state.table(self.name, table).snapshot_seq)
         state = "streaming" if complete and not came_back else "new"
         self._state.update_table(self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter)
@@ -356,12 +425,12 @@ class Pipeline:
         return run
 
     def _mark(self, table: TableId, needs: bool) -> None:
-        with self._anchor_lock:
-            known = self._anchor.state
-            if known is None or (str(table) in known.needs_resync) == needs:
-                return
+        def marked(known: AnchorState) -> AnchorState:
             marks = {t for t in known.needs_resync if t != str(table)} | ({str(table)} if needs else set())
-            self._anchor.save(replace(known, needs_resync=tuple(sorted(marks))))
+            return replace(known, needs_resync=tuple(sorted(marks)))
+
+        if self._anchor.state is not None:
+            self._anchor.change(marked)
 
     # ---- waiting and telling ----
 

@@ -37,6 +37,8 @@ class SourceIdentity:
     timeline: int
     database: str
     server_version: int
+    branches: tuple[tuple[int, int], ...] = ()
+    """The timelines that `timeline` descends from, oldest first, each with the LSN at which it was left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,12 @@ class SourceStatus:
     retained_bytes: int = 0
     wal_status: str = ""
     safe_wal_bytes: int | None = None
+    slot_fault: str = ""
+    """Why nobody can read the slot any more, as a sentence; empty if it can be read."""
+    slot_fault_hint: str = ""
+    """What keeps that from happening again."""
+    slot_failover: bool = False
+    """Whether the slot is kept on standbys too, so that it outlives a promotion."""
     oldest_xmin: int = 0
     """Every snapshot taken from now on sees all transactions below it (64 bit)."""
     wal_keep_bytes: int | None = None
@@ -174,8 +182,9 @@ class SourceAdmin(Protocol):
     def check(self) -> list[Finding]:
         """Everything that would stop or endanger capture, without side effects."""
 
-    def setup(self, *, dry_run: bool) -> list[str]:
-        """Create publication, then slot, where missing; the SQL in the order in which it ran (or would run)."""
+    def setup(self, *, dry_run: bool, anew: bool = False) -> list[str]:
+        """Create publication, then slot, where missing; the SQL in the order in which it ran (or would run). `anew`: a
+        slot of ours that exists is dropped first. SourceRefused if the name is another one's slot."""
 
     def teardown(self, *, dry_run: bool) -> list[str]:
         """Drop slot and our publication, if they exist; the SQL."""

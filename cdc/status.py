@@ -35,6 +35,11 @@ def progress_fact(source: str) -> str:
     return f"progress:{source}"
 
 
+def history_fact(source: str) -> str:
+    """Key of the fact that tells which epoch the source is in, and why it began: {epoch, why}."""
+    return f"history:{source}"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One rung of the ladder: how far a step is, and how much the server is ahead of it (None: not known)."""
@@ -139,6 +144,7 @@ def _source(
         "hint": known.hint if known else "",
         "paused": bool(state and state.is_paused("source", name)),
         "epoch": known.epoch if known and known.positioned else None,
+        "epoch_why": (state.get(history_fact(name)) or {}).get("why") if state else None,
         "slot": _slot(section.slot, live),
         "ladder": [
             {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
@@ -169,6 +175,8 @@ def _slot(name: str, live: SourceStatus | CdcError | None) -> dict[str, Any]:
         "retained_bytes": live.retained_bytes,
         "wal_status": live.wal_status or None,
         "safe_wal_bytes": live.safe_wal_bytes,
+        "fault": live.slot_fault or None,
+        "failover": live.slot_failover,
     }
 
 

@@ -5,12 +5,14 @@ kept, and up to which position the slot may have been confirmed. It is written b
 position, so a slot that stands beyond it was moved by someone else: something was lost, and the start says so.
 
 Written by conditional PUT: two writers cannot both believe that theirs stands. It never goes back within an epoch.
-It does not decide anything; capture does.
+It does not decide anything; cdc.origin and cdc.capture do.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -30,21 +32,29 @@ class AnchorState:
     timeline: int
     database: str
     slot: str
+    """Empty: it was given up, and the next start begins a new epoch with a slot made anew."""
     mode: str
     may_confirm_lsn: int
     needs_resync: tuple[str, ...] = ()
     """Tables whose changes were let go (`schema.name`): what the lake holds of them is not whole until a resync."""
+    why: str = ""
+    """Why this epoch began, or why the slot was given up."""
+    adopted_from_lsn: int = 0
+    """End LSN up to which the lake (or the log) held the server before this one, where an operator adopted another."""
+    adopted_at_lsn: int = 0
+    """Where the adopted server goes on: between the two there is nothing."""
     format: int = FORMAT
 
 
 class Anchor:
-    """The anchor of one source. Every call reads or writes the store; not thread-safe."""
+    """The anchor of one source. Every call reads or writes the store; thread-safe."""
 
     def __init__(self, store: ObjectStore, source: str) -> None:
         self._store = store
         self._key = anchor_key(source)
         self._etag: str | None = None
         self._state: AnchorState | None = None
+        self._lock = threading.RLock()
 
     @property
     def state(self) -> AnchorState | None:
@@ -53,13 +63,14 @@ class Anchor:
 
     def load(self) -> AnchorState | None:
         """Read the anchor; None if the lake has none. FormatTooNew if a newer release wrote it."""
-        found = self._store.get(self._key)
-        if found is None:
-            self._etag = self._state = None
-            return None
-        self._state = _parse(found[0], self._key)
-        self._etag = found[1]
-        return self._state
+        with self._lock:
+            found = self._store.get(self._key)
+            if found is None:
+                self._etag = self._state = None
+                return None
+            self._state = _parse(found[0], self._key)
+            self._etag = found[1]
+            return self._state
 
     def save(self, state: AnchorState) -> None:
         """Replace what was last read or written here; durable on return.
@@ -67,22 +78,34 @@ class Anchor:
         StoreConflict if another writer was faster (`load` shows it); InvariantBroken if the epoch, or the position
         within the epoch, would go back.
         """
-        old = self._state
-        if old is not None and (state.epoch, state.may_confirm_lsn) < (old.epoch, old.may_confirm_lsn):
-            raise InvariantBroken(
-                f"{self._key} would go back from epoch {old.epoch}, position {old.may_confirm_lsn:X} "
-                f"to epoch {state.epoch}, position {state.may_confirm_lsn:X}"
-            )
-        data = json.dumps(asdict(state), indent=1).encode()
-        try:
-            self._etag = self._store.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
-        except StoreConflict:
-            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
-            found = self._store.get(self._key)
-            if found is None or found[0] != data:
-                raise
-            self._etag = found[1]
-        self._state = state
+        with self._lock:
+            old = self._state
+            if old is not None and (state.epoch, state.may_confirm_lsn) < (old.epoch, old.may_confirm_lsn):
+                raise InvariantBroken(
+                    f"{self._key} would go back from epoch {old.epoch}, position {old.may_confirm_lsn:X} "
+                    f"to epoch {state.epoch}, position {state.may_confirm_lsn:X}"
+                )
+            data = json.dumps(asdict(state), indent=1).encode()
+            try:
+                self._etag = self._store.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
+            except StoreConflict:
+                # A store may repeat a PUT whose answer was lost, and then conflict with itself.
+                found = self._store.get(self._key)
+                if found is None or found[0] != data:
+                    raise
+                self._etag = found[1]
+            self._state = state
+
+    def change(self, to: Callable[[AnchorState], AnchorState]) -> AnchorState:
+        """Save what `to` makes of what was last read or written here, if it is something else; what stands then. No
+        other thread's change comes in between. Errors as `save`; InvariantBroken if there is no anchor."""
+        with self._lock:
+            if self._state is None:
+                raise InvariantBroken(f"{self._key} does not exist yet")
+            state = to(self._state)
+            if state != self._state:
+                self.save(state)
+            return state
 
 
 def _parse(data: bytes, key: str) -> AnchorState:

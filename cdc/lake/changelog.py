@@ -32,7 +32,7 @@ from cdc.batch import SNAPSHOT_SEQ, SYSTEM, Batch, Boundary, system_type
 from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.delta import AddedFile, DeltaLog
-from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix
+from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix, tables_in
 from cdc.lake.objects import OBJECT_BYTES, Extent, OpenObject
 from cdc.ports import ObjectStore
 from cdc.table import TableId, TableSchema
@@ -203,6 +203,12 @@ class ChangelogTable:
         return len(keys)
 
 
+def highest_landed(store: ObjectStore, source: str, epoch: int) -> int:
+    """The highest commit LSN of an epoch that any changelog of the source says it holds; -1 if none holds any. Lists
+    the whole source in the store: not for every day."""
+    return max((ChangelogTable(store, source, t).tokens().stream(epoch) for t in tables_in(store, source)), default=-1)
+
+
 class ChangelogWriter:
     """Rows on their way to one commit. `add` any number of times, then `commit` at a cut, or `abandon`."""
 
@@ -253,7 +259,7 @@ class ChangelogWriter:
         writer and add the rows again: the tokens tell what is missing.
         """
         stream = f"stream/{boundary.epoch}"
-        tokens = self._progress.tokens(self._base)
+        tokens = self._progress.tokens(self._base, boundary.epoch)
         tokens[stream] = max(boundary.lsn, self._base.stream(boundary.epoch))
         self._progress.check(boundary, str(self._changelog.table))
         if fence:
@@ -365,8 +371,11 @@ class _Progress:
             if known.get("event") == "end" and known.get("kind") in FULL_RUNS:
                 self.complete.add((epoch, int(known["oid"])))
 
-    def tokens(self, base: ChangelogTokens) -> dict[str, int]:
-        found = {f"run/{run}": max(chunk, base.run(run)) for run, chunk in self.runs.items() if chunk >= 0}
+    def tokens(self, base: ChangelogTokens, epoch: int) -> dict[str, int]:
+        """All but the token of the stream of `epoch`, which reaches further than the rows. Rows of an epoch before it
+        are the last that the log had of it: without a token of theirs they would be taken again after a crash."""
+        found = {f"stream/{e}": max(lsn, base.stream(e)) for e, lsn in self.last.items() if e != epoch}
+        found |= {f"run/{run}": max(chunk, base.run(run)) for run, chunk in self.runs.items() if chunk >= 0}
         found |= {f"complete/{epoch}/{oid}": 1 for epoch, oid in self.complete}
         if self.counter >= 0:
             found[_SNAPSHOT_SEQ] = self.counter

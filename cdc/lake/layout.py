@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from cdc.batch import SYSTEM
+from cdc.ports import ObjectStore
 from cdc.table import TableId
 
 ESCAPE: Final = "@"
@@ -81,6 +82,12 @@ def table_of_path(path: str) -> TableId | None:
         return TableId(decode_name(schema), decode_name(name))
     except ValueError:
         return None
+
+
+def tables_in(store: ObjectStore, source: str) -> list[TableId]:
+    """The tables of a source that have anything in the lake, as the store lists them."""
+    tables = {table_of_path(stored.key) for stored in store.list(source_path(source) + "/")}
+    return sorted(table for table in tables if table is not None)
 
 
 def system_prefix(columns: Iterable[str]) -> str:

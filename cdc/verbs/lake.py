@@ -36,13 +36,9 @@ def list_tables(call: Call) -> int:
 
 def lake_tables(call: Call) -> dict[str, list[TableId]]:
     """The tables that the lake holds, by configured source, as the store lists them: needs no state of the daemon."""
-    from cdc.lake.layout import source_path, table_of_path
+    from cdc.lake.layout import tables_in
 
-    found: dict[str, list[TableId]] = {}
-    for source in call.sources():
-        tables = {table_of_path(stored.key) for stored in call.store.list(source_path(source) + "/")}
-        found[source] = sorted(table for table in tables if table is not None)
-    return found
+    return {source: tables_in(call.store, source) for source in call.sources()}
 
 
 def _delta(store: ObjectStore, path: str) -> dict[str, Any] | None:

@@ -19,19 +19,15 @@ from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, SourceRefused, SourceUnavailable
 from cdc.ports import Finding, SourceStatus
 from cdc.table import TableSchema
-from connectors.postgres import catalog, check, publication
+from connectors.postgres import catalog, check, publication, slot
 from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.replication import parse_lsn
 
 STATUS = """
 select case when pg_is_in_recovery() then pg_last_wal_receive_lsn() else pg_current_wal_lsn() end::text,
-       s.slot_name is not null, coalesce(s.active, false), coalesce(s.active_pid, 0),
-       s.confirmed_flush_lsn::text, s.restart_lsn::text,
-       coalesce(s.wal_status, ''), s.safe_wal_size,
        pg_snapshot_xmin(pg_current_snapshot())::text::int8,
        (select setting::int8 from pg_settings where name = 'max_slot_wal_keep_size'),
        has_function_privilege('pg_ls_waldir()', 'execute')
-from (select 1) one left join pg_replication_slots s on s.slot_name = %s
 """
 
 WRITERS = """
@@ -79,30 +75,29 @@ class PostgresAdmin:
             )
         return findings
 
-    def setup(self, *, dry_run: bool) -> list[str]:
+    def setup(self, *, dry_run: bool, anew: bool = False) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
+            if anew:
+                done += slot.drop(connection, self._config.slot, dry_run=dry_run)
             for statement in publication.setup_sql(connection, self._config, self._where):
                 done.append(statement)
                 if not dry_run:
                     connection.execute(statement.encode())
-            if not self._slot_exists(connection):
-                slot_sql = sql.SQL("select pg_create_logical_replication_slot({}, 'pgoutput')").format(
-                    sql.Literal(self._config.slot)
-                )
+            ours = slot.find(connection, self._config.slot)
+            if ours is None or (anew and dry_run):
+                slot_sql = slot.create_sql(connection, self._config.slot, failover=self._config.failover)
                 done.append(slot_sql.as_string(connection))
                 if not dry_run:
                     self._create_slot(connection, slot_sql)
+            elif self._config.failover and ours.get("failover") is not True:
+                done += self._alter_slot(connection, dry_run=dry_run)
         return done
 
     def teardown(self, *, dry_run: bool) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
-            if self._slot_exists(connection):
-                statement = sql.SQL("select pg_drop_replication_slot({})").format(sql.Literal(self._config.slot))
-                done.append(statement.as_string(connection))
-                if not dry_run:
-                    connection.execute(statement)
+            done += slot.drop(connection, self._config.slot, dry_run=dry_run)
             for name in self._config.publication:
                 comment = connection.execute(
                     "select obj_description(oid, 'pg_publication') from pg_publication where pubname = %s", [name]
@@ -121,22 +116,27 @@ class PostgresAdmin:
             return self._status(connection)
 
     def _status(self, connection: psycopg.Connection[Any]) -> SourceStatus:
-        row = connection.execute(STATUS, [self._config.slot]).fetchone()
+        ours = slot.find(connection, self._config.slot) or {}
+        row = connection.execute(STATUS).fetchone()
         assert row is not None
-        head, exists, active, pid, confirmed, restart, wal_status, safe, xmin, keep_mb, may_look = row
+        head, xmin, keep_mb, may_look = row
         size = connection.execute("select sum(size)::int8 from pg_ls_waldir()").fetchone() if may_look else None
         writer = connection.execute(OLDEST_WRITER).fetchone()
-        restart_lsn = parse_lsn(restart)
+        restart_lsn = parse_lsn(ours.get("restart_lsn"))
+        fault, fault_hint = slot.fault_of(ours)
         return SourceStatus(
             head_lsn=parse_lsn(head),
-            slot_exists=exists,
-            slot_active=active,
-            slot_active_pid=pid,
-            confirmed_lsn=parse_lsn(confirmed),
+            slot_exists=bool(ours),
+            slot_active=ours.get("active") is True,
+            slot_active_pid=ours.get("active_pid") or 0,
+            confirmed_lsn=parse_lsn(ours.get("confirmed_flush_lsn")),
             restart_lsn=restart_lsn,
             retained_bytes=max(0, parse_lsn(head) - restart_lsn) if restart_lsn else 0,
-            wal_status=wal_status,
-            safe_wal_bytes=safe,
+            wal_status=ours.get("wal_status") or "",
+            safe_wal_bytes=ours.get("safe_wal_size"),
+            slot_fault=fault,
+            slot_fault_hint=fault_hint,
+            slot_failover=ours.get("failover") is True,
             oldest_xmin=xmin,
             wal_keep_bytes=keep_mb << 20 if keep_mb >= 0 else None,
             wal_dir_bytes=size[0] if size else None,
@@ -155,7 +155,7 @@ class PostgresAdmin:
         return parse_lsn(row[0])
 
     @contextmanager
-    def _connected(self) -> Iterator[psycopg.Connection[Any]]:
+    def _connected(self, *, replication: bool = False) -> Iterator[psycopg.Connection[Any]]:
         config = self._config
         connection = connect(
             config.dsn,
@@ -166,6 +166,7 @@ class PostgresAdmin:
                 "lock_timeout": f"{config.lock_timeout_s:g}s",
                 "statement_timeout": f"{config.statement_timeout_s:g}s",
             },
+            replication=replication,
         )
         try:
             with translated(self._where):
@@ -173,21 +174,14 @@ class PostgresAdmin:
         finally:
             connection.close()
 
-    def _slot_exists(self, connection: psycopg.Connection[Any]) -> bool:
-        row = connection.execute(
-            "select database = current_database(), plugin, slot_type, coalesce(database, '')"
-            " from pg_replication_slots where slot_name = %s",
-            [self._config.slot],
-        ).fetchone()
-        if row is None:
-            return False
-        if row[2] != "logical" or row[1] != "pgoutput" or not row[0]:
-            raise SourceRefused(
-                f"{self._where}: slot {self._config.slot!r} exists, but it is a {row[2]} slot with plugin {row[1]!r}"
-                f" in database {row[3]!r}",
-                hint="set another `slot` for this source in the configuration",
-            )
-        return True
+    def _alter_slot(self, connection: psycopg.Connection[Any], *, dry_run: bool) -> list[str]:
+        """Make a failover slot of the one that exists; nobody may stream from it meanwhile."""
+        slot.create_sql(connection, self._config.slot, failover=True)
+        command = slot.alter_failover_command(self._config.slot)
+        if not dry_run:
+            with self._connected(replication=True) as walsender:
+                walsender.execute(command.encode())
+        return [command]
 
     def _create_slot(self, connection: psycopg.Connection[Any], statement: sql.Composed) -> None:
         connection.execute(f"set lock_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
@@ -207,20 +201,23 @@ class PostgresAdmin:
             ) from e
 
     def _check_slot(self, connection: psycopg.Connection[Any]) -> list[Finding]:
+        name = self._config.slot
         try:
-            exists = self._slot_exists(connection)
+            ours = slot.find(connection, name)
+            if self._config.failover:
+                slot.create_sql(connection, name, failover=True)
         except SourceRefused as e:
-            return [Finding(name="slot", severity="error", message=e.args[0], fix=e.hint, object=self._config.slot)]
-        severity, message = ("ok", "exists") if exists else ("warning", "does not exist yet")
-        return [
-            Finding(
-                name="slot",
-                severity=severity,
-                message=f"slot {self._config.slot!r} {message}",
-                fix="" if exists else "cdc setup",
-                object=self._config.slot,
-            )
-        ]
+            return [Finding(name="slot", severity="error", message=e.args[0], fix=e.hint, object=name)]
+        if ours is None:
+            message = f"slot {name!r} does not exist yet"
+            return [Finding(name="slot", severity="warning", message=message, fix="cdc setup", object=name)]
+        fault, _ = slot.fault_of(ours)
+        if fault:
+            message = f"slot {name!r} cannot be read any more: {fault}"
+            fix = f"cdc teardown {self._config.name}, then start again"
+            return [Finding(name="slot", severity="error", message=message, fix=fix, object=name)]
+        found = [Finding(name="slot", severity="ok", message=f"slot {name!r} exists", object=name)]
+        return found + (slot.failover_findings(connection, ours) if self._config.failover else [])
 
     def _check_tables(self, connection: psycopg.Connection[Any]) -> list[Finding]:
         findings = publication.check(connection, self._config)

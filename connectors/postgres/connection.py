@@ -126,11 +126,14 @@ def translate(error: psycopg.Error, where: str) -> CdcError:
             return SourceRefused(text, hint="the server is a standby or read only: point the DSN at the primary")
         case pg.TooManyConnections() | pg.ConfigurationLimitExceeded():
             return SourceUnavailable(text, hint="raise max_wal_senders, max_replication_slots or max_connections")
+    if error.sqlstate == "58P01" and "WAL segment" in str(error):
+        return SlotLost(text)
     if error.sqlstate is None or error.sqlstate[:2] in ("08", "53", "57", "40", "55"):
         if error.sqlstate == "55000" and "wal_level" in str(error):
             return SourceRefused(text, hint="alter system set wal_level = 'logical'; then restart the server")
         if error.sqlstate == "55000" and "slot" in str(error):
-            return SlotLost(text, hint="`cdc teardown` then `cdc setup`: the next start snapshots every table anew")
+            # Which of the many reasons it is, and what mends it, the slot's row in the catalog tells: cdc.origin asks.
+            return SlotLost(text)
         return _not_connected(str(error), text) if error.sqlstate is None else SourceUnavailable(text)
     return SourceRefused(text)
 

@@ -27,7 +27,7 @@ from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
-from connectors.postgres.replication import Receiver, start_statement
+from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.snapshot import PostgresSnapshotReader
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class PostgresSource:
         self._decoder: Decoder | None = None
         self._schemas: Schemas | None = None
         self._published: dict[int, catalog.Published] = {}
+        self._server: tuple[str, int] | None = None
 
     def open(self, after: Boundary | None, schemas: Schemas, epoch: int) -> None:
         self.close()
@@ -56,6 +57,7 @@ class PostgresSource:
         publication.require_whole(self._where, self._published.values(), self._config)
         connection = self._connect(replication=True)
         try:
+            self._check_server(connection)
             self._receiver = Receiver(
                 connection,
                 start=start_statement(
@@ -70,13 +72,12 @@ class PostgresSource:
             connection.close()
             if not isinstance(e.__cause__, psycopg.errors.UndefinedObject):
                 raise
-            raise SlotLost(
-                f"{self._where}: replication slot {self._config.slot!r} does not exist",
-                hint="`cdc teardown` then `cdc setup`: the next start snapshots every table anew",
-            ) from e
+            raise SlotLost(f"{self._where}: replication slot {self._config.slot!r} does not exist") from e
         except BaseException:
             connection.close()
             raise
+        if after is not None:
+            self._check_start(after)
         lsn, end_lsn = (after.lsn, after.end_lsn) if after is not None else (0, 0)
         self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=lsn, after_end_lsn=end_lsn)
 
@@ -98,19 +99,20 @@ class PostgresSource:
     def identity(self) -> SourceIdentity:
         connection = self._connect(replication=True)
         with translated(self._where), connection:
-            row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+            system_id, timeline, database = _identify(connection)
             standby = connection.execute("select pg_is_in_recovery()").fetchone()
-            assert row is not None
             if standby == (True,):
                 raise SourceRefused(
                     f"{self._where}: the server is a standby: snapshots there leave out running transactions",
                     hint="point the source's dsn at the primary",
                 )
+            self._server = system_id, timeline
             return SourceIdentity(
-                system_id=row[0],
-                timeline=int(row[1]),
-                database=row[3],
+                system_id=system_id,
+                timeline=timeline,
+                database=database,
                 server_version=connection.info.server_version,
+                branches=_branches(connection, timeline),
             )
 
     def close(self) -> None:
@@ -132,6 +134,33 @@ class PostgresSource:
             settings={} if replication else {"statement_timeout": f"{config.statement_timeout_s:g}s"},
             replication=replication,
         )
+
+    def _check_server(self, connection: psycopg.Connection[Any]) -> None:
+        """The connection may lead elsewhere than the one on which the history was looked at: a name that moved, or one
+        of several hosts."""
+        with translated(self._where):
+            server = _identify(connection)[:2]
+        if self._server is not None and server != self._server:
+            raise SourceUnavailable(
+                f"{self._where}: the server is another one than a moment ago (timeline {server[1]} of {server[0]})",
+                hint="its history is looked at again",
+            )
+
+    def _check_start(self, after: Boundary) -> None:
+        """The server silently raises a start position that lies below what the slot has confirmed. We hold the slot by
+        now and have confirmed nothing yet, so what it says is what it begins at."""
+        assert self._catalog is not None
+        with translated(self._where):
+            row = self._catalog.execute(
+                "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = %s", [self._config.slot]
+            ).fetchone()
+        confirmed = parse_lsn(row[0]) if row is not None else 0
+        if confirmed > after.end_lsn:
+            self.close()
+            raise SlotLost(
+                f"{self._where}: slot {self._config.slot!r} stands at {format_lsn(confirmed)}, behind it lies"
+                f" {format_lsn(after.end_lsn)}, where we are; what is in between would be left out"
+            )
 
     def _take_turn(self, connection: psycopg.Connection[Any]) -> None:
         """Only one daemon reads a slot: the lock lives as long as this connection."""
@@ -216,6 +245,34 @@ class PostgresSource:
         base, domain_typmod, element, type_name = facts.get(sent.type_oid, (sent.type_oid, -1, 0, ""))
         typmod = sent.typmod if sent.typmod >= 0 else domain_typmod
         return Column(name=sent.name, attnum=0, type_oid=base, typmod=typmod, type_name=type_name, element_oid=element)
+
+
+def _identify(connection: psycopg.Connection[Any]) -> tuple[str, int, str]:
+    """System identifier, timeline and database of the server behind a replication connection."""
+    row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+    assert row is not None
+    return row[0], int(row[1]), row[3]
+
+
+def _branches(connection: psycopg.Connection[Any], timeline: int) -> tuple[tuple[int, int], ...]:
+    """The timelines that `timeline` descends from, oldest first, with the LSN at which each was left; empty if the
+    server no longer has the history (nobody can tell then)."""
+    if timeline == 1:
+        return ()
+    try:
+        # The server declares the content as bytea in some versions, and sends it as it is: take the bytes.
+        row = connection.execute(f"TIMELINE_HISTORY {timeline}".encode(), binary=False).fetchone()
+    except psycopg.errors.UndefinedFile:
+        return ()
+    assert row is not None
+    text = row[1].decode(errors="replace") if isinstance(row[1], bytes) else str(row[1])
+    return parse_history(text)
+
+
+def parse_history(text: str) -> tuple[tuple[int, int], ...]:
+    """What a timeline history file says: parent timelines, oldest first, and where each was left."""
+    lines = (line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    return tuple((int(fields[0]), parse_lsn(fields[1])) for fields in lines if len(fields) >= 2)
 
 
 def _ascending(sent: list[Column], candidates: Sequence[Sequence[Column]]) -> tuple[Column, ...]:

@@ -106,7 +106,7 @@ def test_a_dropped_slot_is_told_and_a_teardown_begins_anew(tmp_path: Path, table
         daemon.in_phase("operator")
         told = daemon.source()
         assert told["slot"]["exists"] is False
-        assert f"slot '{daemon.slot}' does not exist" in told["error"]
+        assert f"slot {daemon.slot!r} is gone" in told["error"]
         assert "cdc teardown" in told["hint"]
         assert daemon.ask("wait", "--timeout", "5").code == 1, "it does not wait for what cannot come"
         assert daemon.alive, "it stays up to be looked at"
