@@ -134,6 +134,11 @@ def _change_source(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the SQL, change nothing")
 
 
+def _teardown(p: argparse.ArgumentParser) -> None:
+    _change_source(p)
+    p.add_argument("--yes", action="store_true", help="don't ask at a terminal")
+
+
 def _resync(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="+", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
     p.add_argument("--where", metavar="SQL", help="not supported yet: only the rows that this filter names")
@@ -245,7 +250,7 @@ VERBS: dict[str, VerbRow] = {
     "run": ("the daemon in the foreground", "cdc run --once", _run, "service:run"),
     "check": ("preflight: everything that would stop or endanger it", "cdc check --json", _check, "service:check"),
     "setup": ("create publication and slot", "cdc setup --dry-run", _change_source, "service:setup"),
-    "teardown": ("drop slot and publication", "cdc teardown shop --dry-run", _change_source, "service:teardown"),
+    "teardown": ("drop slot and publication", "cdc teardown shop --dry-run", _teardown, "service:teardown"),
     "status": ("phases, positions, lag, tables and syncs", "cdc status --json", _nothing, "look:status"),
     "tables": ("tables with key, identity, columns and types", "cdc tables --json", _nothing, "look:tables"),
     "resync": ("order a new snapshot of tables", "cdc resync public.orders --wait", _resync, "orders:resync"),

@@ -49,7 +49,7 @@ def setup(call: Call) -> int:
 
 
 def teardown(call: Call) -> int:
-    """Drop slot and publication of each source."""
+    """Drop slot and publication of each source; a person at a terminal types the names."""
     if call.has_state and not call.args.dry_run:
         from cdc import control
 
@@ -57,7 +57,22 @@ def teardown(call: Call) -> int:
             if control.is_running(state):
                 call.console.note("the daemon is running and holds the slots; stop it first")
                 return FAILED
+    if not (call.args.dry_run or call.args.yes) and sys.stdin.isatty() and not _agreed(call):
+        call.console.note("nothing was dropped")
+        return FAILED
     return _change_sources(call, "teardown")
+
+
+def _agreed(call: Call) -> bool:
+    """Whether the person at the terminal types the name of every source that is about to lose its slot."""
+    for name in call.sources(call.args.source):
+        call.console.note(
+            f"What was committed at source {name} and is not captured yet is lost with its slot; the next start"
+            f" snapshots every table anew. Type the source's name to go on ({name}):"
+        )
+        if input().strip() != name:
+            return False
+    return True
 
 
 def demo(call: Call) -> int:

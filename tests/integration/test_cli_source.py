@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,21 @@ def test_tables_come_from_the_catalog_while_the_daemon_has_noted_none(
     held = {c["name"]: (c["type"], c["held"]) for c in tables["public.orders"]["columns"]}
     assert held["amount"] == ("numeric(10,2)", "exact: decimal128(10, 2)")
     assert run(capsys, file, "teardown")[0] == 0
+
+
+def test_a_person_at_a_terminal_types_the_name_of_what_a_teardown_drops(
+    file: Path, database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert run(capsys, file, "setup")[0] == 0
+    for typed in ("yes\n", "\n"):
+        monkeypatch.setattr("sys.stdin", Terminal(typed))
+        assert main(["--config", str(file), "teardown"]) == 1
+        assert made(database) == (["cdc_cli_test"], ["cdc_cli_test"])
+    monkeypatch.setattr("sys.stdin", Terminal("shop\n"))
+    assert main(["--config", str(file), "teardown"]) == 0
+    assert made(database) == ([], [])
+    assert main(["--config", str(file), "teardown", "--yes"]) == 0
