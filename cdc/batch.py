@@ -73,12 +73,14 @@ class Batch:
         return self.data.column(self.row_start + self._row_index(name))
 
     def kept_as_text(self) -> dict[str, int]:
-        """How many values of each column are kept as text in `_raw`, those of old row images included."""
+        """How many values of each column are kept as text in `_raw`, those of old row images included; what control
+        rows say there is no value."""
         counts: dict[str, int] = {}
         if self.has("_raw"):
             raw = self.system("_raw")
             own = {column.name for column in self.schema.columns}
-            for entry in pc.value_counts(raw.filter(raw.is_valid()).keys).to_pylist():
+            with_values = pc.and_(raw.is_valid(), pc.not_equal(self.system("_op"), "s"))
+            for entry in pc.value_counts(raw.filter(with_values).keys).to_pylist():
                 name = entry["values"] if entry["values"] in own else entry["values"].removeprefix("before.")
                 counts[name] = counts.get(name, 0) + entry["counts"]
         return counts

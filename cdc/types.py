@@ -62,6 +62,10 @@ class Rule:
     raw: str = ""
 
 
+_NOT_A_DECIMAL = "NaN"
+_NOT_A_DATE = "infinity, BC, years past 9999"
+_NOT_A_LIST = "more dimensions, a lower bound other than 1, an element that its type cannot hold"
+
 RULES = (
     Rule("boolean", "bool"),
     Rule("smallint, integer, bigint", "int16, int32, int64"),
@@ -69,17 +73,17 @@ RULES = (
     Rule(
         "numeric(p,s), p ≤ 38",
         "decimal128(p,s); with s < 0 decimal128(p-s,0), with s > p decimal128(s,s), as long as that is ≤ 38 digits",
-        "NaN",
+        _NOT_A_DECIMAL,
     ),
     Rule("numeric without precision, or that does not fit in 38 digits", "string"),
-    Rule("date", "date32", "infinity, BC, years past 9999"),
-    Rule("timestamp", "timestamp[us]", "infinity, BC, years past 9999"),
-    Rule("timestamptz", "timestamp[us, UTC]", "infinity, BC, years past 9999 (in UTC)"),
+    Rule("date", "date32", _NOT_A_DATE),
+    Rule("timestamp", "timestamp[us]", _NOT_A_DATE),
+    Rule("timestamptz", "timestamp[us, UTC]", f"{_NOT_A_DATE} (in UTC)"),
     Rule("bytea", "binary"),
     Rule(
         "one-dimensional array of any type here",
         "list of that type's; list<string> if the element's type is text",
-        "more dimensions, a lower bound other than 1, an element that its type cannot hold: the whole array",
+        f"{_NOT_A_LIST}: the whole array",
     ),
     Rule("hstore, known by its name", "map<string, string>"),
     Rule("vector and halfvec of pgvector, known by their names", "list<float>"),
@@ -87,7 +91,7 @@ RULES = (
     Rule(
         "text, varchar, char, name, uuid, json, jsonb, xml, enums, inet, cidr, macaddr, interval, time, timetz, money, "
         "bit, varbit, ranges, multiranges, composite types, geometric types, tsvector, tsquery, oid, pg_lsn, "
-        "int2vector, arrays of hstore and pgvector types, anything unknown",
+        "int2vector, arrays whose elements stand between other separators than commas, anything unknown",
         "string, exactly as Postgres prints it",
         "bytes that are not UTF-8 (possible only in a SQL_ASCII database)",
     ),
@@ -96,11 +100,13 @@ RULES = (
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How a column is held: its Arrow type, the cast that fills it, and the marks around a list's elements."""
+    """How a column is held: its Arrow type, the cast that fills it, the marks around a list's elements, and which of
+    the type's values are kept as text instead."""
 
     type: pa.DataType
     cast: Cast
     marks: bytes = b""
+    raw: str = ""
 
 
 _TEXT_PLAN = _Plan(pa.string(), casts.cast_text)
@@ -112,7 +118,8 @@ def _plan(column: Column) -> _Plan:
     if element_oid and column.type_oid not in _NO_ARRAYS:
         element = _scalar_plan(element_oid, column.typmod)
         marks = b"{;}" if element_oid == BOX else b"{,}"
-        return _Plan(pa.list_(element.type), partial(casts.cast_list, element=element.cast, marks=marks), marks)
+        cast_elements = partial(casts.cast_list, element=element.cast, marks=marks)
+        return _Plan(pa.list_(element.type), cast_elements, marks, _NOT_A_LIST)
     if column.type_oid >= 16384:  # types of extensions have no fixed OID
         match re.sub(r"\(.*", "", column.type_name).rpartition(".")[2].strip('"'):
             case "hstore":
@@ -135,12 +142,12 @@ def _scalar_plan(oid: int, typmod: int) -> _Plan:
         case 700 | 701:
             return _Plan(target, partial(casts.cast_float, target=target))
         case 1700:
-            return _Plan(target, partial(casts.cast_decimal, target=target))
+            return _Plan(target, partial(casts.cast_decimal, target=target), raw=_NOT_A_DECIMAL)
         case 17:
             return _Plan(target, casts.cast_bytea)
         case 1082:
-            return _Plan(target, casts.cast_date)
-    return _Plan(target, partial(casts.cast_timestamp, target=target))
+            return _Plan(target, casts.cast_date, raw=_NOT_A_DATE)
+    return _Plan(target, partial(casts.cast_timestamp, target=target), raw=_NOT_A_DATE)
 
 
 def _decimal_type(typmod: int) -> pa.DataType | None:
@@ -217,7 +224,7 @@ def cast(column: Column, text: pa.Array) -> tuple[pa.Array, Bools | None]:
 def build_raw(names: Sequence[str], texts: Sequence[pa.Array], masks: Sequence[Bools | None]) -> pa.Array | None:
     """The `_raw` column: per row the names and texts of its masked values, null where it has none; None if no row has.
 
-    All texts and masks have one length. Text that is not UTF-8 stands with its odd bytes written `\\xNN`."""
+    All texts and masks have one length. What is not UTF-8 stands as `\\x` and the hexadecimal of its bytes."""
     marked = [(k, np.flatnonzero(mask)) for k, mask in enumerate(masks) if mask is not None and mask.any()]
     if not marked:
         return None
@@ -237,15 +244,21 @@ def _readable(array: pa.Array) -> pa.Array:
     try:
         return array.cast(pa.string())
     except ValueError:
-        texts = [None if v is None else v.decode("utf-8", "backslashreplace") for v in array.to_pylist()]
-        return pa.array(texts, pa.string())
+        return pa.array([_hex_unless_utf8(value) for value in array.to_pylist()], pa.string())
+
+
+def _hex_unless_utf8(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return "\\x" + (value or b"").hex()
 
 
 def describe(column: Column) -> str:
     """How the column is held, in one line for people."""
     plan = _plan(column)
     if plan.type != pa.string():
-        return f"exact: {plan.type}"
+        return f"exact: {plan.type}" + (f"; text in _raw: {plan.raw}" if plan.raw else "")
     if column.type_oid == NUMERIC:
         return "text as Postgres prints it (numeric without a precision of at most 38)"
     return "text as Postgres prints it"
@@ -284,11 +297,16 @@ _EPILOGUE = """
 - An array that the list cannot hold is kept whole: one element that its type cannot hold (`NaN` in a `numeric(10,2)[]`)
   puts the text of the whole array into `_raw`.
 - `hstore`, `vector` and `halfvec` come from extensions, whose types have no fixed number; they are known by their
-  names, in whatever schema, and a type of your own of such a name ends up in `_raw`. Domains over them, arrays of them
-  and `sparsevec` are text.
+  names, in whatever schema, and a type of your own of such a name ends up in `_raw`. Domains over them and `sparsevec`
+  are text, arrays of them lists of text.
+- An array whose elements stand between other separators than commas (`geometry[]` of PostGIS) is text as a whole;
+  `box[]` is a list.
+- `regclass`, the other `reg…` types and `aclitem` print names of other objects: a row that was captured
+  before such an object was renamed keeps the old name.
 - The elements of an array whose element type is a domain take the domain's base type; a precision that the domain
   declares (`numeric(10,2)`) is not known for them, so they are text.
 - Every column of the lake may be NULL, and the fields carry `pg.type` (as `format_type` prints it), `pg.typmod`,
   `pg.oid` and `pg.attnum` in their metadata, so a reader can tell `json` from `text`.
-- Text that is not UTF-8 stands in `_raw` with its odd bytes written as `\\xNN`.
+- What is not UTF-8 stands in `_raw` as `\\x` and the hexadecimal of its bytes, as Postgres prints a `bytea`. Only a
+  `SQL_ASCII` database has such text (and, before Postgres 15, a `"char"` beyond ASCII). In a key it stops the table.
 """

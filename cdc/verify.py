@@ -304,14 +304,22 @@ class _Comparison:
                 f" left join theirs t on t.{KEY} = f.key left join ours o on o.{KEY} = f.key limit {SHOWN}"
             )
             self._report.values += database.execute(query).to_arrow_table().to_pylist()
-        for i, column in enumerate(self._schema.columns):
-            row = database.execute(
-                f"select count(*) from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
-                f" where f.kind = 'different' and t.c{i} is distinct from o.c{i}"
-            ).fetchone()
-            if row and row[0]:
-                self._report.columns[column.name] = self._report.columns.get(column.name, 0) + int(row[0])
+        self._count_by_column(database)
         database.close()
+
+    def _count_by_column(self, database: Any) -> None:
+        if not self._schema.columns or not self._report.counts["different"]:
+            return
+        counts = ", ".join(
+            f"count(*) filter (where t.c{i} is distinct from o.c{i})" for i in range(len(self._schema.columns))
+        )
+        row = database.execute(
+            f"select {counts} from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
+            " where f.kind = 'different'"
+        ).fetchone()
+        for column, count in zip(self._schema.columns, row, strict=True):
+            if count:
+                self._report.columns[column.name] = self._report.columns.get(column.name, 0) + int(count)
 
     def _compare_multisets(self, theirs: Path, ours: Path, visibility: Visibility) -> None:
         """A table without a key holds rows, equal ones several times; what S does not see is taken off the lake's

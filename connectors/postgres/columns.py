@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cdc.casts import utf8_or_bytes
 from connectors.postgres.buffer import Bools, Buffer, Bytes, Ints
 from connectors.postgres.image import Image, Rows
 from connectors.postgres.messages import DELETE, INSERT, KEY, NEW, NULL, OLD, TEXT, UNCHANGED
@@ -133,14 +134,8 @@ def _texts(buffer: Buffer, column: _Spans) -> pa.Array:
     if column.kind is not None:
         valid = pa.py_buffer(np.packbits(column.kind == TEXT, bitorder="little"))
         cells = pa.StringArray.from_buffers(n, packed, data, valid)
-    # That text is UTF-8 is the server's word. Plain ASCII proves it at the price of one pass over the bytes; what is
-    # neither is bytes, for which the cast has a place.
-    if data is not None and data.size and np.frombuffer(data, np.uint8).max() >= 0x80:
-        try:
-            cells.validate(full=True)
-        except pa.ArrowInvalid:
-            return cells.view(pa.binary())
-    return cells
+    # What is not UTF-8 is bytes, for which the cast has a place.
+    return utf8_or_bytes(cells)
 
 
 _even_numbers = pa.array(np.arange(0, 1 << 15, 2))

@@ -76,6 +76,16 @@ def connect(
         return connection
 
 
+def take_any_bytes(connection: psycopg.Connection[Any], *, local: bool = False) -> bool:
+    """Whether the database says nothing of its encoding (SQL_ASCII); if so, from now on (`local`: in this transaction)
+    it sends what it holds. To a client that wants UTF-8 it would refuse to send what is none, and the stream would
+    stand still. Statements that read texts as `str` are not for such a connection."""
+    if connection.info.parameter_status("server_encoding") != "SQL_ASCII":
+        return False
+    connection.execute(f"set {'local' if local else 'session'} client_encoding to 'SQL_ASCII'")
+    return True
+
+
 def describe(dsn: str) -> str:
     """Host, port and database of a DSN, for messages."""
     given = conninfo_to_dict(dsn)
@@ -120,6 +130,12 @@ def translate(error: psycopg.Error, where: str) -> CdcError:
             return SourceRefused(text)
         case pg.LockNotAvailable():
             return SourceUnavailable(text, hint="another session holds a conflicting lock; we try again")
+        case pg.UntranslatableCharacter() | pg.CharacterNotInRepertoire():
+            return SourceRefused(
+                f"{where}: a value has bytes that are no character of the database's encoding, so it cannot be sent",
+                hint="find the values for which `convert_to(column, 'UTF8')` fails and mend them; if the stream stands"
+                " still, then `cdc teardown` and `cdc setup`: the next start snapshots every table anew",
+            )
         case pg.ObjectInUse():
             return SourceUnavailable(text, hint="another process reads this slot; we wait until it is free")
         case pg.ReadOnlySqlTransaction():

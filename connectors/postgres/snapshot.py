@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from psycopg import sql
 
+from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
 from cdc.errors import SourceRefused
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres import catalog, publication
-from connectors.postgres.connection import connect, describe, translated
+from connectors.postgres.connection import connect, describe, take_any_bytes, translated
 from connectors.postgres.replication import parse_lsn
 
 WRITERS = """
@@ -135,9 +136,20 @@ class PostgresSnapshotReader:
             return self._read_blocks(conditions, after or ("0", "0"))
         # Rows that were asked for by key are few, and whoever asked would not know which are left.
         table, texts = self._copy(conditions, order, limit, whole=keys is not None)
-        last = tuple(str(texts[_index(schema, k)][-1].as_py()) for k in schema.key) if table.rows else None
+        last = self._last_key(schema, texts) if table.rows else None
         done = table.done and (keys is not None or not rows_max or table.rows < rows_max)
         return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=last, done=done)
+
+    def _last_key(self, schema: TableSchema, texts: list[pa.Array]) -> tuple[str, ...]:
+        last = {k: texts[_index(schema, k)][-1].as_py() for k in schema.key}
+        odd = [k for k, text in last.items() if not isinstance(text, str)]
+        if odd:
+            raise SourceRefused(
+                f"{self._where} table {schema.table}: key column {odd[0]!r} holds text that is not UTF-8, so the table"
+                " cannot be read in order",
+                hint=f'mend the value, or leave the table out: `exclude = ["{schema.table}"]`',
+            )
+        return tuple(last.values())
 
     def end(self) -> None:
         self._open = None
@@ -295,6 +307,7 @@ class PostgresSnapshotReader:
         connection = self._ready()
         with translated(f"{self._where} table {self._open.schema.table}"), connection.cursor() as cursor:
             connection.execute("savepoint chunk")
+            any_bytes = take_any_bytes(connection, local=True)
             try:
                 with cursor.copy(query) as copy:
                     for data in copy:
@@ -304,12 +317,14 @@ class PostgresSnapshotReader:
             except _Full:
                 connection.execute("rollback to savepoint chunk")
                 return buffer.getvalue(), False
+            if any_bytes:
+                connection.execute("set local client_encoding to 'UTF8'")
             connection.execute("release savepoint chunk")
         return buffer.getvalue(), True
 
 
 def parse_csv(data: pa.Buffer, names: list[str]) -> list[pa.Array]:
-    """String columns of COPY's CSV: unquoted empty is NULL, quoted empty the empty string."""
+    """String columns of COPY's CSV: unquoted empty is NULL, quoted empty the empty string. Binary what is not UTF-8."""
     if data.size == 0:
         return [pa.array([], pa.string()) for _ in names]
     # Positions as names: a table may have columns that differ only in ways CSV readers do not keep apart.
@@ -327,7 +342,7 @@ def parse_csv(data: pa.Buffer, names: list[str]) -> list[pa.Array]:
             check_utf8=False,
         ),
     )
-    return [_one(column) for column in table.columns]
+    return [utf8_or_bytes(_one(column)) for column in table.columns]
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

@@ -25,7 +25,7 @@ from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdenti
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
-from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, translated
+from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.snapshot import PostgresSnapshotReader
@@ -58,6 +58,8 @@ class PostgresSource:
         connection = self._connect(replication=True)
         try:
             self._check_server(connection)
+            with translated(self._where):
+                take_any_bytes(connection)
             self._receiver = Receiver(
                 connection,
                 start=start_statement(

@@ -408,8 +408,9 @@ def test_an_override_declares_text_or_a_decimal_and_nothing_else() -> None:
             arrow_type(kind, override)
 
 
-def test_people_are_told_which_columns_are_text() -> None:
+def test_people_are_told_which_columns_are_text_and_which_values() -> None:
     assert describe(INT4) == "exact: int32"
+    assert describe(numeric(10, 2)) == "exact: decimal128(10, 2); text in _raw: NaN"
     assert describe(column(114, name="json")) == "text as Postgres prints it"
     assert "without a precision" in describe(column(1700))
 
