@@ -54,7 +54,7 @@ def chunk_is_read(daemon: Daemon, since: str) -> None:
                 "select from pg_stat_activity where application_name = 'cdc snapshot' and datname = current_database()"
                 " and query ilike 'rollback%%' and state = 'idle' and query_start > %s", [since]
             ).fetchone() is not None,
-            20,
+            60,
             lambda: f"a chunk to be read\n{daemon.log_tail()}",
         )  # fmt: skip
 
@@ -264,6 +264,37 @@ def test_snapshots_under_load_end_equal(tmp_path: Path, database: str, rng: rand
             rows = changelog(daemon.lake, table, columns=("_op", "_run", "_raw", "_epoch", "_lsn", "_seq"))
             ends = [dict(r["_raw"])["event"] for r in rows.to_pylist() if r["_op"] == "s"]
             assert ends.count("end") >= 2, f"{table}: {ends}"
+
+
+def test_a_snapshot_whose_connections_die_goes_on_at_its_last_chunk(tmp_path: Path, database: str) -> None:
+    execute(
+        database,
+        "create table t (id int primary key, n int)",
+        "insert into t select g, g from generate_series(1, 8000) g",
+    )
+
+    def rows_read() -> int:
+        table = daemon.tables().get("public.t", {"state": "new", "snapshot": None})
+        if table["state"] == "streaming":
+            return 8_000
+        return int(table["snapshot"]["rows"]) if table["snapshot"] else 0
+
+    with Daemon(tmp_path, database, source={"chunk_rows": 100}) as daemon:
+        daemon.start().streaming()
+        cut = 0
+        for bound in (1_000, 3_000, 5_000):
+            wait_until(lambda bound=bound: rows_read() >= bound, 60, "the snapshot to get there")
+            with psycopg.connect(database, autocommit=True) as connection:
+                cut += connection.execute(
+                    "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+                    " where application_name = 'cdc snapshot' and datname = current_database()"
+                ).fetchone()[0]
+        daemon.settled().verified()
+        assert cut >= 1, "the snapshot was over before its connection could be cut"
+        # One run, whose rows were read once each.
+        runs = changelog(daemon.lake, "public.t", columns=("_op", "_run", "_epoch", "_lsn", "_seq")).to_pylist()
+        assert len({r["_run"] for r in runs}) == 1
+        assert sum(r["_op"] == "r" for r in runs) == 8_000
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------------
