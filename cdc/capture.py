@@ -22,54 +22,102 @@ from cdc.schema import SchemaBook
 
 
 class AnchorWriter(Protocol):
-    """Writes how far the slot may have been confirmed; durable on return."""
+    """Writes how far the slot may have been confirmed, and in which mode; durable on return."""
 
-    def __call__(self, may_confirm_lsn: int) -> None: ...
+    def __call__(self, may_confirm_lsn: int, mode: str) -> None: ...
 
 
 class ConfirmGate:
-    """Thread-safe: capture reports what is logged, landing what has landed; capture alone acts on `allowed`."""
+    """Thread-safe: capture reports what is logged, landing what has landed; capture alone acts on `allowed`.
+
+    Under `confirm_after = "landed"` the WAL guard may bridge a lake that is behind: meanwhile what is logged is
+    confirmed. The anchor says mode `log` before the first such confirm, and `landed` again only when everything that
+    was confirmed has landed.
+    """
 
     def __init__(
-        self, *, epoch: int, confirm_after: str, save_anchor: AnchorWriter, anchored_lsn: int, every_s: float
+        self,
+        *,
+        epoch: int,
+        confirm_after: str,
+        save_anchor: AnchorWriter,
+        anchored_lsn: int,
+        every_s: float,
+        anchored_mode: str = "",
+        logged_lsn: int = 0,
     ) -> None:
+        """`anchored_*` is what the anchor says; `logged_lsn`, up to which the log may have been confirmed, counts if it
+        says `log` and we are to be `landed`."""
         self._epoch = epoch
         self._after_log = confirm_after == "log"
         self._save_anchor = save_anchor
         self._anchored = anchored_lsn
         self._every_s = every_s
         self._next_at = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._allowed = 0
+        self._bridging = False
+        self._owed = logged_lsn if anchored_mode == "log" and not self._after_log else 0
+        """End LSN up to which everything must land before the anchor may say `landed` again; 0: it does."""
 
     def logged(self, boundary: Boundary) -> None:
         """Everything up to `boundary` is durable in the log."""
         # A position of another epoch is one of another history: the slot must never hear of it.
-        if self._after_log and boundary.epoch == self._epoch:
-            self._raise(boundary.end_lsn)
+        if boundary.epoch != self._epoch or not (self._after_log or self._bridging):
+            return
+        with self._lock:
+            if self._bridging:
+                self._owed = max(self._owed, boundary.end_lsn)
+            if self._after_log or self._bridging:
+                self._allowed = max(self._allowed, boundary.end_lsn)
 
     def landed(self, boundary: Boundary) -> None:
         """Everything up to `boundary` is durable in the lake. Writes the anchor when it is due, before it allows."""
-        if self._after_log or boundary.epoch != self._epoch or boundary.end_lsn <= self._allowed:
+        if self._after_log or boundary.epoch != self._epoch:
             return
-        if time.monotonic() < self._next_at:
+        if self._owed:
+            self._repay(boundary)
+        if boundary.end_lsn <= self._allowed or time.monotonic() < self._next_at:
             return
-        if boundary.end_lsn > self._anchored:
-            failpoint("confirm.before_anchor")
-            self._save_anchor(boundary.end_lsn)
-            self._anchored = boundary.end_lsn
-            failpoint("confirm.after_anchor")
-        self._next_at = time.monotonic() + self._every_s
-        self._raise(boundary.end_lsn)
+        with self._lock:
+            if boundary.end_lsn > self._anchored:
+                failpoint("confirm.before_anchor")
+                self._save_anchor(boundary.end_lsn, "log" if self._owed else "landed")
+                self._anchored = boundary.end_lsn
+                failpoint("confirm.after_anchor")
+            self._next_at = time.monotonic() + self._every_s
+            self._allowed = max(self._allowed, boundary.end_lsn)
+
+    def bridge(self, on: bool, logged: Boundary | None) -> None:
+        """Begin (or end) to confirm what is logged though it has not landed. `logged` is durable in the log."""
+        if self._after_log:
+            return
+        with self._lock:
+            if on and not self._owed:
+                self._save_anchor(self._anchored, "log")
+                self._owed = max(1, self._anchored)
+            self._bridging = on
+        if on and logged is not None:
+            self.logged(logged)
+
+    def settled(self, anchored_mode: str) -> None:
+        """The anchor was written anew, by cdc.origin, and says this: while something is owed, it must say `log`."""
+        with self._lock:
+            if self._owed and anchored_mode != "log":
+                self._save_anchor(self._anchored, "log")
 
     @property
     def allowed(self) -> int:
         """The position that the source may be told, 0 for none yet."""
         return self._allowed
 
-    def _raise(self, end_lsn: int) -> None:
+    def _repay(self, boundary: Boundary) -> None:
+        """What was confirmed before it landed has landed: the anchor says so, if nobody goes on confirming so."""
         with self._lock:
-            self._allowed = max(self._allowed, end_lsn)
+            if self._bridging or boundary.end_lsn < self._owed:
+                return
+            self._save_anchor(max(boundary.end_lsn, self._anchored), "landed")
+            self._anchored, self._owed = max(boundary.end_lsn, self._anchored), 0
 
 
 class SourceStream:

@@ -62,6 +62,11 @@ class SourceConfig:
     buffer_bytes: int = 32 << 20
     """Bound of frames received and not yet decoded."""
     poll_sleep_s: float = 0.00015
+    heartbeat_every_s: float = 10.0
+    """0: none. Written only while WAL grows and nothing of it reaches us."""
+    wal_warn_at: tuple[str, ...] = ("50%", "10GB")
+    wal_confirm_at: tuple[str, ...] = ("70%",)
+    wal_pause_at: tuple[str, ...] = ("80%",)
     on_schema_change: str = "evolve"
     """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
     table: dict[str, TableConfig] = field(default_factory=dict)
@@ -203,6 +208,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "chunk_bytes"): 1 << 16,
     ("source", "buffer_bytes"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
+    ("source", "heartbeat_every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,
     ("lake", "lease_ttl_s"): 5,
     ("sync", "batch_rows"): 1,
@@ -264,6 +270,17 @@ def size_bytes(text: str | int) -> int:
     if not match:
         raise ValueError(f'"{text}" is no size; write bytes as a number, or "64kB", "128MB", "10GB"')
     return int(float(match[1]) * (1 << _UNITS[match[2][0].upper()]))
+
+
+def wal_threshold(text: str) -> tuple[float, int]:
+    """A threshold of the WAL guard: its share of the server's limit and 0, or 0 and its bytes. ValueError if it is
+    neither."""
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if share is None:
+        return 0.0, size_bytes(text)
+    if not 0 < float(share[1]) <= 100:
+        raise ValueError(f'"{text}" is no share; write "1%" to "100%"')
+    return float(share[1]) / 100, 0
 
 
 def password_of(config: SourceConfig | TargetConfig) -> str | None:
@@ -374,7 +391,7 @@ class _Reader:
         if kind == dict[str, TableConfig]:
             return self._tables(at, value)
         if kind == tuple[str, ...]:
-            return _strings(value, single=key == "publication")
+            return _strings(value, single=key == "publication" or key.endswith("_at"))
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")
@@ -472,6 +489,12 @@ class _Reader:
             self.problems.append(f"{at}.slot: only a-z, 0-9 and _ are allowed, at most 63 (a rule of Postgres)")
         if not all(source.publication):
             self.problems.append(f"{at}.publication: an empty name")
+        for stage in ("wal_warn_at", "wal_confirm_at", "wal_pause_at"):
+            for text in getattr(source, stage):
+                try:
+                    wal_threshold(text)
+                except ValueError as error:
+                    self.problems.append(f"{at}.{stage}: {error}")
         for key, patterns in (
             ("tables", source.tables),
             ("exclude", source.exclude),

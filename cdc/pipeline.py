@@ -1,9 +1,9 @@
 """One source from its slot to its current tables: the parts, their threads, and the life of its tables.
 
 Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and
-discovery of tables). They meet only in the log, the state database and the lake, so none blocks another; the log is
-the buffer. It holds the rules by which a table begins, stops alone and comes back. What each part does is in its
-own module.
+discovery of tables), guard (what the slot costs its server). They meet only in the log, the state database and the
+lake, so none blocks another; the log is the buffer. It holds the rules by which a table begins, stops alone and comes
+back. What each part does is in its own module.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cdc.batch import Boundary, Portion
 from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, StoreConflict, Verdict
+from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
@@ -89,7 +90,7 @@ class Pipeline:
         self._built = False
         self._settled = False
         self._let_go = ""
-        self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill")}
+        self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
         self._resting = False
         self._stopped: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
@@ -106,6 +107,7 @@ class Pipeline:
                 ("land", lambda: self._in_turn("land", self._land_step), 0.2),
                 ("merge", lambda: self._in_turn("merge", self._merge_step), 0.1),
                 ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
+                ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
             )
         ]
 
@@ -202,6 +204,8 @@ class Pipeline:
             self._note_identity(identity, anchor)
             if first or anchor.epoch != self._epoch:
                 self._build(anchor)
+            else:
+                self._gate.settled(anchor.mode)
         self._built = self._settled = True
         self._prepared.set()
         if first:
@@ -268,7 +272,14 @@ class Pipeline:
             save_anchor=self._save_anchor,
             anchored_lsn=anchor.may_confirm_lsn,
             every_s=self._source_config.confirm_every_s,
+            anchored_mode=anchor.mode,
+            logged_lsn=self._logged_lsn(),
         )
+        self.guard = Guard(
+            self._source_config, self.admin, self._state,
+            reached=self.reached, bridge=lambda on: self._gate.bridge(on, self._log.position(self.name)),
+            streaming=lambda: self.streaming,
+        )  # fmt: skip
         self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
@@ -292,9 +303,13 @@ class Pipeline:
         self._capture: Stage[Portion, Boundary | None] = Stage(f"capture:{self.name}", stream, self.log_end)
         self._land: Stage[Group, LandPoint] = Stage(f"land:{self.name}", reader, self.lander)
 
-    def _save_anchor(self, may_confirm_lsn: int) -> None:
+    def _logged_lsn(self) -> int:
+        logged = self._log.position(self.name)
+        return logged.end_lsn if logged is not None else 0
+
+    def _save_anchor(self, may_confirm_lsn: int, mode: str) -> None:
         self._lease.check()
-        mode, epoch = self._source_config.confirm_after, self._epoch
+        epoch = self._epoch
 
         def further(known: AnchorState) -> AnchorState:
             if known.epoch != epoch:
@@ -324,13 +339,9 @@ class Pipeline:
             self._discover_at = now + DISCOVER_S
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            status = self.admin.status()
-            metrics.SLOT_RETAINED_BYTES.labels(self.name).set(status.retained_bytes)
-            if status.safe_wal_bytes is not None:
-                metrics.SLOT_SAFE_WAL_BYTES.labels(self.name).set(status.safe_wal_bytes)
             # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
-            self._log.prune_xids(self.name, status.oldest_xmin)
-        return self.backfill.step()
+            self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
+        return False if self.guard.pauses_snapshots else self.backfill.step()
 
     # ---- tables ----
 
@@ -445,10 +456,9 @@ class Pipeline:
 
     def reached(self) -> dict[str, int]:
         """End LSNs up to which the log, the changelogs and the current tables hold everything."""
-        logged = self._log.position(self.name)
         landed = self.lander.landed if self._prepared.is_set() else None
         return {
-            "logged": logged.end_lsn if logged is not None else 0,
+            "logged": self._logged_lsn(),
             "landed": landed.end_lsn if landed is not None else 0,
             "merged": self.merger.merged_end_lsn if self._prepared.is_set() else 0,
         }

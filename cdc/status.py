@@ -16,6 +16,7 @@ from cdc import control, registry
 from cdc.config import Config, SyncConfig
 from cdc.console import lsn_text, time_text
 from cdc.errors import CdcError
+from cdc.guard import guard_fact
 from cdc.ports import SourceStatus
 from cdc.state import HistoryEntry, Run, SourceState, State, TableState
 
@@ -146,6 +147,7 @@ def _source(
         "epoch": known.epoch if known and known.positioned else None,
         "epoch_why": (state.get(history_fact(name)) or {}).get("why") if state else None,
         "slot": _slot(section.slot, live),
+        "guard": _guard(state, name),
         "ladder": [
             {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
             for step in ladder(known, server, progress, now)
@@ -177,6 +179,20 @@ def _slot(name: str, live: SourceStatus | CdcError | None) -> dict[str, Any]:
         "safe_wal_bytes": live.safe_wal_bytes,
         "fault": live.slot_fault or None,
         "failover": live.slot_failover,
+        "wal_keep_bytes": live.wal_keep_bytes,
+        "wal_dir_bytes": live.wal_dir_bytes,
+        "oldest_writer": live.oldest_writer or None,
+    }
+
+
+def _guard(state: State | None, name: str) -> dict[str, Any]:
+    """What the daemon's WAL guard has come to."""
+    fact = (state.get(guard_fact(name)) if state else None) or {}
+    since = fact.get("since")
+    return {
+        "stage": fact.get("stage"),
+        "since": time_text(since) if fact.get("stage") and since else None,
+        "note": fact.get("note") or "",
     }
 
 

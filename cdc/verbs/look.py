@@ -116,8 +116,9 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
         line(f"  slot {slot['name']}: does not exist (cdc setup, or cdc run, creates it)")
     else:
         active = f"active, pid {slot['active_pid']}" if slot["active"] else "not active"
-        retained = bytes_text(slot["retained_bytes"])
-        line(f"  slot {slot['name']}: {active}, {retained} retained, wal_status {slot['wal_status']}")
+        line(f"  slot {slot['name']}: {active}, wal_status {slot['wal_status']}, {_retained(slot)}")
+        if source["guard"]["stage"]:
+            line(f"  WAL guard: {source['guard']['note']}")
     steps = [
         (s["step"], s["lsn"] or "-", bytes_text(s["lag_bytes"]), seconds_text(s["lag_seconds"]))
         for s in source["ladder"]
@@ -136,6 +137,14 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
             for t in source["tables"]
         ]
         call.console.table(("table", "state", "rows", "last change", ""), rows, indent="  ")
+
+
+def _retained(slot: dict[str, Any]) -> str:
+    """What the slot keeps, against the server's limit and what lies on its disk."""
+    limit, disk = slot["wal_keep_bytes"], slot["wal_dir_bytes"]
+    text = f"{bytes_text(slot['retained_bytes'])} retained"
+    text += f" of {bytes_text(limit)} allowed" if limit is not None else ", no limit (max_slot_wal_keep_size)"
+    return text + (f", pg_wal holds {bytes_text(disk)}" if disk is not None else "")
 
 
 def _note(table: dict[str, Any]) -> str:

@@ -26,8 +26,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.keys", "cdc.lake.*", "cdc.relations", "cdc.models",
     ),
     "loops": (
-        "cdc.stage", "cdc.worker", "cdc.origin", "cdc.capture", "cdc.window", "cdc.backfill", "cdc.land", "cdc.merge",
-        "cdc.plan", "cdc.sync", "cdc.verify",
+        "cdc.stage", "cdc.worker", "cdc.origin", "cdc.capture", "cdc.guard", "cdc.window", "cdc.backfill",
+        "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
