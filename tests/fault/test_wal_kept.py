@@ -63,7 +63,7 @@ def test_a_quiet_database_keeps_no_wal_of_a_busy_server_nor_of_tables_that_nobod
                 execute(place, "insert into noise values (0)", "checkpoint")
                 return retained(daemon) <= SEGMENT
 
-            wait_until(let_go, 40, lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
+            wait_until(let_go, message=lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
         execute(quiet, "insert into orders values (1)")
         daemon.settled().verified()
         assert daemon.stop() == 0
@@ -101,24 +101,24 @@ def test_a_lake_that_is_behind_is_bridged_and_a_disk_lost_meanwhile_is_said(
         daemon.start().settled()
         assert (stage(), anchor_mode(daemon)) == (None, "landed")
         write(8)
-        wait_until(lambda: stage() == "confirm", 30, lambda: f"{daemon.source()}\n{daemon.log_tail()}")
+        wait_until(lambda: stage() == "confirm", message=lambda: f"{daemon.source()}\n{daemon.log_tail()}")
         assert anchor_mode(daemon) == "log", "before the first position was confirmed that had not landed"
         assert "losing state_dir now costs a resync" in daemon.source()["guard"]["note"]
-        wait_until(let_go, 40, lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
+        wait_until(let_go, message=lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
         assert stage() == "confirm", "the lake is as far behind as before"
 
         daemon.settled().verified()
-        wait_until(lambda: stage() is None, 30, "the guard to be calm again")
-        wait_until(lambda: daemon.settled() and anchor_mode(daemon) == "landed", 30, "everything has landed")
+        wait_until(lambda: stage() is None, message="the guard to be calm again")
+        wait_until(lambda: daemon.settled() and anchor_mode(daemon) == "landed", message="everything has landed")
 
         write(8)
-        wait_until(lambda: stage() == "confirm", 30, daemon.log_tail)
-        wait_until(let_go, 40, lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
+        wait_until(lambda: stage() == "confirm", message=daemon.log_tail)
+        wait_until(let_go, message=lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
         daemon.kill()
         daemon.start().settled().verified()
         write(8)
-        wait_until(lambda: stage() == "confirm", 30, daemon.log_tail)
-        wait_until(let_go, 40, lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
+        wait_until(lambda: stage() == "confirm", message=daemon.log_tail)
+        wait_until(let_go, message=lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
         daemon.kill()
         shutil.rmtree(daemon.state_dir)
         daemon.start().in_phase("operator")
