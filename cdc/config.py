@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.errors import ConfigError
+from cdc.units import size_bytes, wal_threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,8 +219,6 @@ _LEAST: dict[tuple[str, str], float] = {
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
-_UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts")
 
 
@@ -260,27 +259,6 @@ def parse(document: Mapping[str, Any], *, path: Path | None = None) -> Config:
             raise ConfigError(where + reader.problems[0])
         raise ConfigError(f"{where}{len(reader.problems)} problems\n  " + "\n  ".join(reader.problems))
     return config
-
-
-def size_bytes(text: str | int) -> int:
-    """Bytes of a size such as "128MB". Units are powers of 1024 as in postgresql.conf. ValueError if it is none."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f'"{text}" is no size; write bytes as a number, or "64kB", "128MB", "10GB"')
-    return int(float(match[1]) * (1 << _UNITS[match[2][0].upper()]))
-
-
-def wal_threshold(text: str) -> tuple[float, int]:
-    """A threshold of the WAL guard: its share of the server's limit and 0, or 0 and its bytes. ValueError if it is
-    neither."""
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if share is None:
-        return 0.0, size_bytes(text)
-    if not 0 < float(share[1]) <= 100:
-        raise ValueError(f'"{text}" is no share; write "1%" to "100%"')
-    return float(share[1]) / 100, 0
 
 
 def password_of(config: SourceConfig | TargetConfig) -> str | None:

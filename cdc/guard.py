@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cdc import metrics
-from cdc.config import SourceConfig, wal_threshold
+from cdc.config import SourceConfig
 from cdc.console import bytes_text, seconds_text
 from cdc.errors import SourceRefused, StoreUnavailable
 from cdc.ports import SourceAdmin, SourceStatus
 from cdc.state import State
+from cdc.units import wal_threshold
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from cdc.config import (
     load,
     parse,
     password_of,
-    size_bytes,
 )
 from cdc.errors import ConfigError
+from cdc.units import size_bytes, wal_threshold
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 
@@ -321,3 +321,14 @@ def test_a_table_meets_its_own_contract_or_the_one_of_its_source() -> None:
     shop = parse(document(source__shop__table=own, source__shop__on_schema_change="freeze")).sources["shop"]
     assert [shop.contract(t) for t in ("public.users", "public.plain", "public.other")] == ["stop", "freeze", "freeze"]
     assert parse(document()).sources["shop"].contract("public.users") == "evolve"
+
+
+@pytest.mark.parametrize(("text", "means"), [("50%", (0.5, 0)), ("0.5 %", (0.005, 0)), ("10GB", (0.0, 10 << 30))])
+def test_a_threshold_is_a_share_or_a_size(text: str, means: tuple[float, int]) -> None:
+    assert wal_threshold(text) == means
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "half", "-1%", ""])
+def test_what_is_no_threshold_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no (share|size)"):
+        wal_threshold(text)
