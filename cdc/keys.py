@@ -72,6 +72,26 @@ def key_of(arrays: Sequence[pa.Array], raw: pa.Array | None, names: Sequence[str
     return pc.binary_join_element_wise(*parts, ":")
 
 
+def row_texts(arrays: Sequence[pa.Array], raw: pa.Array | None, names: Sequence[str], *, rows: int = 0) -> pa.Array:
+    """One string per row that says all of its cells, NULL and texts in `raw` told apart from values: two rows have
+    equal strings if and only if they are equal. `rows`: how many there are, where there are no columns."""
+    if not arrays:
+        return pa.repeat("", len(raw) if raw is not None else rows)
+    use_raw = raw is not None and raw.null_count < len(raw)
+    cells: list[pa.Array] = []
+    for array, name in zip(arrays, names, strict=True):
+        cell = _measured(text_of(array), "")
+        if use_raw and cell.null_count:
+            cell = pc.coalesce(cell, _measured(pc.map_lookup(raw, pa.scalar(name), "first"), "r"))
+        cells.append(pc.fill_null(cell, "-"))
+    return pc.binary_join_element_wise(*cells, "") if len(cells) > 1 else cells[0]
+
+
+def _measured(text: pa.Array, mark: str) -> pa.Array:
+    """Each text behind its length; null stays null."""
+    return pc.binary_join_element_wise(mark, pc.cast(pc.binary_length(text), pa.string()), ":", text, "")
+
+
 def bucket_of(keys: pa.Array, n: int) -> np.ndarray:
     """Bucket (int64, 0 ≤ b < n) of each key. Stable for ever: files in the lake are laid out by it. With n a power of
     two, bucket b of n splits into b and b + n of 2n. Null keys go to bucket 0."""

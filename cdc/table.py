@@ -43,8 +43,8 @@ class Column:
 class TableSchema:
     """One version of a table's schema, columns in attnum order of the source.
 
-    `key` names the columns that an old tuple carries: the replica identity's, under FULL the primary key's; empty
-    if there is none. `identity` is `pg_class.relreplident` (d, n, f, i). `version` is 0 until the schema book
+    `key` names the columns that an old tuple carries: the replica identity's, under FULL and NOTHING the primary key's;
+    empty if there is none. `identity` is `pg_class.relreplident` (d, n, f, i). `version` is 0 until the schema book
     (cdc.schema) has given it a number. `absent` names generated columns that the table has and the stream does not.
     """
 

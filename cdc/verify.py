@@ -29,7 +29,7 @@ from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path, system_name, system_prefix
 from cdc.ports import ObjectStore, RowsRead, SnapshotReader, Visibility
 from cdc.table import TableId, TableSchema
-from cdc.types import pg_text
+from cdc.types import arrow_fields, pg_text
 
 KEY = "__cdc_key"
 RAW = "__cdc_raw"
@@ -322,31 +322,42 @@ class _Comparison:
                 self._report.columns[column.name] = self._report.columns.get(column.name, 0) + int(count)
 
     def _compare_multisets(self, theirs: Path, ours: Path, visibility: Visibility) -> None:
-        """A table without a key holds rows, equal ones several times; what S does not see is taken off the lake's
-        side."""
-        later = self._folder / "later.parquet"
-        names = [c.name for c in self._schema.columns]
-        self._write(later, (self._later_rows(t, names) for t in self._changelog(visibility, names)))
+        """A table without a key holds rows, equal ones several times; what S does not see is undone on the lake's
+        side: what was added later is taken off, what was removed is put back."""
+        later, gone = self._folder / "later.parquet", self._folder / "gone.parquet"
+        for path, changes in ((later, {"c": False, "u": False}), (gone, {"d": False, "u": True})):
+            path.unlink(missing_ok=True)
+            self._write(path, self._changed_rows(visibility, changes))
         if not theirs.exists() and not ours.exists():
             return
         database = self._database(theirs, ours)
         columns = ", ".join(self._columns(theirs, ours))
+        plus = f" union all select {columns} from read_parquet('{gone}')" if gone.exists() else ""
         minus = f" except all select {columns} from read_parquet('{later}')" if later.exists() else ""
+        lake = f"((select {columns} from ours{plus}){minus})"
         for kind, one, other in (
-            ("missing", f"select {columns} from theirs", f"(select {columns} from ours{minus})"),
-            ("extra", f"(select {columns} from ours{minus})", f"select {columns} from theirs"),
+            ("missing", f"select {columns} from theirs", lake),
+            ("extra", lake, f"select {columns} from theirs"),
         ):
             row = database.execute(f"select count(*) from ({one} except all {other})").fetchone()
             self._report.counts[kind] += int(row[0]) if row else 0
         database.close()
 
-    def _later_rows(self, table: pa.Table, names: Sequence[str]) -> pa.Table:
-        inserted = table.filter(pc.equal(table.column(system_name("_op", self._prefix)), "c")).combine_chunks()
-        columns = [
-            inserted.column(n).combine_chunks() if n in inserted.schema.names else pa.nulls(inserted.num_rows)
-            for n in names
-        ]
-        return pa.table({**_positional(columns), RAW: pa.nulls(inserted.num_rows, pa.string())})
+    def _changed_rows(self, visibility: Visibility, changes: dict[str, bool]) -> Iterator[pa.Table]:
+        """Rows of the changes that S does not see, by operation (True: their old tuples)."""
+        names = [c.name for c in self._schema.columns]
+        fields = arrow_fields(self._schema)
+        op, before, raw = (system_name(n, self._prefix) for n in ("_op", "_before", "_raw"))
+        for table in self._changelog(visibility, [*names, before, raw]):
+            for wanted, old in changes.items():
+                rows = table.filter(pc.equal(table.column(op), wanted)).combine_chunks()
+                held = pa.Table.from_struct_array(rows.column(before)) if old else rows
+                columns = [
+                    held.column(f.name).combine_chunks() if f.name in held.column_names else pa.nulls(len(rows), f.type)
+                    for f in fields
+                ]
+                text = _raw_text(rows.column(raw).combine_chunks(), len(rows), names, prefix="before." if old else "")
+                yield pa.table({**_positional(columns), RAW: text})
 
     def _columns(self, theirs: Path, ours: Path) -> list[str]:
         return [*(f"c{i}" for i in range(len(self._schema.columns))), RAW]
@@ -393,13 +404,13 @@ def _positional(columns: Sequence[pa.Array]) -> dict[str, pa.Array]:
     return {f"c{i}": column for i, column in enumerate(columns)}
 
 
-def _raw_text(raw: pa.Array | None, rows: int, names: Sequence[str]) -> pa.Array:
-    """`_raw` as one comparable text per row, only of the columns that the source has."""
+def _raw_text(raw: pa.Array | None, rows: int, names: Sequence[str], *, prefix: str = "") -> pa.Array:
+    """`_raw` as one comparable text per row, only of the columns that the source has (with `prefix`: of old tuples)."""
     if raw is None or raw.null_count == rows:
         return pa.nulls(rows, pa.string())
-    kept = set(names)
+    kept = {prefix + name: name for name in names}
     texts = []
     for entries in raw.to_pylist():
-        known = sorted((k, v) for k, v in entries or () if k in kept)
+        known = sorted((kept[k], v) for k, v in entries or () if k in kept)
         texts.append(repr(known) if known else None)
     return pa.array(texts, pa.string())

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from cdc.errors import InvariantBroken
+from cdc.errors import InvariantBroken, KeyChanged
 from cdc.failpoints import failpoint
 from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
 from cdc.lake.delta import DeltaLog, LiveFile
@@ -35,7 +35,8 @@ from cdc.lake.events import FileShape, Layout, Patterns
 from cdc.lake.keyed import BUCKET_ROWS, KeyedMerge, Rewritten
 from cdc.lake.keyless import KeylessMerge, Swap, swap_of
 from cdc.lake.layout import changelog_path, current_path
-from cdc.lake.reduce import Order
+from cdc.lake.reduce import Order, final_threshold
+from cdc.lake.rekey import Key, Object, key_of_schema, refuse_other_keys, schema_in_force
 from cdc.lake.scan import Control, Scan, Scanner, barriers_of
 from cdc.ports import ObjectStore
 from cdc.table import TableId, TableSchema
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 MERGED = "changelog"
 """Token: version of the changelog that `current` holds."""
+KEY = "key/"
+"""Tokens: attnums of a key, and the version of the changelog at which `current` was last laid out by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,7 @@ class CurrentTable:
         self._temp_dir.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="merge-", dir=self._temp_dir))
         try:
-            return _Attempt(self, Layout(schema), scratch, merged, through, own_origins).run()
+            return _Attempt(self, schema, scratch, merged, through, own_origins).run()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -173,23 +176,24 @@ class _Attempt:
     """One merge, from the changelog's files to the commit."""
 
     def __init__(
-        self, table: CurrentTable, layout: Layout, scratch: Path, merged: int, through: int, own: Collection[str]
+        self, table: CurrentTable, schema: TableSchema, scratch: Path, merged: int, through: int, own: Collection[str]
     ) -> None:
         self._table = table
-        self._layout = layout
         self._scratch = scratch
         self._merged = merged
         self._through = through
         self._own = own
-        self._patterns = Patterns(len(layout.names))
         self._current = Fetcher(table._store, table._prefix, scratch)
         self._changelog = Fetcher(table._store, table._changes_prefix, scratch)
         self._uploaded: list[str] = []
         self._attempted = False
+        self._added = table._changes.files_added(merged, through)
+        self._layout = Layout(schema_in_force(schema, self._objects(self._added), self._held_key()))
+        self._patterns = Patterns(len(self._layout.names))
         self._tokens: dict[str, int] = {MERGED: through}
 
     def run(self) -> MergeResult:
-        added = self._table._changes.files_added(self._merged, self._through)
+        added = self._added
         scan = self._scan(added)
         if self._merged < 0 and not scan.ends():
             return MergeResult(waiting=True)
@@ -224,11 +228,13 @@ class _Attempt:
             order = self._begin_of(end.run)
             if order is not None:
                 begins[end.run] = order
+        barriers = barriers_of(scan, begins)
+        refuse_other_keys(self._layout, self._objects(added), final_threshold(barriers))
         merge = KeyedMerge(
             self._layout,
             self._patterns,
             scan,
-            barriers_of(scan, begins),
+            barriers,
             scratch=self._scratch,
             live=self._live(),
             open_current=self._current.open,
@@ -244,28 +250,37 @@ class _Attempt:
         fresh = bool(ends)
         swap: Swap | None = None
         if fresh:
-            swap = swap_of(self._begin_row(scan, ends[-1].run))
+            begin = self._begin_row(scan, ends[-1].run)
+            if "xmin" not in begin.facts:
+                # It read the table chunk by chunk, under a key that is none any more.
+                table = self._layout.schema.table
+                raise KeyChanged(f"table {table} has lost its key", hint=f"cdc resync {table}")
+            swap = swap_of(begin)
             if swap.version <= self._merged:
                 added = self._table._changes.files_added(swap.version - 1, self._through)
         elif (version := self._token("swap/version")) is not None:
             swap = self._swap_at(version)
-        settled = not fresh and swap is not None and self._token("swap/settled") == swap.version
+        void = [*scan.truncates, *([swap.at] if fresh and swap is not None else [])]
+        refuse_other_keys(self._layout, self._objects(added), max(void, default=None))
+        settled = not fresh and swap is not None and self._token("swap/settled") == swap.at.seq
         merge = KeylessMerge(
             self._layout,
-            scan,
             swap,
             fresh=fresh,
             settled=settled,
             scratch=self._scratch,
             live=self._live(),
+            open_current=self._current.open,
             open_changelog=self._changelog.open,
             store_file=self._store_file,
+            known_fresh=self._table._fresh_files(self._layout),
         )
         done = merge.run(path for _, path in added)
         if swap is not None:
             self._tokens["swap/version"] = swap.version
+            self._tokens["swap/seq"] = swap.at.seq
             if merge.settles:
-                self._tokens["swap/settled"] = swap.version
+                self._tokens["swap/settled"] = swap.at.seq
         return done
 
     def _begin_row(self, scan: Scan, run: str) -> Control:
@@ -279,9 +294,14 @@ class _Attempt:
                 return found
         raise InvariantBroken(f"table {self._layout.schema.table}: run {run} ended without a begin row")
 
-    def _swap_at(self, version: int) -> Swap | None:
-        begins = [c for c in self._controls(version) if c.event == "begin"]
-        return swap_of(begins[-1]) if begins else None
+    def _swap_at(self, version: int) -> Swap:
+        """The run that was swapped in last: one version may hold the begins of several; their counters tell them
+        apart."""
+        seq = self._token("swap/seq")
+        for found in self._controls(version):
+            if found.event == "begin" and found.order.seq == seq:
+                return swap_of(found)
+        raise InvariantBroken(f"table {self._layout.schema.table}: the begin row of what it shows is gone")
 
     def _controls(self, version: int | None) -> list[Control]:
         """Control rows that came with one version of the changelog."""
@@ -289,6 +309,19 @@ class _Attempt:
             return []
         scan = self._scan(self._table._changes.files_added(version - 1, version))
         return sorted(scan.begins() + scan.ends(), key=lambda c: c.order)
+
+    def _objects(self, added: list[tuple[int, str]]) -> list[Object]:
+        return [Object.at(path, self._changelog.open) for _, path in added]
+
+    def _held_key(self) -> Key | None:
+        """The key that `current` is laid out by: of the keys that it ever had the one that a merge noted last. None if
+        there is no `current` yet."""
+        if self._merged < 0:
+            return None
+        noted = {name: at for name, at in self._table._log.tokens().items() if name.startswith(KEY)}
+        if not noted:
+            return None
+        return tuple(int(n) for n in max(noted, key=lambda name: noted[name]).removeprefix(KEY).split(",") if n)
 
     def _token(self, name: str) -> int | None:
         return self._table._log.token(name) if self._merged >= 0 else None
@@ -319,6 +352,7 @@ class _Attempt:
             self._tokens[f"begin/{begin.run}/version"] = begin.version
             for part, value in begin.order._asdict().items():
                 self._tokens[f"begin/{begin.run}/{part}"] = value
+        self._tokens[KEY + ",".join(map(str, key_of_schema(self._layout.schema)))] = self._through
         epoch, lsn = table._position(self._through)
         if lsn >= 0:
             self._tokens[f"position/{epoch}"] = lsn

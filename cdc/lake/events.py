@@ -126,8 +126,10 @@ def attnum_of(field: pa.Field) -> int | None:
     return int(metadata[ATTNUM]) if metadata and ATTNUM in metadata else None
 
 
-def columns_of(data: pa.RecordBatch, shape: FileShape) -> tuple[list[pa.Array], np.ndarray]:
-    """The layout's columns from rows of a file, and what is known of them (one vector for all rows)."""
+def columns_of(data: pa.RecordBatch, shape: FileShape, *, old: bool = False) -> tuple[list[pa.Array], np.ndarray]:
+    """The layout's columns from rows of a file (`old`: from their old tuples), and what is known of them (one vector
+    for all rows)."""
+    before = _system(data, shape, "_before") if old else None
     states = np.full(len(shape.source), KNOWN, np.uint8)
     columns: list[pa.Array] = []
     for i, (name, field) in enumerate(zip(shape.source, shape.layout.fields, strict=True)):
@@ -135,7 +137,11 @@ def columns_of(data: pa.RecordBatch, shape: FileShape) -> tuple[list[pa.Array], 
             states[i] = ABSENT
             columns.append(pa.nulls(data.num_rows, field.type))
             continue
-        converted = convert(data.column(data.schema.get_field_index(name)), field.type)
+        if before is not None:
+            array = pc.struct_field(before, before.type.get_field_index(name))
+        else:
+            array = data.column(data.schema.get_field_index(name))
+        converted = convert(array, field.type)
         if converted is None:
             states[i] = UNCHANGED
             converted = pa.nulls(data.num_rows, field.type)
@@ -173,10 +179,13 @@ def _converts(old: pa.DataType, new: pa.DataType) -> bool:
     return False
 
 
-def raw_in_layout(raw: pa.Array, renames: dict[str, str]) -> pa.Array:
-    """`_raw` with the layout's names, without old values and without columns that are gone."""
+def raw_in_layout(raw: pa.Array, renames: dict[str, str], *, prefix: str = "") -> pa.Array:
+    """`_raw` with the layout's names, without old values (with `prefix` BEFORE: only these) and without columns that
+    are gone."""
     if raw.null_count == len(raw):
         return raw
+    if prefix:
+        renames = {prefix + name: to for name, to in renames.items()}
     names = pc.unique(raw.keys).to_pylist()
     if all(renames.get(name) == name for name in names):
         return raw

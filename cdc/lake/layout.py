@@ -26,6 +26,10 @@ DATE: Final = "_date"
 LAKE_SYSTEM: Final = (*SYSTEM, DATE)
 """Every system column that a lake table may have, by its name without a collision."""
 
+KEY_METADATA: Final = "cdc.key"
+IDENTITY_METADATA: Final = "cdc.identity"
+"""Of a changelog's object: what its rows are known by."""
+
 CURRENT_SYSTEM: Final = ("_epoch", "_lsn", "_seq", "_committed_at", "_origin", "_raw")
 """The system columns of `current`."""
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from cdc.batch import SYSTEM, Batch, system_type
 from cdc.errors import StoreUnavailable
-from cdc.lake.layout import system_name
+from cdc.lake.layout import IDENTITY_METADATA, KEY_METADATA, system_name
 from cdc.table import TableSchema
 from cdc.types import arrow_fields
 
@@ -40,11 +40,14 @@ Upload = Callable[[Any], None]
 
 @lru_cache(maxsize=1024)
 def file_schema(schema: TableSchema, prefix: str) -> pa.Schema:
-    """Columns of the changelog objects of one schema version: all system columns, then the version's own."""
+    """Columns of the changelog objects of one schema version: all system columns, then the version's own. The file's
+    metadata say what its rows are known by: attnums of the key, and the replica identity."""
     fields = arrow_fields(schema)
     # Parquet cannot hold a struct without fields.
     names = [n for n in SYSTEM if fields or n != "_before"]
-    return pa.schema([pa.field(system_name(n, prefix), system_type(n, schema)) for n in names] + fields)
+    columns = [pa.field(system_name(n, prefix), system_type(n, schema)) for n in names] + fields
+    key = ",".join(str(schema.column(name).attnum) for name in schema.key)
+    return pa.schema(columns, metadata={KEY_METADATA: key, IDENTITY_METADATA: schema.identity})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ class Spill:
 
     def __init__(self, path: Path, schema: pa.Schema, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self._path = path
-        self._schema = schema
+        self.schema = schema
         self._memory_bytes = memory_bytes
         self._held: dict[int, list[pa.RecordBatch]] = {}
         self._held_bytes = 0
@@ -56,9 +56,9 @@ class Spill:
         for offset, length in self._index.pop(part, []):
             assert self._file is not None
             data = os.pread(self._file, length, offset)
-            batches.append(pa.ipc.read_record_batch(pa.py_buffer(data), self._schema))
+            batches.append(pa.ipc.read_record_batch(pa.py_buffer(data), self.schema))
         batches += self._held.pop(part, [])
-        return pa.Table.from_batches(batches, self._schema)
+        return pa.Table.from_batches(batches, self.schema)
 
     def close(self) -> None:
         """Drop everything, the file too; idempotent."""
@@ -76,7 +76,7 @@ class Spill:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         for part, batches in self._held.items():
-            merged = pa.Table.from_batches(batches, self._schema)
+            merged = pa.Table.from_batches(batches, self.schema)
             for batch in merged.combine_chunks().to_batches():
                 data = batch.serialize()
                 written = 0

@@ -42,19 +42,25 @@ where a.attrelid = any(%s) and a.attnum > 0 and not a.attisdropped
 order by a.attrelid, a.attnum
 """
 
-# The columns of the identity as an old tuple carries them. A deferrable index identifies nothing: Postgres does not use
-# it, and within a transaction its values may meet.
-_KEY = """
+
+def _key(of: str) -> str:
+    """SQL of the columns of an index of table c. A deferrable index identifies nothing: Postgres does not use it, and
+    within a transaction its values may meet."""
+    return f"""
 (select array_agg(k.attname order by k.n) from (
    select a.attname, u.n from pg_index i
    cross join lateral unnest(i.indkey::int2[]) with ordinality u(attnum, n)
    join pg_attribute a on a.attrelid = i.indrelid and a.attnum = u.attnum
-   where i.indrelid = c.oid and u.n <= i.indnkeyatts and i.indislive and i.indimmediate and
-     case c.relreplident when 'i' then i.indisreplident when 'n' then false else i.indisprimary end) k)
+   where i.indrelid = c.oid and u.n <= i.indnkeyatts and i.indislive and i.indimmediate and {of}) k)
 """
 
+
+# Under NOTHING as under FULL the primary key tells rows apart, though no old tuple is sent.
+_PRIMARY = _key("i.indisprimary")
+_KEY = _key("case c.relreplident when 'i' then i.indisreplident else i.indisprimary end")
+
 TABLES = f"""
-select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8, {_KEY}
+select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8, {_KEY}, {_PRIMARY}
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = any(%s)
 """
@@ -155,7 +161,7 @@ class Described:
     """A table's catalog entry.
 
     `schema` is without generated columns, which publications send only on request: `generated` has them, `sent` puts
-    in those that are sent. `leaves` are the partitions of a partitioned table.
+    in those that are sent. `leaves` are the partitions of a partitioned table, `primary` the primary key.
     """
 
     schema: TableSchema
@@ -164,6 +170,7 @@ class Described:
     generated: tuple[Column, ...] = ()
     virtual: frozenset[str] = frozenset()
     leaves: tuple[Leaf, ...] = ()
+    primary: tuple[str, ...] = ()
 
     def sent(self, names: Collection[str] | None) -> TableSchema:
         """The schema with the columns that are published (`Published.columns`). A key that is not published whole is
@@ -247,7 +254,7 @@ def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[i
     rows = connection.execute(TABLES, [list(oids)]).fetchall()
     partitions = leaves(connection, [row[0] for row in rows if row[4] == "p"])
     found: dict[int, Described] = {}
-    for oid, schema, name, identity, kind, relfilenode, key in rows:
+    for oid, schema, name, identity, kind, relfilenode, key, primary in rows:
         own = tuple(partitions.get(oid, ()))
         if identity == "f" and any(leaf.kind == "r" and leaf.identity != "f" for leaf in own):
             # A setting that partitions do not inherit: what they write is no whole old row, whatever the stream says.
@@ -261,7 +268,7 @@ def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[i
         )
         hidden = tuple(generated.get(oid, ()))
         names = frozenset(c.name for c in hidden if (oid, c.name) in virtual)
-        found[oid] = Described(table_schema, kind, relfilenode, hidden, names, own)
+        found[oid] = Described(table_schema, kind, relfilenode, hidden, names, own, tuple(primary or ()))
     return found
 
 

@@ -60,9 +60,8 @@ def walk_columns(buffer: Buffer, rows: Rows, width: int, sources: list[int]) -> 
     kept = [spans[i] for i in sources]
     if old is None:
         return Image([_texts(buffer, column) for column in kept], [_unchanged(column) for column in kept])
-    full = tuple_kind.take(old) == OLD
     kept_old = [old_spans[i] for i in sources]
-    kept = [_fill(column, before, old, full) for column, before in zip(kept, kept_old, strict=True)]
+    kept = [_fill(column, before, old) for column, before in zip(kept, kept_old, strict=True)]
     return Image(
         [_texts(buffer, column) for column in kept],
         [_unchanged(column) for column in kept],
@@ -100,14 +99,15 @@ def _walk(buffer: Buffer, message: Ints, at: Ints, end: Ints, width: int) -> tup
     return columns, at
 
 
-def _fill(column: _Spans, before: _Spans, old: Ints, full: Bools) -> _Spans:
+def _fill(column: _Spans, before: _Spans, old: Ints) -> _Spans:
     """Where the new tuple says "unchanged" and the old one holds the value, it is the value."""
     if column.kind is None:
         return column
     wanted = column.kind.take(old) == UNCHANGED
     if before.kind is not None:
-        # In a 'K' tuple 'n' says "not sent", in an 'O' tuple it says NULL.
-        wanted &= (before.kind == TEXT) | (full & (before.kind == NULL))
+        # 'n' is no value here: in a 'K' tuple it says "not sent", and so it does in the 'O' tuple of a partition whose
+        # own identity is not its root's. What is stored out of line is never NULL.
+        wanted &= before.kind == TEXT
     if not wanted.any():
         return column
     rows = old[wanted]

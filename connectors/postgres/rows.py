@@ -40,7 +40,7 @@ def walk_rows(buffer: Buffer, rows: Rows, width: int, sources: list[int]) -> Ima
             if at >= end or buffer.blob[at] != NEW:
                 raise buffer.malformed(start, "no new tuple behind the old one")
             row, at = _walk(buffer, start, at + 1, end, width)
-            _fill(row, before, tuple_kind == OLD)
+            _fill(row, before)
             old.append(len(cells))
             old_cells.append(before)
         if at != end:
@@ -78,11 +78,11 @@ def _walk(buffer: Buffer, message: int, at: int, end: int, width: int) -> tuple[
     return cells, at
 
 
-def _fill(row: list[_Cell], before: list[_Cell], full: bool) -> None:
-    """Where the new tuple says "unchanged" and the old one holds the value, it is the value."""
+def _fill(row: list[_Cell], before: list[_Cell]) -> None:
+    """Where the new tuple says "unchanged" and the old one holds the value, it is the value; NULL there is none."""
     for i, cell in enumerate(row):
         known = before[i]
-        if cell == UNCHANGED and (isinstance(known, bytes) or (full and known is None)):
+        if cell == UNCHANGED and (isinstance(known, bytes)):
             row[i] = known
 
 

@@ -203,8 +203,9 @@ class PostgresSource:
         key = now.key if now is not None else ()
         if described is not None and described.is_torn(names):
             key = ()
-        elif relation.identity == "f":
-            key = key if set(key) <= {c.name for c in columns} else ()
+        elif relation.identity in "fn" and described is not None:
+            # The catalog may have another identity by now.
+            key = described.primary if set(described.primary) <= {c.name for c in columns} else ()
         elif set(key) != set(sent_key):
             key = sent_key
         schema = TableSchema(

@@ -140,7 +140,7 @@ def expected(change: Change) -> Row | None:
         cell: Value = Cell.NULL if source is None else source[i]
         if cell is Cell.UNCHANGED and change.old is not None:
             old = change.old[i]
-            if isinstance(old, bytes) or (change.old_kind == "O" and old is Cell.NULL):
+            if isinstance(old, bytes):
                 cell = old
         if cell is Cell.UNCHANGED:
             unchanged.append(column.name)

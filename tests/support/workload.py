@@ -2,8 +2,8 @@
 
 Transactions of one to six statements: inserts, updates that leave a big value alone, updates of it, key changes,
 deletes, truncates, savepoints rolled back, whole rollbacks; over tables with one key column, two, REPLICA IDENTITY
-FULL, and none. Two sessions run at once, so that transactions interleave in the WAL. Reproducible per session by its
-seed but for the server's own timing.
+FULL, none, and FULL without a key (equal rows). Two sessions run at once, so that transactions interleave in the WAL.
+Reproducible per session by its seed but for the server's own timing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Self
 
 import psycopg
 
-TABLES = ["public.items", "public.lines", "public.wide_old", "public.events", "public.bare", "public.stock"]
+TABLES = [
+    "public.items",
+    "public.lines",
+    "public.wide_old",
+    "public.events",
+    "public.bare",
+    "public.stock",
+    "public.heap",
+]
 STOCK = 3000
 
 SCHEMA = f"""
@@ -28,6 +36,11 @@ alter table wide_old replica identity full;
 create table events (
   id bigint generated always as identity primary key, at timestamptz default clock_timestamp(), text text);
 create table bare (a int, b text);
+create table heap (a int, b text, big text);
+alter table heap alter big set storage external;
+alter table heap replica identity full;
+insert into heap
+  select g %% 5, 'same', case g %% 3 when 0 then repeat(md5('h'), 100) end from generate_series(1, 300) g;
 create table stock (sku text primary key, n int, big text);
 alter table stock alter big set storage external;
 insert into stock select 'sku-' || g, g, repeat(md5(g::text), 80) from generate_series(1, {STOCK}) g;
@@ -60,6 +73,13 @@ STATEMENTS: list[tuple[int, Statement]] = [
     (1, lambda r: "truncate events"),
     (1, lambda r: "truncate lines, events"),
     (4, lambda r: f"insert into bare select g, 'same' from generate_series(1, {r.randrange(1, 5)}) g"),
+    (4, lambda r: f"insert into heap select g %% 3, 'same', case when g %% 2 = 0 then repeat(md5('h'), 100) end "
+                  f"from generate_series(1, {r.randrange(1, 8)}) g".replace("%%", "%")),
+    (5, lambda r: f"update heap set a = {r.randrange(5)} where ctid = "
+                  f"(select ctid from heap where a = {r.randrange(5)} limit 1)"),
+    (3, lambda r: f"update heap set big = case when big is null then repeat(md5('h'), 100) end where ctid = "
+                  f"(select ctid from heap where a = {r.randrange(5)} limit 1)"),
+    (5, lambda r: f"delete from heap where ctid = (select ctid from heap where a = {r.randrange(5)} limit 1)"),
     (8, lambda r: f"update stock set n = n + 1 where sku = 'sku-{r.randrange(1, STOCK)}'"),
     (3, lambda r: f"update stock set sku = 'sku-{r.randrange(1, 2 * STOCK)}' "
                   f"where sku = 'sku-{r.randrange(1, STOCK)}'"),

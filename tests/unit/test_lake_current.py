@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 
 from cdc import failpoints
 from cdc.batch import SNAPSHOT_SEQ, Boundary
-from cdc.errors import IdentityMissing, SourceUnavailable, StoreConflict
+from cdc.errors import IdentityMissing, KeyChanged, SourceUnavailable, StoreConflict
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.lake.delta import DeltaLog
@@ -368,14 +368,56 @@ def test_a_keyless_table_swaps_at_the_end_of_a_resync_and_forgets_what_a_truncat
     assert [r["note"] for r in story.rows()] == ["fresh"]
 
 
-@pytest.mark.parametrize("op", ["u", "d"])
-def test_updates_of_a_table_without_a_key_stop_it_with_a_hint(tmp_path: Path, op: str) -> None:
+@pytest.mark.parametrize("more", [{}, {"_before": {"id": "1", "note": "a"}, "_unchanged": ["note"]}])
+def test_updates_without_the_whole_old_row_stop_a_table_without_a_key(tmp_path: Path, more: dict[str, Any]) -> None:
     story = Story(tmp_path, KEYLESS)
-    story.begin(xmin="1", xmax="1", xip="")
-    story.land([story.row(op, id="1", note="x")])
+    story.begin([story.row("c", id="1", note="a")], xmin="1", xmax="1", xip="")
+    story.land([story.row("u", id="1", note="x", **more)])
     with pytest.raises(IdentityMissing) as error:
         story.merge()
-    assert "primary key" in error.value.hint
+    assert "replica identity full" in error.value.hint
+
+
+def test_one_of_several_equal_rows_goes_and_the_file_of_the_others_stays(tmp_path: Path) -> None:
+    story = Story(tmp_path, KEYLESS)
+    story.begin([story.row("c", id="1", note="a")] * 3, xmin="1", xmax="1", xip="")
+    story.land([story.row("c", id="2", note="b"), story.row("c", id=None, note=None)])
+    story.merge()
+    before = story.files()
+    story.land([story.row("d", id="1", note="a"), story.row("u", id="1", note="c", _before={"id": "1", "note": "a"})])
+    result = story.merge()
+    assert (result.rows_upserted, result.rows_deleted) == (1, 2)
+    assert story.rows() == [
+        {"id": 1, "note": "a"}, {"id": 1, "note": "c"}, {"id": 2, "note": "b"}, {"id": None, "note": None},
+    ]  # fmt: skip
+    assert len(story.files() & before) == 1
+    assert story.merge().rows_deleted == 0, "what is repeated changes nothing"
+
+
+def test_what_a_table_without_a_key_shows_is_of_the_run_that_ended_not_of_one_that_began(tmp_path: Path) -> None:
+    """Two begin rows may come with one version of the changelog."""
+    story = Story(tmp_path, KEYLESS)
+    story.lsn = 10
+    first = [story.control("begin", xmin="50", xmax="50", xip=""), story.control("end")]
+    story.land([*first, story.control("begin", run="run2", kind="resync", xmin="90", xmax="90", xip="")], complete=True)
+    story.merge()
+    story.land([story.row("c", id="1", note="a") | {"_xid": 60}])
+    story.merge()
+    assert story.rows() == [{"id": 1, "note": "a"}], "run1 did not see it, whatever run2 will have seen"
+
+
+def test_a_new_columns_default_shows_in_old_rows_of_a_table_without_a_key(tmp_path: Path) -> None:
+    story = Story(tmp_path, KEYLESS)
+    story.begin([story.row("c", id="1", note="a")], xmin="1", xmax="1", xip="")
+    grade = Column(name="grade", attnum=3, type_oid=23, type_name="integer", missing="7")
+    newer = replace(KEYLESS, columns=(ID, replace(NOTE, name="text"), grade), version=2)
+    story.land([story.row("c", id="2", text="b", grade="8")], newer)
+    story.merge(newer)
+    seen = [(r["id"], r["text"], r["grade"]) for r in story.rows()]
+    assert seen == [(1, "a", 7), (2, "b", 8)]
+    story.land([story.row("d", id="1", text="a", grade="7")], newer)
+    story.merge(newer)
+    assert [(r["id"], r["text"]) for r in story.rows()] == [(2, "b")]
 
 
 def test_what_landing_wrote_is_what_current_shows(tmp_path: Path) -> None:
@@ -421,3 +463,89 @@ def test_a_resync_mends_a_table_that_another_writer_has_changed(story: Story) ->
     story.land([begin, *read, story.control("end", "run2", "resync")], complete=True)
     story.merge()
     assert story.rows() == [{"id": 1, "note": "a"}, {"id": 2, "note": "b"}]
+
+
+# ---- the key changes --------------------------------------------------------------------------------------------
+
+BY_NOTE = replace(SCHEMA, key=("note",), identity="i", version=2)
+WHOLE = replace(SCHEMA, key=(), identity="f", version=3)
+
+
+class Landed(Story):
+    """A story whose changelog is written by landing, so that objects say what their rows are known by."""
+
+    def land(
+        self, rows: Sequence[dict[str, Any]], schema: TableSchema | None = None, *, complete: bool = False
+    ) -> None:
+        writer = ChangelogTable(self.changelog.store, "shop", TABLE).writer(self.root)
+        for row in rows:
+            writer.add(batch_of(schema or self.schema, [row]))
+        writer.commit(Boundary(0, self.lsn, self.lsn))
+        self.lsn += 1
+
+    def __init__(self, root: Path, schema: TableSchema = SCHEMA) -> None:
+        super().__init__(root, schema)
+        self.root = root
+
+
+FIRST = [{"id": "1", "note": "a"}, {"id": "2", "note": "b"}]
+
+
+@pytest.mark.parametrize("newer", [BY_NOTE, WHOLE], ids=["another key", "none"])
+def test_changes_under_an_old_key_are_not_taken_for_changes_under_the_new_one(
+    tmp_path: Path, newer: TableSchema
+) -> None:
+    """`update … set note = 'c' where id = 1` says nothing of the row whose note was 'a'."""
+    story = Landed(tmp_path)
+    story.begin([story.row("c", **row) for row in FIRST])
+    story.land([story.row("u", id="1", note="c")])
+    story.land([story.row("c", id="3", note="d")], newer)
+    with pytest.raises(KeyChanged) as error:
+        story.merge(newer)
+    assert error.value.hint == "cdc resync public.orders"
+    assert [r["note"] for r in story.rows()] == ["a", "b"], "what was shown stays"
+    seen = {"xmin": "200", "xmax": "200", "xip": ""} if newer is WHOLE else {}
+    run = [{**row, "_op": "r", "_run": "run2"} for row in ({"id": "1", "note": "c"}, {"id": "2", "note": "b"})]
+    begin = story.control("begin", "run2", "resync", **seen)
+    rows = [(made := story.row("r")) | row | {"_seq": SNAPSHOT_SEQ + made["_seq"]} for row in run]
+    story.land([begin, *rows], newer)
+    story.land([story.control("end", "run2", "resync")], newer)
+    story.merge(newer)
+    assert sorted(r["note"] for r in story.rows()) == ["b", "c"]
+
+
+@pytest.mark.parametrize("newer", [BY_NOTE, WHOLE], ids=["another key", "none"])
+def test_rows_are_laid_out_anew_when_only_whole_rows_came_under_the_old_key(tmp_path: Path, newer: TableSchema) -> None:
+    story = Landed(tmp_path)
+    story.begin([story.row("c", **row) for row in FIRST])
+    story.land([story.row("c", id="3", note="c")])
+    change = story.row("u", id="9", note="b", _before={"id": "2", "note": "b"} if newer is WHOLE else None)
+    story.land([change, story.row("d", id="1", note="a")], newer)
+    story.merge(newer)
+    assert story.rows() == [{"id": 3, "note": "c"}, {"id": 9, "note": "b"}]
+    story.land([story.row("d", id="3", note="c")], newer)
+    story.merge(newer)
+    story.land([story.row("u", id="9", note="z")])
+    story.merge(newer)
+    assert story.rows() == [{"id": 9, "note": "z"}], (
+        "the newest change says which key is in force, not the newest schema"
+    )
+
+
+def test_a_merge_without_changes_keeps_the_key(tmp_path: Path) -> None:
+    """A snapshot may know of a new key before the stream does, while two rows still meet under it."""
+    story = Landed(tmp_path)
+    story.begin([story.row("c", id="1", note="same"), story.row("c", id="2", note="same")])
+    story.land([story.control("begin", "run2", "resync")], BY_NOTE)
+    story.merge(BY_NOTE)
+    assert len(story.rows()) == 2
+
+
+def test_old_rows_that_are_not_whole_stop_a_table_without_a_key(tmp_path: Path) -> None:
+    """As those of a partition with an identity of its own, under a root without one."""
+    story = Landed(tmp_path, replace(WHOLE, identity="d"))
+    story.begin([story.row("c", **row) for row in FIRST], xmin="1", xmax="1", xip="")
+    story.land([story.row("d", id="1", note=None)])
+    with pytest.raises(IdentityMissing) as error:
+        story.merge()
+    assert "replica identity full" in error.value.hint
