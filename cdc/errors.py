@@ -60,16 +60,16 @@ class IdentityMissing(CdcError):
     """A change cannot be applied because its table has no usable key."""
 
 
-class KeyChanged(CdcError):
-    """A table's rows are known by another key than changes that have not been merged: it must be read anew."""
-
-
 class Diverged(CdcError):
     """A change cannot be applied because the lake does not hold the row that it changes."""
 
 
 class SchemaConflict(CdcError):
     """A table's new shape cannot be held by its lake table."""
+
+
+class KeyChanged(SchemaConflict):
+    """A table's rows are known by another key than changes that have not been merged: it must be read anew."""
 
 
 class StoreUnavailable(CdcError):

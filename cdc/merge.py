@@ -100,7 +100,7 @@ class Merger:
             except CdcError as e:
                 if e.verdict is not Verdict.OPERATOR:
                     raise
-                if self._is_read_anew(table):
+                if self._is_read_anew(table, through):
                     # What cannot be merged stands before the run's begin: with the run's end it no longer counts.
                     self._blocked[table] = time.monotonic() + BLOCKED_S
                     whole = False
@@ -122,16 +122,15 @@ class Merger:
         self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
         return worked
 
-    def _is_read_anew(self, table: TableId) -> bool:
-        """Whether a snapshot of the whole table is ordered, or running, or has not landed to its end."""
+    def _is_read_anew(self, table: TableId, through: int) -> bool:
+        """Whether a snapshot of the whole table is ordered, or running, or ends behind version `through`."""
         runs = [r for r in self._state.runs(self._source, table) if r.kind in ("first", "resync")]
         if not runs:
             return False
         if any(r.state in ("pending", "running") for r in runs):
             return True
-        changelog = self._pairs[table][0]
-        changelog.refresh()
-        return runs[-1].state == "done" and changelog.tokens().run(runs[-1].id) < runs[-1].chunk_no
+        landed = self._pairs[table][0].delta.token(f"run/{runs[-1].id}", through)
+        return runs[-1].state == "done" and (-1 if landed is None else landed) < runs[-1].chunk_no
 
     def _merge(self, table: TableId, through: int, lsn: int) -> int | None:
         """Bring one table to a version of its changelog; the Delta version of `current`, None if it must wait."""

@@ -419,8 +419,9 @@ class Pipeline:
             return
         if self._state.is_paused("table", name):
             self._state.resume("table", name)
-            self._stopped.discard(table)
+            # Ordered first: what is merged until then may not fit what the table missed.
             self.backfill.order(table, "resync", "resumed")
+            self._stopped.discard(table)
             self._mark(table, False)
 
     def resync(self, table: TableId, kind: str = "resync") -> Run:

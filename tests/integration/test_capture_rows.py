@@ -317,7 +317,7 @@ def test_a_table_whose_changes_do_not_say_which_row_they_mean_stops_alone_and_sa
         table = daemon.tables()["public.sullen"]
         return table if table["state"] == "stopped" else None
 
-    told = wait_until(stopped, what="the table to stop")
+    told = wait_until(stopped, message="the table to stop")
     assert told["reason"]
     assert "replica identity full" in told["hint"]
     waited = daemon.ask("wait")
