@@ -21,6 +21,7 @@ from cdc.ports import Finding, SourceStatus
 from cdc.table import TableSchema
 from connectors.postgres import catalog, check, publication, slot
 from connectors.postgres.connection import connect, describe, translated
+from connectors.postgres.identity import identity_findings
 from connectors.postgres.replication import parse_lsn
 
 STATUS = """
@@ -228,22 +229,13 @@ class PostgresAdmin:
         findings += check.access_findings(connection, self._config, [*there, *lacking], sorted(lacking))
         for oid in [*there, *lacking]:
             if oid in described:
+                findings += identity_findings(there.get(oid), described[oid])
                 columns = there[oid].columns if oid in there else None
                 findings += self._check_table(connection, oid, described[oid].sent(columns))
         return findings
 
     def _check_table(self, connection: psycopg.Connection[Any], oid: int, schema: TableSchema) -> list[Finding]:
         findings: list[Finding] = []
-        if not schema.key:
-            findings.append(
-                Finding(
-                    name="replica identity",
-                    severity="warning",
-                    message=f"table {schema.table} has no key: inserts are captured, an update or delete stops it",
-                    fix=f"alter table {schema.table} add primary key (…);",
-                    object=str(schema.table),
-                )
-            )
         row = connection.execute(
             "select has_table_privilege(%s::oid, 'select'), has_schema_privilege(relnamespace, 'usage'),"
             " current_user from pg_class where oid = %s::oid",
