@@ -11,6 +11,7 @@ exist.
 from __future__ import annotations
 
 import logging
+import secrets
 import sqlite3
 import threading
 import time
@@ -38,6 +39,11 @@ NUDGE_AGAIN_S = 5.0
 SETTLE_S = 0.01
 RETRY_S = 0.05
 """Pause before a snapshot is taken again because something logged is not visible yet."""
+
+
+def shape_fact(source: str, table: TableId) -> str:
+    """Name of the fact that holds the schema version that the lake was last told of by a control row."""
+    return f"shape:{source}/{table}"
 
 
 @dataclass(slots=True)
@@ -110,18 +116,57 @@ class Backfill:
                 # Whoever wished for them finds out anew that they are missing.
                 state.update_run(run.id, state="cancelled", reason="the daemon was stopped")
 
-    def order(self, table: TableId, kind: str, reason: str = "") -> Run:
-        """A run of the whole table; one that is pending is joined, one that is running is followed by the new one."""
+    def order(self, table: TableId, kind: str, reason: str = "", *, settle: bool = False) -> Run:
+        """A run of the whole table; one that is pending is joined, one that is running is followed by the new one.
+
+        `settle`: it answers a change that the stream does not show. It begins only behind everything that was written
+        before the order: what the stream brings after the begin must not be older than that change.
+        """
+        details: dict[str, object] = {"settle": True} if settle else {}
+        if reason:
+            details["why"] = reason
         for run in self._state.runs(self._source, table, states=["pending"]):
             if run.kind in ("first", "resync"):
-                return run
-        return self._state.create_run(self._source, table, kind, reason=reason)
+                if not settle:
+                    return run
+                # Who had written before is asked again, and the stream waited for.
+                known = {k: v for k, v in run.details.items() if k != "behind_lsn"}
+                self._before.pop(run.id, None)
+                return self._state.update_run(run.id, details={**known, **details})
+        return self._state.create_run(self._source, table, kind, reason=reason, details=details)
+
+    def is_ordered(self, table: TableId) -> bool:
+        """Whether a run of the whole table is pending or under way."""
+        runs = self._state.runs(self._source, table, states=["pending", "running"])
+        return any(r.kind in ("first", "resync") for r in runs)
+
+    def tell_shape(self, schema: TableSchema) -> None:
+        """Append a control row in the table's newest schema version: the lake follows, though no change comes. Durable
+        on return; done again it is another such row, which changes nothing. By the thread of `step` only."""
+        table, at_us = schema.table, time.time_ns() // 1000
+        with self._log.lock():
+            if self._log.position(self._source) is None:
+                return
+            run = f"{at_us:014x}{secrets.token_hex(3)}"
+            stamp = self._stamp(table, run, at_us)
+
+            def note(tx: sqlite3.Connection) -> None:
+                self._state.create_run(self._source, table, "shape", id=run, state="done", tx=tx)
+                self._state.update_table(self._source, table, tx=tx, snapshot_seq=stamp.seq - SNAPSHOT_SEQ + 1)
+                self._state.set(shape_fact(self._source, table), schema.version, tx)
+
+            facts = {"event": "shape", "kind": "shape", "oid": str(schema.oid)}
+            self._log.append_chunk(
+                self._source, [control_batch(schema, facts, stamp)], run=run, chunk=0, kind="control", within=note
+            )
+        log.info("the catalog's shape is told to the lake", extra={"source": self._source, "table": str(table)})
 
     def cancel(self, table: TableId) -> list[str]:
-        """Take back the table's pending and running resyncs; a first snapshot is needed and stays."""
+        """Take back the table's pending and running resyncs; a first snapshot is needed and stays, and so does what
+        answers a change that the stream did not show."""
         cancelled = []
         for run in self._state.runs(self._source, table, states=["pending", "running"]):
-            if run.kind == "resync":
+            if run.kind == "resync" and not run.details.get("settle"):
                 self._state.update_run(run.id, state="cancelled")
                 if run.state == "running":
                     # What it has read so far is as good as what was there: the table goes on as before.
@@ -181,7 +226,7 @@ class Backfill:
             self._reader.end()
 
     def _start(self, run: Run) -> bool:
-        schema = next((s for s in self._reader.tables() if s.table == run.table), None)
+        schema = next((t.schema for t in self._reader.tables(run.table).tables), None)
         if schema is None:
             raise SourceRefused(
                 f"table {run.table} is not in the publication of source {self._source}", hint="cdc setup"
@@ -202,7 +247,11 @@ class Backfill:
         if position.lsn < self._landed_lsn(run.table):
             return self._wait(run, "waits for the stream to reach what the lake holds")
         covered = f"covered:{self._source}/{run.table}"
-        if self._state.get(covered) == position.epoch:
+        settles = bool(run.details.get("settle"))
+        behind = run.details.get("behind_lsn")
+        if behind is not None:
+            return position.end_lsn >= behind or self._wait(run, "waits for the stream to reach what it answers")
+        if not settles and self._state.get(covered) == position.epoch:
             return True
         now = self._reader.writers()
         before = self._before.setdefault(run.id, set(now))
@@ -210,8 +259,10 @@ class Backfill:
         if before:
             return self._wait(run, f"waits for older transactions: {', '.join(sorted(now[b] for b in before))}")
         del self._before[run.id]
+        if settles:
+            self._state.update_run(run.id, details={**run.details, "behind_lsn": self._nudge()})
         self._state.set(covered, position.epoch)
-        return True
+        return not settles
 
     def _begin(self, run: Run, schema: TableSchema, facts: dict[str, str]) -> None:
         """The begin row: what it does not touch from here on is an orphan (rules 13, 15). Under the log's lock."""
@@ -221,8 +272,12 @@ class Backfill:
         def progress(tx: sqlite3.Connection) -> None:
             self._state.update_run(
                 run.id, tx=tx, state="running", first_lsn=stamp.lsn, chunk_no=0, reason="",
-                details={"oid": schema.oid, "version": schema.version, "epoch": stamp.epoch},
+                details={
+                    "oid": schema.oid, "version": schema.version, "epoch": stamp.epoch,
+                    **{k: run.details[k] for k in ("settle", "why") if k in run.details},
+                },
             )  # fmt: skip
+            self._state.set(shape_fact(self._source, run.table), schema.version, tx)
             self._state.update_table(
                 self._source, run.table, tx=tx, state="snapshotting", oid=schema.oid, reason="", hint="",
                 snapshot_seq=stamp.seq - SNAPSHOT_SEQ + 1,
@@ -434,7 +489,9 @@ class Backfill:
         log.warning("snapshot run starts anew", extra={"source": self._source, "table": str(run.table), "why": why})
         with self._state.transaction() as tx:
             self._state.update_run(run.id, tx=tx, state="cancelled", reason=why)
-            self._state.create_run(self._source, run.table, run.kind, reason=why, tx=tx)
+            # What it answers holds for the new run, which is asked to wait for it once more.
+            kept = {k: v for k, v in run.details.items() if k in ("settle", "why")}
+            self._state.create_run(self._source, run.table, run.kind, reason=why, details=kept, tx=tx)
         return True
 
     def _stamp(self, table: TableId, run: str, at_us: int) -> Stamp:

@@ -52,6 +52,8 @@ class SourceConfig:
     on_slot_lost: str = "stop"
     failover: bool = False
     """Make the slot one that standbys keep too (Postgres 17 and later)."""
+    watch_every_s: float = 10.0
+    """How often the catalog is looked at for what the stream does not show."""
     chunk_rows: int = 50_000
     chunk_bytes: int = 32 << 20
     """Bound of a snapshot's chunk as text, whichever of the two is reached first; one row is the least."""

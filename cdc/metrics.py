@@ -64,6 +64,13 @@ VALUES_KEPT_AS_TEXT = _counter(
     "column",
 )
 
+CATALOG_FINDINGS = _counter(
+    "cdc_catalog_findings",
+    "Changes of the catalog that the stream does not show, and that were answered.",
+    "source",
+    "kind",
+)
+
 # The ladder of positions: head, received, logged, landed, confirmed
 LAG_BYTES = _gauge(
     "cdc_lag_bytes", "WAL between the server's head and a step (logged, landed, merged).", "source", "step"

@@ -12,7 +12,7 @@ import bisect
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from cdc.backfill import Backfill
 from cdc.batch import Boundary, Portion
 from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
+from cdc.discovery import Discovery
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, StoreConflict, Verdict
 from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
@@ -35,15 +36,13 @@ from cdc.ports import ObjectStore, SourceIdentity
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.stage import Stage
-from cdc.state import State, TableState
+from cdc.state import State
 from cdc.status import history_fact, progress_fact
-from cdc.table import TableId, TableSchema
+from cdc.table import TableId
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
 
-DISCOVER_S = 10.0
-"""How often the publication is looked at for new and vanished tables."""
 HEADS_MAX = 4096
 """Positions of the head that are remembered, one a second, to tell how old is what a step lacks."""
 READ_S = 0.2
@@ -85,6 +84,7 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self._marked_at: dict[str, int] = {}
         self._temp = config.state_dir / "tmp" / source.name
         self._prepared = threading.Event()
         self._built = False
@@ -96,6 +96,7 @@ class Pipeline:
         self._caught_up_at: dict[str, float] = {}
         self._heads: list[tuple[int, float]] = []
         self._discover_at = 0.0
+        self._shapes_seen = 0
         self._look_at = 0.0
         self._renew_at = 0.0
         self.workers = [
@@ -283,7 +284,7 @@ class Pipeline:
         self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
-            lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_stopped,
+            lease=self._lease, stop_table=self.stop_table, is_stopped=self.rests,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
@@ -294,8 +295,12 @@ class Pipeline:
             self.name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
             vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
-            wish=self.backfill.wish, stop_table=self.stop_table, is_stopped=self.is_stopped,
+            wish=self.backfill.wish, stop_table=self.stop_table, is_stopped=self.rests,
             check_lease=self._lease.check,
+        )  # fmt: skip
+        self.discovery = Discovery(
+            self.name, self._reader, self.admin, self._state, self._book, self._store, self.backfill, self,
+            epoch=self._epoch, server=anchor.system_id,
         )  # fmt: skip
         reader = LogReader(self.name, self._log, self._state, self._gate, self.lander.due_in_s)
         self.log_end = LogEnd(self.name, self._log)
@@ -334,9 +339,12 @@ class Pipeline:
         if self._paused():
             return False
         now = time.monotonic()
-        if now >= self._discover_at:
-            self.discover()
-            self._discover_at = now + DISCOVER_S
+        grown = self._book.grown
+        # A shape that the stream shows and nobody knew: whatever else that ALTER did is looked for at once.
+        if now >= self._discover_at or grown != self._shapes_seen:
+            again = self.discovery.look()
+            self._shapes_seen = grown
+            self._discover_at = now if again else now + self._source_config.watch_every_s
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
@@ -345,60 +353,43 @@ class Pipeline:
 
     # ---- tables ----
 
-    def discover(self) -> None:
-        """Take notice of tables that came or went, and order first snapshots."""
-        published = {s.table: s for s in self._reader.tables()}
-        history = f"epoch:{self.name}"
-        if self._state.get(history) != self._epoch:
-            # What was known is of another history (or of none): the lake alone tells which snapshots are complete.
-            for run in self._state.runs(self.name, states=["pending", "running"]):
-                self._state.update_run(run.id, state="cancelled", reason="the source's history began anew")
-            for schema in published.values():
-                self._adopt(schema, None)
-            self._state.set(history, self._epoch)
-        known = {t.table: t for t in self._state.tables(self.name)}
-        for table, schema in published.items():
-            before = known.get(table)
-            if before is not None and before.state != "removed" and before.oid == schema.oid:
-                continue
-            self._adopt(schema, before)
-        for table, before in known.items():
-            if table not in published and before.state != "removed":
-                self._state.update_table(
-                    self.name, table, state="removed", reason="not in the publication any more", hint="cdc setup"
-                )
-                self._stopped.add(table)
+    def mark(self, tables: Iterable[TableId], needs: bool) -> None:
+        """Tell the lake that tables need a resync, or no longer do; durable on return."""
+        names = {str(t) for t in tables}
 
-    def _adopt(self, schema: TableSchema, before: TableState | None) -> None:
-        """A table that is new here: its snapshot is done if the lake says so for this epoch and OID."""
-        table, oid = schema.table, schema.oid
-        # On an empty disk nothing else may ever say what a quiet table looks like, and merging asks.
-        self._book.register(schema)
-        tokens = ChangelogTable(self._store, self.name, table).tokens()
-        complete = tokens.complete(self._epoch, oid) and str(table) not in self._anchor_marks()
-        came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
-        if not self._state.is_paused("table", f"{self.name}/{table}"):
-            self._stopped.discard(table)
-        counter = max(tokens.snapshot_seq + 1, self._state.table(self.name, table).snapshot_seq)
-        state = "streaming" if complete and not came_back else "new"
-        self._state.update_table(self.name, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter)
-        if state == "new":
-            self.backfill.order(table, "first", "table came back" if came_back else "")
+        def marked(known: AnchorState) -> AnchorState:
+            marks = set(known.needs_resync) | names if needs else set(known.needs_resync) - names
+            return replace(known, needs_resync=tuple(sorted(marks)))
 
-    def _anchor_marks(self) -> frozenset[str]:
+        if self._anchor.state is None or not names:
+            return
+        if needs:
+            self._marked_at.update(dict.fromkeys(names, time.time_ns() // 1000))
+        self._anchor.change(marked)
+
+    def marks(self) -> dict[str, int]:
+        """Tables that need a resync, and since when (0: since before this process)."""
         known = self._anchor.state
-        return frozenset(known.needs_resync) if known is not None else frozenset()
+        return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
+
+    def take_part(self, table: TableId, takes_part: bool) -> None:
+        """Let a table's changes land, or pass over them."""
+        if not takes_part:
+            self._stopped.add(table)
+        elif not self._state.is_paused("table", f"{self.name}/{table}"):
+            self._stopped.discard(table)
+
+    def rests(self, table: TableId) -> bool:
+        """Whether a table is stopped, paused or gone."""
+        return table in self._stopped
 
     def _landed_lsn(self, table: TableId) -> int:
         return ChangelogTable(self._store, self.name, table).tokens().stream(self._epoch)
 
-    def is_stopped(self, table: TableId) -> bool:
-        return table in self._stopped
-
     def stop_table(self, table: TableId, error: CdcError) -> None:
         """Let one table stand still; first the lake is told that it needs a resync, then its changes are passed
         over."""
-        self._mark(table, True)
+        self.mark([table], True)
         self._stopped.add(table)
         for run in self._state.runs(self.name, table, states=["pending", "running"]):
             self._state.update_run(run.id, state="failed", reason=error.args[0])
@@ -412,9 +403,10 @@ class Pipeline:
         """A paused table takes no part and holds nothing back; on resume it is snapshotted anew."""
         name = f"{self.name}/{table}"
         if pause:
-            if self._prepared.is_set():
-                self._mark(table, True)
+            # Paused first: a table that takes part loses its mark when a snapshot of it has landed.
             self._state.pause("table", name)
+            if self._prepared.is_set():
+                self.mark([table], True)
             self._stopped.add(table)
             return
         if self._state.is_paused("table", name):
@@ -422,7 +414,6 @@ class Pipeline:
             # Ordered first: what is merged until then may not fit what the table missed.
             self.backfill.order(table, "resync", "resumed")
             self._stopped.discard(table)
-            self._mark(table, False)
 
     def resync(self, table: TableId, kind: str = "resync") -> Run:
         """Order a new snapshot; a stopped table takes part again from here on."""
@@ -433,16 +424,7 @@ class Pipeline:
         if known.state == "stopped":
             self._stopped.discard(table)
             self._state.update_table(self.name, table, state="new", reason="", hint="")
-        self._mark(table, False)
         return run
-
-    def _mark(self, table: TableId, needs: bool) -> None:
-        def marked(known: AnchorState) -> AnchorState:
-            marks = {t for t in known.needs_resync if t != str(table)} | ({str(table)} if needs else set())
-            return replace(known, needs_resync=tuple(sorted(marks)))
-
-        if self._anchor.state is not None:
-            self._anchor.change(marked)
 
     # ---- waiting and telling ----
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from cdc.batch import Boundary, Portion
+from cdc.fingerprint import Catalog
 from cdc.table import TableId, TableSchema
 
 
@@ -156,8 +157,9 @@ class RowsRead:
 class SnapshotReader(Protocol):
     """Reads existing rows in snapshots of its own. One open snapshot at a time; not thread-safe."""
 
-    def tables(self) -> list[TableSchema]:
-        """The selected, published tables as the catalog has them now (version 0)."""
+    def tables(self, only: TableId | None = None) -> Catalog:
+        """One look at the catalog: the selected, published tables as it has them now (schemas of version 0), with what
+        decides which rows they show; with `only`, at most that table. Not while a snapshot is open."""
 
     def writers(self) -> dict[str, str]:
         """Transactions that have written and not ended: id → who it is (pid, application), for rule 0."""
@@ -182,9 +184,10 @@ class SourceAdmin(Protocol):
     def check(self) -> list[Finding]:
         """Everything that would stop or endanger capture, without side effects."""
 
-    def setup(self, *, dry_run: bool, anew: bool = False) -> list[str]:
+    def setup(self, *, dry_run: bool, anew: bool = False, only: int | None = None) -> list[str]:
         """Create publication, then slot, where missing; the SQL in the order in which it ran (or would run). `anew`: a
-        slot of ours that exists is dropped first. SourceRefused if the name is another one's slot."""
+        slot of ours that exists is dropped first. `only`: nothing but to add the table of this OID to a publication of
+        ours. SourceRefused if the name is another one's slot."""
 
     def teardown(self, *, dry_run: bool) -> list[str]:
         """Drop slot and our publication, if they exist; the SQL."""

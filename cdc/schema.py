@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 
 from cdc.errors import InvariantBroken
@@ -20,6 +21,24 @@ def _content(schema: TableSchema) -> str:
     return json.dumps(replace(schema, version=0).to_json(), sort_keys=True, separators=(",", ":"))
 
 
+def inherited(schema: TableSchema, before: Iterable[TableSchema]) -> TableSchema:
+    """The schema with the missing values that only versions before it know: a rewrite puts them into the rows and
+    forgets them, but the lake's older rows still need them."""
+    known = {
+        (c.attnum, c.type_oid): c.missing
+        for version in before
+        if version.oid == schema.oid
+        for c in version.columns
+        if c.missing is not None
+    }
+    if not known:
+        return schema
+    columns = tuple(
+        c if c.missing is not None else replace(c, missing=known.get((c.attnum, c.type_oid))) for c in schema.columns
+    )
+    return schema if columns == schema.columns else replace(schema, columns=columns)
+
+
 class SchemaBook:
     """Schemas of one source; thread-safe, cached. On a read-only state only `get` and `latest` work."""
 
@@ -28,17 +47,35 @@ class SchemaBook:
         self._source = source
         self._lock = threading.Lock()
         self._versions: dict[TableId, dict[int, TableSchema]] = {}
+        self._turned: dict[TableId, list[int] | None] = {}
+        self.grown = 0
+        """How many versions were new to this book: whoever keeps a number sees that one was added."""
 
     def register(self, schema: TableSchema) -> TableSchema:
         """The schema with its version number; durable before it returns. Must not be called inside a transaction."""
-        plain = replace(schema, version=0)
         with self._lock:
+            schema = inherited(schema, self._known(schema.table).values())
+            plain = replace(schema, version=0)
             for version in self._known(schema.table).values():
                 if replace(version, version=0) == plain:
                     return version
             numbered = self._insert(schema)
+            self.grown += 1
             self._versions[schema.table] = self._load(schema.table)
             return numbered
+
+    def note_newest(self, schema: TableSchema) -> TableSchema:
+        """Register what the catalog shows now: of all versions known so far it is the newest, also when the table had
+        that shape before."""
+        numbered = self.register(schema)
+        with self._lock:
+            highest = max(self._known(schema.table))
+            wanted = None if numbered.version == highest else [numbered.version, highest]
+            fact = f"newest:{self._source}/{schema.table}"
+            if self._newest(schema.table) != wanted:
+                self._state.set(fact, wanted)
+                self._turned[schema.table] = wanted
+        return numbered
 
     def get(self, table: TableId, version: int) -> TableSchema:
         """A version by number; InvariantBroken if the book has none such."""
@@ -52,12 +89,16 @@ class SchemaBook:
         return found
 
     def latest(self, table: TableId) -> TableSchema | None:
-        """The version with the highest number, None if the table was never registered."""
+        """The version that is newest by the catalog's last word, else the one with the highest number; None if the
+        table was never registered."""
         with self._lock:
             if self._state.readonly:
                 self._versions.pop(table, None)
+                self._turned.pop(table, None)
             known = self._known(table)
-            return known[max(known)] if known else None
+            highest = max(known, default=0)
+            turned = self._newest(table)
+            return known.get(turned[0] if turned is not None and turned[1] == highest else highest)
 
     def versions(self, table: TableId) -> list[TableSchema]:
         """Every version of a table, the newest first."""
@@ -71,6 +112,12 @@ class SchemaBook:
             "select distinct schema, name from schemas where source = ? order by schema, name", (self._source,)
         )
         return [TableId(*row) for row in rows]
+
+    def _newest(self, table: TableId) -> list[int] | None:
+        """A version below the highest that is the newest all the same, and the highest when that was found."""
+        if table not in self._turned:
+            self._turned[table] = self._state.get(f"newest:{self._source}/{table}")
+        return self._turned[table]
 
     def _insert(self, schema: TableSchema) -> TableSchema:
         text = _content(schema)

@@ -15,6 +15,7 @@ from typing import Any
 from cdc import control, registry
 from cdc.config import Config, SyncConfig
 from cdc.console import lsn_text, time_text
+from cdc.discovery import finding_fact, unpublished_fact
 from cdc.errors import CdcError
 from cdc.guard import guard_fact
 from cdc.ports import SourceStatus
@@ -153,6 +154,9 @@ def _source(
             for step in ladder(known, server, progress, now)
         ],
         "tables": [_table(state, table) for table in state.tables(name)] if state else [],
+        "unpublished": [
+            {"table": table, "fix": fix} for table, fix in (state.get(unpublished_fact(name)) or [] if state else [])
+        ],
     }
 
 
@@ -209,7 +213,15 @@ def _table(state: State, table: TableState) -> dict[str, Any]:
         "landed_lsn": lsn_text(table.landed_lsn) or None,
         "current_lsn": lsn_text(table.current_lsn) or None,
         "snapshot": _snapshot(runs[-1]) if runs else None,
+        "finding": _finding(state.get(finding_fact(table.source, table.table))),
     }
+
+
+def _finding(fact: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What was last found in the catalog about a table, and how it was answered."""
+    if fact is None:
+        return None
+    return {**{k: fact[k] for k in ("kind", "message", "answer")}, "at": time_text(fact["at_us"] / 1e6)}
 
 
 def _snapshot(run: Run) -> dict[str, Any]:
@@ -221,6 +233,7 @@ def _snapshot(run: Run) -> dict[str, Any]:
         "rows": run.rows,
         "started_at": time_text(run.started_at / 1e6),
         "reason": run.reason,
+        "why": run.details.get("why", ""),
     }
 
 

@@ -92,7 +92,7 @@ def verify_table(
     report = TableReport(source, table)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=temp_dir) as folder:
         try:
-            schema = next((s for s in reader.tables() if s.table == table), None)
+            schema = next((t.schema for t in reader.tables(table).tables), None)
             if schema is None:
                 raise SourceRefused(f"table {table} is not published by source {source}", hint="cdc setup")
             comparison = _Comparison(report, reader, store, await_lake, Path(folder), schema, chunk_rows, show_values)

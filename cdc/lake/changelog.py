@@ -167,6 +167,13 @@ class ChangelogTable:
         self._prepared.add(schema)
         return prefix
 
+    def has_columns(self, schema: TableSchema) -> bool:
+        """Whether the table has every column of a schema version, by number, name and type."""
+        if not self.delta.exists():
+            return False
+        there = {(f.name, (f.metadata or {}).get(b"pg.attnum")): f.type for f in self.delta.schema()}
+        return all(there.get((f.name, (f.metadata or {}).get(b"pg.attnum"))) == f.type for f in arrow_fields(schema))
+
     def committed(self, tokens: ChangelogTokens) -> None:
         """Note the tokens of a commit that happened, so that they need not be read again."""
         self._tokens = tokens

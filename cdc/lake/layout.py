@@ -1,7 +1,8 @@
 """Where things stand in the lake, and under which names.
 
 `<source>/<schema>.<table>/changelog/` and `…/current/` are Delta tables; `<source>/_cdc/` holds the small objects of
-the source (lease, anchor). Names are pure functions of the catalog's names: two daemons, or two releases, always agree.
+the source (lease, anchor, fingerprints). Names are pure functions of the catalog's names: two daemons, or two
+releases, always agree.
 
 A name is written with every byte of its UTF-8 form other than letters, digits, `_` and `-` as `@XX` (upper-case hex).
 The escape is not `%`: deltalake 1.6 and whatever reads through the same Delta kernel decode a percent sign in a table's
@@ -74,6 +75,10 @@ def lease_key(source: str) -> str:
 
 def anchor_key(source: str) -> str:
     return f"{source_path(source)}/_cdc/source.json"
+
+
+def fingerprints_key(source: str) -> str:
+    return f"{source_path(source)}/_cdc/fingerprints.json"
 
 
 def table_of_path(path: str) -> TableId | None:

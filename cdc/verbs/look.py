@@ -57,7 +57,7 @@ def _schemas(call: Call, state: State | None, source: str) -> list[TableSchema]:
         if any(noted):
             return [schema for schema in noted if schema is not None]
     section = call.config.sources[source]
-    return registry.source_kind(section.type).reader(section).tables()
+    return [t.schema for t in registry.source_kind(section.type).reader(section).tables().tables]
 
 
 def _describe_table(source: str, schema: TableSchema) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _note(table: dict[str, Any]) -> str:
         parts.append(
             f"{snapshot['kind']} snapshot {snapshot['state']}: {snapshot['rows']} rows in {snapshot['chunks']} chunks"
         )
-        parts.append(snapshot["reason"])
+        parts += [snapshot["why"], snapshot["reason"] if snapshot["reason"] != snapshot["why"] else ""]
     parts += [table["reason"], f"mend it: {table['hint']}" if table["hint"] else ""]
     return "; ".join(part for part in parts if part)
 

@@ -76,9 +76,14 @@ class PostgresAdmin:
             )
         return findings
 
-    def setup(self, *, dry_run: bool, anew: bool = False) -> list[str]:
+    def setup(self, *, dry_run: bool, anew: bool = False, only: int | None = None) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
+            if only is not None:
+                done += publication.add_sql(connection, self._config, only)
+                for statement in done if not dry_run else ():
+                    connection.execute(statement.encode())
+                return done
             if anew:
                 done += slot.drop(connection, self._config.slot, dry_run=dry_run)
             for statement in publication.setup_sql(connection, self._config, self._where):

@@ -238,13 +238,23 @@ def setup_sql(connection: psycopg.Connection[Any], config: SourceConfig, where: 
     elif existing[name] == MADE_BY_US:
         there = catalog.published(connection, config)
         absent = lacking(wanted, there, catalog.describe(connection, list(wanted)))
-        statements += [
-            sql.SQL("alter publication {} add table {}")
-            .format(sql.Identifier(name), sql.Identifier(*table))
-            .as_string(connection)
-            for table in absent.values()
-        ]
+        statements += [add_statement(name, table) for table in absent.values()]
     return statements
+
+
+def add_sql(connection: psycopg.Connection[Any], config: SourceConfig, oid: int) -> list[str]:
+    """The statement that adds one wanted table to the publication, if that was made by us."""
+    table = catalog.candidates(connection, config).get(oid)
+    ours = connection.execute(
+        "select 1 from pg_publication where pubname = %s and obj_description(oid, 'pg_publication') = %s",
+        [config.publication[0], MADE_BY_US],
+    ).fetchone()
+    return [add_statement(config.publication[0], table)] if table is not None and ours is not None else []
+
+
+def add_statement(publication: str, table: TableId) -> str:
+    """The statement that adds a table to a publication."""
+    return f"alter publication {_quoted(publication)} add table {_name(table)}"
 
 
 def _quoted(name: str) -> str:

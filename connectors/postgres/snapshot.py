@@ -22,11 +22,13 @@ from psycopg import sql
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
 from cdc.errors import SourceRefused
+from cdc.fingerprint import Catalog
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres import catalog, publication
 from connectors.postgres.connection import connect, describe, take_any_bytes, translated
+from connectors.postgres.look import Looker
 from connectors.postgres.replication import parse_lsn
 
 WRITERS = """
@@ -59,14 +61,13 @@ class PostgresSnapshotReader:
         self._open: catalog.Described | None = None
         self._filter: str | None = None
         self._operators: dict[str, catalog.Operators] = {}
+        self._looker = Looker(config)
 
-    def tables(self) -> list[TableSchema]:
+    def tables(self, only: TableId | None = None) -> Catalog:
         with translated(self._where):
-            connection = self._ready()
-            found = catalog.published(connection, self._config)
-            described = catalog.describe(connection, list(found))
-        publication.require_whole(self._where, found.values(), self._config)
-        return [described[oid].sent(p.columns) for oid, p in found.items() if oid in described]
+            found, seen = self._looker.look(self._ready(), only)
+        publication.require_whole(self._where, found, self._config)
+        return seen
 
     def writers(self) -> dict[str, str]:
         with translated(self._where):

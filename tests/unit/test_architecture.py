@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 # where it is worth a thought what it may know.
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
-        "cdc", "cdc.errors", "cdc.table", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch", "cdc.ports",
-        "cdc.units", "cdc.config", "cdc.failpoints", "cdc.metrics", "cdc.registry", "cdc.notify", "cdc.logs",
-        "cdc.console",
+        "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
+        "cdc.ports", "cdc.units", "cdc.config", "cdc.failpoints", "cdc.metrics", "cdc.registry", "cdc.notify",
+        "cdc.logs", "cdc.console",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.capture", "cdc.guard", "cdc.window", "cdc.backfill",
-        "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
+        "cdc.watch", "cdc.discovery", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
