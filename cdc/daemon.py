@@ -232,10 +232,15 @@ class Daemon:
 
     def _health(self) -> Mapping[str, Any]:
         sources = {
-            name: {"streaming": p.streaming, "error": p.error.args[0] if isinstance(p.error, CdcError) else None}
+            name: {
+                "streaming": p.streaming,
+                "standby": p.standby,
+                "error": p.error.args[0] if isinstance(p.error, CdcError) and not p.standby else None,
+            }
             for name, p in self._pipelines.items()
         }
-        return {"ok": self._fatal is None and all(s["streaming"] for s in sources.values()), "sources": sources}
+        well = all(s["streaming"] or s["standby"] for s in sources.values())
+        return {"ok": self._fatal is None and well, "sources": sources}
 
     # ---- orders ----
 

@@ -44,6 +44,10 @@ class SourceUnavailable(CdcError):
     verdict = Verdict.RETRY
 
 
+class Standby(SourceUnavailable):
+    """Another daemon has the source and does its work: ours waits for its turn. Not a fault."""
+
+
 class SourceRefused(CdcError):
     """The source answers, but does not let us do what we need (privilege, setting, missing object)."""
 

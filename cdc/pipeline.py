@@ -23,7 +23,7 @@ from cdc.batch import Boundary, Portion
 from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.discovery import Discovery
-from cdc.errors import CdcError, LeaseLost, SourceUnavailable, StoreConflict, Verdict
+from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict, Verdict
 from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -135,6 +135,11 @@ class Pipeline:
         return next((w.error for w in self.workers if w.error is not None), None)
 
     @property
+    def standby(self) -> bool:
+        """Whether another daemon has the source, and this one waits."""
+        return isinstance(self.workers[0].error, Standby)
+
+    @property
     def streaming(self) -> bool:
         return self._prepared.is_set() and not self._paused() and self.workers[0].error is None
 
@@ -146,7 +151,8 @@ class Pipeline:
             if self.error is None:
                 self._state.save_source(self.name, error="", hint="", phase="streaming")
             return
-        self._state.save_source(self.name, error=error.args[0], hint=error.hint, phase=error.verdict.value)
+        phase = "standby" if isinstance(error, Standby) else error.verdict.value
+        self._state.save_source(self.name, error=error.args[0], hint=error.hint, phase=phase)
         if isinstance(error, (SourceUnavailable,)):
             metrics.UP.labels(self.name).set(0)
 
@@ -217,7 +223,7 @@ class Pipeline:
             self._lease.acquire()
         except LeaseLost as e:
             # At the start this is a daemon that waits for its turn, not one that has lost it.
-            raise SourceUnavailable(e.args[0], hint=e.hint) from e
+            raise Standby(e.args[0], hint="it takes over when that one ends") from e
         self._renew_at = time.monotonic() + self._lease.renew_every_s
 
     def _hold_still(self, turns: ExitStack) -> None:

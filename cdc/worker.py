@@ -14,11 +14,13 @@ from collections.abc import Callable
 import tenacity
 
 from cdc import metrics
-from cdc.errors import CdcError, StreamRestarted, Verdict
+from cdc.errors import CdcError, Standby, StreamRestarted, Verdict
 
 log = logging.getLogger(__name__)
 
 RETRY_MAX_S = 15.0
+STANDBY_S = 2.0
+"""How often a part that waits for its turn looks whether it has come: how soon a daemon that died is succeeded."""
 OPERATOR_S = 10.0
 """How often a part that waits for an operator looks whether it can go on."""
 
@@ -100,11 +102,19 @@ class Worker:
         error = state.outcome.exception() if state.outcome is not None else None
         if isinstance(error, StreamRestarted):
             return 0.0
+        if isinstance(error, Standby):
+            return STANDBY_S
         if isinstance(error, CdcError) and error.verdict is Verdict.OPERATOR:
             return OPERATOR_S
         return float(self._wait(state))
 
     def _report(self, error: CdcError) -> None:
+        if isinstance(error, Standby):
+            if not isinstance(self.error, Standby):
+                log.info("waits for its turn", extra={"part": self.name, "because": error.args[0]})
+            self.error = error
+            self._on_error(error)
+            return
         if self.error is None or str(self.error) != str(error):
             level = logging.WARNING if error.verdict is Verdict.RETRY else logging.ERROR
             log.log(level, error.args[0], extra={"part": self.name, "error": type(error).__name__, "hint": error.hint})

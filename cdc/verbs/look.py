@@ -105,9 +105,11 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
     paused = ", paused" if source["paused"] else ""
     since = f" since {source['phase_since']}" if source["phase_since"] else ""
     line(f"source {source['name']}: {source['phase']}{paused}{since}")
-    if source["error"]:
+    if source["phase"] == "standby":
+        line(f"  waits for its turn: {source['error']}")
+    elif source["error"]:
         line(f"  ERROR {source['error']}")
-    if source["hint"]:
+    if source["hint"] and source["phase"] != "standby":
         line(f"  mend it: {source['hint']}")
     slot = source["slot"]
     if slot.get("error"):

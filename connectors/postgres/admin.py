@@ -47,9 +47,6 @@ is open, WAL from its begin on is kept. The begin of others' sessions needs pg_m
 
 OLDEST_WRITER = f"select who from ({WRITERS}) w order by began nulls last limit 1"
 
-SLOT_LOCK_TIMEOUT_S = 20
-"""Creating a slot waits for every running transaction; past this we say whom it waits for."""
-
 
 class PostgresAdmin:
     """Implements `SourceAdmin`."""
@@ -190,20 +187,23 @@ class PostgresAdmin:
         return [command]
 
     def _create_slot(self, connection: psycopg.Connection[Any], statement: sql.Composed) -> None:
-        connection.execute(f"set lock_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
-        connection.execute(f"set statement_timeout = '{SLOT_LOCK_TIMEOUT_S}s'".encode())
+        """Bounded: making a slot waits for every transaction that has written, of whatever database. Past the bound we
+        say whom it waits for; the server drops the half-made slot with the statement."""
+        bound_s = 2 * self._config.lock_timeout_s
+        for setting in ("lock_timeout", "statement_timeout"):
+            connection.execute(f"set {setting} = '{bound_s:g}s'".encode())
+        row = connection.execute("select now()").fetchone()
+        assert row is not None
         try:
             connection.execute(statement)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled) as e:
-            with self._connected() as other:
-                rows = other.execute(
-                    "select distinct pid from pg_locks where locktype = 'transactionid'"
-                    " and mode = 'ExclusiveLock' and granted and pid is not null and pid <> pg_backend_pid()"
-                ).fetchall()
-            pids = ", ".join(str(r[0]) for r in rows) or "a prepared transaction"
+            who = connection.execute(
+                f"select who from ({WRITERS}) w where coalesce(began < %s, true) order by began".encode(), [row[0]]
+            ).fetchall()
             raise SourceUnavailable(
-                f"{self._where}: creating slot {self._config.slot!r} waits for running transactions (pid {pids})",
-                hint="end them, or wait: it is tried again",
+                f"{self._where}: creating slot {self._config.slot!r} waits for transactions that have written and not"
+                f" ended: {'; '.join(w[0] for w in who) or 'they have ended just now'}",
+                hint="it is tried again; end them (pg_terminate_backend, rollback prepared) if they are forgotten ones",
             ) from e
 
     def _check_slot(self, connection: psycopg.Connection[Any]) -> list[Finding]:

@@ -20,7 +20,7 @@ import psycopg
 from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SlotLost, SourceRefused, SourceUnavailable
+from cdc.errors import SlotLost, SourceRefused, SourceUnavailable, Standby
 from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
@@ -173,7 +173,7 @@ class PostgresSource:
         if row[1] != connection.info.backend_pid:
             raise SourceRefused(f"{self._where}: {POOLER}", hint=POOLER_FIX)
         if not row[0]:
-            raise SourceUnavailable(
+            raise Standby(
                 f"{self._where}: another daemon reads slot {self._config.slot!r}",
                 hint="it is waited for; find it by `select * from pg_locks where locktype = 'advisory'`",
             )

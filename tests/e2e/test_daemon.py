@@ -87,24 +87,35 @@ def test_a_second_daemon_on_the_same_state_is_refused(daemon: Daemon) -> None:
         assert daemon.alive
 
 
-def test_a_second_daemon_on_the_same_slot_waits_for_its_turn(daemon: Daemon, tmp_path: Path) -> None:
+def test_a_second_daemon_waits_quietly_and_takes_over_when_the_first_one_is_killed(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     other = Daemon(tmp_path / "other", daemon.dsn, lake={"url": str(daemon.lake), "lease_ttl_s": 5})
     daemon.configure("lake", lease_ttl_s=5)
     with daemon, other:
         daemon.start().settled()
-        other.start().in_phase("retry")
-        assert other.source()["error"]
+        other.start().in_phase("standby")
+        assert "another daemon writes to this lake" in other.source()["error"], "who it is stands there"
+        # The lease that it waits for is renewed again and again; the log hears of it once.
+        said = {other.source()["error"]}
+        wait_until(lambda: said.add(other.source()["error"]) or len(said) > 2)
+        lines = other.log_path.read_text().splitlines()
+        assert len([line for line in lines if "waits for its turn" in line]) == 1
+        assert [line for line in lines if "WARN" in line or "ERROR" in line] == []
+        wait_until(lambda: other.http("/health")[0] == 200, message="waiting is what it is there for")
         execute(daemon.dsn, "update orders set amount = 7 where id <= 10")
         daemon.settled().verified()
+
         # With the first one gone, the second takes over where the lake stands, on its empty disk.
-        assert daemon.stop() == 0
-        other.streaming(40)
+        execute(daemon.dsn, "insert into orders select 1000 + n, 1 from generate_series(1, 50) n")
+        daemon.kill()
+        other.streaming()
         execute(daemon.dsn, "delete from orders where id <= 5")
         other.settled().verified()
         ops = (
             changelog(daemon.lake, "public.orders", columns=("_op", "_epoch", "_lsn", "_seq")).column("_op").to_pylist()
         )
-        assert (ops.count("u"), ops.count("d")) == (10, 5)
+        assert (ops.count("u"), ops.count("d"), ops.count("c")) == (10, 5, 50)
 
 
 def test_the_loss_of_the_state_directory_loses_and_doubles_nothing(

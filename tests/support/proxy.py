@@ -1,7 +1,7 @@
 """A TCP proxy between the daemon and its server: connections can be cut, frozen and refused from a test.
 
 It runs an asyncio loop in a thread of its own. Frozen means that no byte passes in either direction while both sides
-keep their connection, as with a network that drops packets.
+keep their connection, as with a network that drops packets: also if one of them dies meanwhile.
 """
 
 from __future__ import annotations
@@ -117,4 +117,6 @@ class Proxy:
         except OSError:
             pass
         finally:
+            # The news that the other side is gone does not pass either.
+            await self._open_gate.wait()
             writer.transport.abort() if writer.transport.is_closing() else writer.close()
