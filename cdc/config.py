@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.errors import ConfigError
+from cdc.types import declared_types
 from cdc.units import size_bytes, wal_threshold
 
 
@@ -28,7 +29,7 @@ class TableConfig:
     on_schema_change: str = ""
     """Empty: as the source has it."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Type overrides by column name (cdc.types)."""
+    """Types other than the contract's, by column: `string` or `decimal(p,s)` (cdc.types)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,11 @@ class SourceConfig:
     """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
     table: dict[str, TableConfig] = field(default_factory=dict)
     """By `schema.table`."""
+
+    def declared(self, table: str, column: str) -> str:
+        """The type that the configuration wants for a column, empty if it says none."""
+        own = self.table.get(table)
+        return own.columns.get(column, "") if own is not None else ""
 
     def contract(self, table: str) -> str:
         """What a change of this table's schema meets: evolve, freeze or stop."""
@@ -185,7 +191,6 @@ SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
 # Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
 _LATER_KEYS: dict[str, frozenset[str]] = {
     "source": frozenset({"every", "cron", "strategy", "cursor"}),
-    "table": frozenset({"columns"}),
     "lake": frozenset({"region", "endpoint_url"}),
     "sync": frozenset({"where", "approve", "deletes"}),
 }
@@ -372,6 +377,11 @@ class _Reader:
             return self._tables(at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
+        if section == "table" and key == "columns":
+            try:
+                return declared_types(value)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")

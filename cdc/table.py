@@ -26,7 +26,8 @@ class Column:
 
     `type_oid` and `typmod` are those of the *base* type (domains resolved); `element_oid` is set for arrays
     (base type of the elements); `type_name` is what `format_type` prints. `missing` is the text of the value that
-    rows older than the column show (`pg_attribute.attmissingval`), None if there is none.
+    rows older than the column show (`pg_attribute.attmissingval`), None if there is none. `declared` is the type
+    that the configuration wants instead of the contract's (cdc.types.overridden), empty if none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Column:
     element_oid: int = 0
     not_null: bool = False
     missing: str | None = None
+    declared: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,10 @@ What does the work on bytes is in cdc.casts. Does not know batches, sources or l
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,6 +115,9 @@ _TEXT_PLAN = _Plan(pa.string(), casts.cast_text)
 
 @lru_cache(maxsize=65536)
 def _plan(column: Column) -> _Plan:
+    if column.declared:
+        plan = _plan(_as_declared(column))
+        return replace(plan, raw=plan.raw and f"{plan.raw}, more digits than it has")
     element_oid = column.element_oid or _ARRAYS.get(column.type_oid, 0)
     if element_oid and column.type_oid not in _NO_ARRAYS:
         element = _scalar_plan(element_oid, column.typmod)
@@ -165,27 +169,59 @@ def _decimal_type(typmod: int) -> pa.DataType | None:
     return pa.decimal128(precision, scale) if precision <= DECIMAL_DIGITS else None
 
 
-def overridden(column: Column, override: str | None) -> Column:
-    """The column as a configured override declares it: `string` (any type as Postgres prints it) or, for numeric and
-    arrays of it, `decimal(p,s)`. ConfigError for anything else."""
-    if override is None:
-        return column
-    if override == "string":
-        return replace(column, type_oid=TEXT, typmod=-1, element_oid=0)
-    found = re.fullmatch(r"decimal\((\d+),\s*(\d+)\)", override)
+def overridden(column: Column, declared: str) -> Column:
+    """The column as the configuration declares it: `string` (any type as Postgres prints it) or, for numeric and
+    arrays of it, `decimal(p,s)`; empty: as the contract has it. ConfigError for anything else."""
+    column = replace(column, declared=declared)
+    if declared:
+        _as_declared(column)
+    return column
+
+
+def declared_types(section: Any) -> dict[str, str]:
+    """The declared type of each column, from `columns` of a table's section. ConfigError if something is wrong."""
+    if not isinstance(section, Mapping):
+        raise ConfigError("a table of columns is expected", hint='columns.NAME = { type = "…" }')
+    for name, options in section.items():
+        if options == "drop" or (isinstance(options, Mapping) and {"hash", "key_file"} & set(options)):
+            raise ConfigError(f'"{name}": hiding columns is not supported yet', hint="use a publication's column list")
+        if not isinstance(options, Mapping) or list(options) != ["type"] or not isinstance(options["type"], str):
+            raise ConfigError(
+                f'"{name}": its type is expected', hint='{ type = "string" } or { type = "decimal(p,s)" }'
+            )
+        _declared_digits(options["type"])
+    return {name: options["type"] for name, options in section.items()}
+
+
+def _declared_digits(declared: str) -> tuple[int, int] | None:
+    """Precision and scale of a `decimal(p,s)`, None for `string`. ConfigError for any other text."""
+    if declared == "string":
+        return None
+    found = re.fullmatch(r"decimal\((\d{1,3}),\s*(\d{1,3})\)", declared)
     if found is None:
-        raise ConfigError(f"type of column {column.name}: {override!r}", hint='use "string" or "decimal(p,s)"')
+        raise ConfigError(f'"{declared}" is no type that a column can be declared', hint='"string" or "decimal(p,s)"')
     precision, scale = int(found[1]), int(found[2])
     if not 1 <= precision <= DECIMAL_DIGITS or scale > precision:
-        raise ConfigError(f"type of column {column.name}: {override}", hint="0 <= s <= p and 1 <= p <= 38")
+        raise ConfigError(f'"{declared}" cannot be held', hint="0 <= s <= p and 1 <= p <= 38")
+    return precision, scale
+
+
+def _as_declared(column: Column) -> Column:
+    """The column that is held as the declaration says."""
+    digits = _declared_digits(column.declared)
+    if digits is None:
+        return replace(column, type_oid=TEXT, typmod=-1, element_oid=0, declared="")
     if NUMERIC not in (column.type_oid, column.element_oid or _ARRAYS.get(column.type_oid, 0)):
-        raise ConfigError(f"column {column.name} is {column.type_name}, not numeric", hint='use "string" or nothing')
-    return replace(column, typmod=(precision << 16 | scale) + 4)
+        raise ConfigError(
+            f'column {column.name} is {column.type_name}, not numeric: it cannot be "{column.declared}"',
+            hint='declare it "string", or nothing',
+        )
+    return replace(column, typmod=(digits[0] << 16 | digits[1]) + 4, declared="")
 
 
-def arrow_type(column: Column, override: str | None = None) -> pa.DataType:
-    """The Arrow type that holds the column's values; see `overridden` for what `override` may be."""
-    return _plan(overridden(column, override)).type
+def arrow_type(column: Column) -> pa.DataType:
+    """The Arrow type that holds the column's values."""
+    return _plan(column).type
 
 
 def arrow_fields(schema: TableSchema) -> list[pa.Field]:
@@ -257,11 +293,12 @@ def _hex_unless_utf8(value: bytes | None) -> str | None:
 def describe(column: Column) -> str:
     """How the column is held, in one line for people."""
     plan = _plan(column)
+    configured = " (as configured)" if column.declared else ""
     if plan.type != pa.string():
-        return f"exact: {plan.type}" + (f"; text in _raw: {plan.raw}" if plan.raw else "")
-    if column.type_oid == NUMERIC:
+        return f"exact: {plan.type}{configured}" + (f"; text in _raw: {plan.raw}" if plan.raw else "")
+    if column.type_oid == NUMERIC and not configured:
         return "text as Postgres prints it (numeric without a precision of at most 38)"
-    return "text as Postgres prints it"
+    return f"text as Postgres prints it{configured}"
 
 
 def pg_text(array: pa.Array, column: Column) -> pa.Array:
@@ -291,6 +328,10 @@ through the same casts.
 _EPILOGUE = """
 - *Text* is what the server prints under `datestyle=ISO`, `timezone=UTC`, `intervalstyle=iso_8601`,
   `extra_float_digits=3`, `bytea_output=hex`, `lc_monetary=C`, `xmlbinary=base64`, `search_path=pg_catalog`.
+- A column may be declared otherwise in the configuration, under its table:
+  `columns.amount = { type = "decimal(38,10)" }` for `numeric` and arrays of it, `{ type = "string" }` for any type.
+  What does not fit a declared decimal (more digits on either side of the point) is in `_raw`, never rounded. For a
+  table that has landed it is a change of the column's type.
 - `numeric(p,s)` holds every value that the server can store in such a column but `NaN`. The scale as printed is the
   column's, so nothing is lost; a `numeric` without precision is text because its values have a scale each of their own.
 - A `timestamptz` is an instant: it is shown in UTC, and was never stored with the zone that it was written in.

@@ -232,12 +232,14 @@ class PostgresAdmin:
         described = catalog.describe(connection, sorted(set(there) | set(wanted)))
         lacking = publication.lacking(wanted, there, described)
         findings += check.access_findings(connection, self._config, [*there, *lacking], sorted(lacking))
+        schemas = []
         for oid in [*there, *lacking]:
             if oid in described:
                 findings += identity_findings(there.get(oid), described[oid])
-                columns = there[oid].columns if oid in there else None
-                findings += self._check_table(connection, oid, described[oid].sent(columns))
-        return findings
+                schema = described[oid].sent(there[oid].columns if oid in there else None)
+                findings += self._check_table(connection, oid, schema)
+                schemas.append(schema)
+        return findings + check.declared_findings(self._config, schemas)
 
     def _check_table(self, connection: psycopg.Connection[Any], oid: int, schema: TableSchema) -> list[Finding]:
         findings: list[Finding] = []

@@ -15,7 +15,9 @@ from typing import Any
 import psycopg
 
 from cdc.config import SourceConfig
+from cdc.errors import ConfigError, SourceRefused
 from cdc.table import Column, TableId, TableSchema
+from cdc.types import overridden
 
 OWN_SCHEMA = "cdc"
 """Where reverse ETL keeps its acknowledgements."""
@@ -228,6 +230,16 @@ def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict
         before = found[oid].parts if oid in found else ()
         found[oid] = Published(oid, table, (*before, part))
     return found
+
+
+def declared(schema: TableSchema, config: SourceConfig) -> TableSchema:
+    """The schema with the types that the configuration declares for its columns. SourceRefused if a column cannot be
+    held so."""
+    try:
+        columns = tuple(overridden(c, config.declared(str(schema.table), c.name)) for c in schema.columns)
+    except ConfigError as e:
+        raise SourceRefused(f"source {config.name} table {schema.table}: {e.args[0]}", hint=e.hint) from e
+    return replace(schema, columns=columns)
 
 
 def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[int, Described]:

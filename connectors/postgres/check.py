@@ -13,7 +13,10 @@ import psycopg
 from psycopg import sql
 
 from cdc.config import SourceConfig
+from cdc.errors import SourceRefused
 from cdc.ports import Finding, SourceStatus
+from cdc.table import TableSchema
+from connectors.postgres import catalog
 from connectors.postgres.connection import MANY_HOSTS, MANY_HOSTS_FIX, POOLER, POOLER_FIX, many_hosts
 
 SETTINGS = """
@@ -248,6 +251,32 @@ def access_findings(
         for schema, name, owner in connection.execute(FOREIGN_TABLES, [list(unpublished)]).fetchall()
     ]
     return findings
+
+
+def declared_findings(config: SourceConfig, schemas: Sequence[TableSchema]) -> list[Finding]:
+    """Types that the configuration declares for columns that are not there, or that cannot be held so."""
+    found = []
+    by_name = {str(schema.table): schema for schema in schemas}
+    for table, section in config.table.items():
+        schema = by_name.get(table)
+        names = {c.name for c in schema.columns} if schema is not None else set()
+        for name in sorted(section.columns.keys() - names):
+            what = f"table {table} has no column {name!r}" if schema is not None else f"table {table} is not captured"
+            found.append(
+                Finding(
+                    name="declared column",
+                    severity="warning",
+                    message=f"{what}, but a type is declared for it",
+                    fix=f'mend [source.{config.name}.table."{table}"] columns.{name}',
+                    object=table,
+                )
+            )
+        try:
+            if schema is not None:
+                catalog.declared(schema, config)
+        except SourceRefused as e:
+            found.append(Finding(name="declared column", severity="error", message=e.args[0], fix=e.hint, object=table))
+    return found
 
 
 def wal_findings(status: SourceStatus, slot: str) -> list[Finding]:

@@ -207,7 +207,7 @@ def _cast_together(wanted: Sequence[tuple[Column, Texts]], rows_max: int) -> lis
     for i, (column, text) in enumerate(wanted):
         if len(text) < rows_max:
             # Everything that a cast looks at, but not what the column is called and where it stands.
-            sort = (column.type_oid, column.typmod, column.element_oid, column.type_name, _form(text))
+            sort = (column.type_oid, column.typmod, column.element_oid, column.type_name, column.declared, _form(text))
             alike.setdefault(sort, []).append(i)
         else:
             cells[i] = cast(column, _array(text))

@@ -194,7 +194,7 @@ class Looker:
             entries, named, truncates = memberships.of(oid, namespace, row_type, above.get(oid, ()))
             tables.append(
                 Fingerprint(
-                    schema=described[oid].sent(published.columns),
+                    schema=catalog.declared(described[oid].sent(published.columns), config),
                     membership=tuple(entries),
                     truncates=truncates,
                     direct=named and described[oid].kind == "r",

@@ -101,7 +101,7 @@ class PostgresSnapshotReader:
             if under_lock is None:
                 raise SourceRefused(f"{where} was dropped")
             self._operators = catalog.operators(connection, under_lock.schema)
-        readable = under_lock.sent(found.columns)
+        readable = catalog.declared(under_lock.sent(found.columns), self._config)
         self._open = replace(under_lock, schema=readable)
         self._filter = found.row_filter
         xmin, xmax, running = row[0].split(":")

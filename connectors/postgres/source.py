@@ -216,7 +216,7 @@ class PostgresSource:
             identity=identity,
             absent=now.absent if now is not None else (),
         )
-        return self._schemas.register(schema)
+        return self._schemas.register(catalog.declared(schema, self._config))
 
     def _columns(self, relation: Relation, now: TableSchema | None) -> tuple[Column, ...]:
         """The columns of a Relation message, which has names but no attnums, and may be older than the catalog.

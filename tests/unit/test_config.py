@@ -97,7 +97,7 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
                 named["lake"].add(header[2])
             else:
                 section = header[1]
-        elif key := re.match(r"(?:# )?([a-z_]+) = ", line):
+        elif key := re.match(r"(?:# )?([a-z_]+)(?:\.\w+)? = ", line):
             named[section].add(key[1])
     for section, cls in SECTIONS.items():
         keys = {f.name for f in fields(cls)} - NO_KEYS
@@ -167,8 +167,12 @@ def test_all_problems_are_told_at_once() -> None:
         ({"source__shop__every": "15m"}, "source.shop.every: not supported yet"),
         ({"source__shop__cron": "0 * * * *"}, "source.shop.cron: not supported yet"),
         (
-            {"source__shop__table": {"public.users": {"columns": {}}}},
-            'source.shop.table."public.users".columns: not supported yet',
+            {"source__shop__table": {"public.users": {"columns": {"ssn": "drop"}}}},
+            'source.shop.table."public.users".columns: "ssn": hiding columns is not supported yet',
+        ),
+        (
+            {"source__shop__table": {"public.users": {"columns": {"email": {"hash": "sha256"}}}}},
+            '"email": hiding columns is not supported yet',
         ),
         ({"source__shop__type": "kafka"}, 'source.shop.type: "kafka" is not supported yet'),
         ({"lake__url": "s3://bucket/lake"}, "lake.url: s3:// is not supported yet"),
@@ -332,3 +336,21 @@ def test_a_threshold_is_a_share_or_a_size(text: str, means: tuple[float, int]) -
 def test_what_is_no_threshold_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no (share|size)"):
         wal_threshold(text)
+
+
+def test_columns_are_declared_with_a_type_that_can_be_held() -> None:
+    def declared(columns: Any) -> dict[str, Any]:
+        return {"source__shop__table": {"public.t": {"columns": columns}}}
+
+    shop = parse(document(**declared({"a": {"type": "decimal(38,10)"}, "b": {"type": "string"}}))).sources["shop"]
+    assert [shop.declared("public.t", c) for c in "abc"] == ["decimal(38,10)", "string", ""]
+    assert shop.declared("public.other", "a") == ""
+    for wrong, part in (
+        ({"a": {"type": "decimal(39,0)"}}, "1 <= p <= 38"),
+        ({"a": {"type": "double"}}, '"string" or "decimal(p,s)"'),
+        ({"a": {"type": "string", "hash": "sha256"}}, "not supported yet"),
+        ({"a": "string"}, "its type is expected"),
+        ({"a": {}}, "its type is expected"),
+        ([], "a table of columns is expected"),
+    ):
+        assert part in refusal(**declared(wrong))

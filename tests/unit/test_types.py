@@ -394,9 +394,10 @@ def test_numeric_takes_a_decimal_that_delta_can_hold(precision: int, scale: int,
 
 
 def test_an_override_declares_text_or_a_decimal_and_nothing_else() -> None:
-    assert arrow_type(column(1700), "decimal(38,10)") == pa.decimal128(38, 10)
-    assert arrow_type(column(1231, element=1700), "decimal(5, 1)") == pa.list_(pa.decimal128(5, 1))
-    assert arrow_type(INTS, "string") == pa.string()
+    assert arrow_type(overridden(column(1700), "decimal(38,10)")) == pa.decimal128(38, 10)
+    assert arrow_type(overridden(column(1231, element=1700), "decimal(5, 1)")) == pa.list_(pa.decimal128(5, 1))
+    assert arrow_type(overridden(INTS, "string")) == pa.string()
+    assert overridden(overridden(INTS, "string"), "") == INTS
     assert held(overridden(column(1700), "decimal(6,2)"), ["1.5", "NaN", "1.555", "12345"]) == [
         Decimal("1.50"),
         MASKED,
@@ -405,7 +406,7 @@ def test_an_override_declares_text_or_a_decimal_and_nothing_else() -> None:
     ]
     for kind, override in ((INT4, "decimal(5,2)"), (column(1700), "decimal(39,0)"), (TEXT, "double")):
         with pytest.raises(ConfigError):
-            arrow_type(kind, override)
+            overridden(kind, override)
 
 
 def test_people_are_told_which_columns_are_text_and_which_values() -> None:
