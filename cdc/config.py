@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.errors import ConfigError
-from cdc.types import declared_types
 from cdc.units import size_bytes, wal_threshold
 
 
@@ -378,6 +377,8 @@ class _Reader:
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
+            from cdc.types import declared_types  # loads Arrow, which hardly any configuration needs
+
             try:
                 return declared_types(value)
             except ConfigError as error:
