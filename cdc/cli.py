@@ -139,6 +139,11 @@ def _teardown(p: argparse.ArgumentParser) -> None:
     p.add_argument("--yes", action="store_true", help="don't ask at a terminal")
 
 
+def _adopt(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="SOURCE", help="the source, by name; its dsn leads to the new server")
+    p.add_argument("--dry-run", action="store_true", help="only look, change nothing")
+
+
 def _resync(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="+", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
     p.add_argument("--where", metavar="SQL", help="not supported yet: only the rows that this filter names")
@@ -251,6 +256,12 @@ VERBS: dict[str, VerbRow] = {
     "check": ("preflight: everything that would stop or endanger it", "cdc check --json", _check, "service:check"),
     "setup": ("create publication and slot", "cdc setup --dry-run", _change_source, "service:setup"),
     "teardown": ("drop slot and publication", "cdc teardown shop --dry-run", _teardown, "service:teardown"),
+    "adopt": (
+        "go on with the server that pg_upgrade made of the old one",
+        "cdc adopt shop --dry-run",
+        _adopt,
+        "service:adopt",
+    ),
     "status": ("phases, positions, lag, tables and syncs", "cdc status --json", _nothing, "look:status"),
     "tables": ("tables with key, identity, columns and types", "cdc tables --json", _nothing, "look:tables"),
     "resync": ("order a new snapshot of tables", "cdc resync public.orders --wait", _resync, "orders:resync"),

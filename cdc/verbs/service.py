@@ -50,17 +50,78 @@ def setup(call: Call) -> int:
 
 def teardown(call: Call) -> int:
     """Drop slot and publication of each source; a person at a terminal types the names."""
-    if call.has_state and not call.args.dry_run:
-        from cdc import control
-
-        with call.state(readonly=True) as state:
-            if control.is_running(state):
-                call.console.note("the daemon is running and holds the slots; stop it first")
-                return FAILED
+    if not call.args.dry_run and _is_running(call):
+        return FAILED
     if not (call.args.dry_run or call.args.yes) and sys.stdin.isatty() and not _agreed(call):
         call.console.note("nothing was dropped")
         return FAILED
     return _change_sources(call, "teardown")
+
+
+def adopt(call: Call) -> int:
+    """Take the server that a source's dsn leads to for the continuation of the one that the lake was filled from."""
+    from cdc import adoption, registry
+    from cdc.console import lsn_text
+    from cdc.lake.anchor import Anchor
+
+    name = call.sources([call.args.source])[0]
+    if _is_running(call):
+        return FAILED
+    config = call.config.sources[name]
+    kind = registry.source_kind(config.type)
+    identity = kind.source(config, application_name="cdc adopt").identity()
+    anchor = Anchor(call.store, name)
+    found = adoption.examine(
+        config, identity, kind.admin(config).status(), kind.reader(config).tables(), anchor, call.store,
+        logged_lsn=_logged_lsn(call, name),
+    )  # fmt: skip
+    if not found.is_known and not call.args.dry_run:
+        adoption.adopt(identity, anchor, found)
+    call.console.document(
+        {
+            "source": name,
+            "system_id": identity.system_id,
+            "adopted": not found.is_known and not call.args.dry_run,
+            "held_lsn": lsn_text(found.held_lsn),
+            "at_lsn": lsn_text(found.at_lsn),
+            "read_anew": [str(t) for t in found.read_anew],
+            "missing": [str(t) for t in found.missing],
+        }
+    )
+    if found.is_known:
+        call.console.line(f"{name}: this is the server that the lake was filled from: nothing to do")
+        return OK
+    did = "would go on" if call.args.dry_run else "goes on at the next start"
+    call.console.line(f"{name}: {did} at {lsn_text(found.at_lsn)} of server {identity.system_id}")
+    call.console.line(
+        f"  the old server is held up to {lsn_text(found.held_lsn)}; you vouch that it wrote nothing after"
+    )
+    for table in found.read_anew:
+        call.console.line(f"  {table} is another table here: it is snapshotted anew")
+    for table in found.missing:
+        call.console.line(f"  {table} is not published here: the lake keeps it as it is")
+    return OK
+
+
+def _logged_lsn(call: Call, source: str) -> int | None:
+    """How far the local event log reaches, None if there is none."""
+    if not call.has_state:
+        return None
+    with call.state(readonly=True) as state:
+        known = state.source(source)
+        return known.end_lsn if known is not None and known.positioned else None
+
+
+def _is_running(call: Call) -> bool:
+    """Whether a daemon works on this state directory; says so."""
+    from cdc import control
+
+    if call.has_state:
+        with call.state(readonly=True) as state:
+            if control.is_running(state):
+                call.console.note("the daemon is running and holds the slots; stop it first")
+                return True
+    return False
 
 
 def _agreed(call: Call) -> bool:

@@ -18,6 +18,14 @@ from cdc.ports import Finding
 
 FAILOVER_SINCE: Final = 170000
 
+WAITED_FOR: Final = """
+select w.names, array(select trim(both ' "' from n) from unnest(string_to_array(w.names, ',')) n
+                      where not exists (select from pg_replication_slots s
+                                        where s.slot_name = trim(both ' "' from n) and s.active))
+from (select coalesce(current_setting('synchronized_standby_slots', true), '') names) w
+"""
+"""The standbys that streams of failover slots wait for, and those of them that are not there."""
+
 FAULTS: Final = {
     "wal_removed": (
         "the server has removed WAL that it needs",
@@ -124,8 +132,21 @@ def failover_findings(connection: psycopg.Connection[Any], slot: dict[str, Any])
                 object=name,
             )
         )
-    row = connection.execute("select current_setting('synchronized_standby_slots', true)").fetchone()
-    if row is not None and not row[0]:
+    row = connection.execute(WAITED_FOR).fetchone()
+    wanted, lacking = row if row is not None else ("", [])
+    if lacking:
+        findings.append(
+            Finding(
+                name="synchronized_standby_slots",
+                severity="error",
+                message=f"the stream stands still until a standby has used {', '.join(map(repr, lacking))}, and that"
+                " slot does not exist here, or nobody uses it",
+                fix="alter system set synchronized_standby_slots = '<physical slots of the standbys>';"
+                " select pg_reload_conf();",
+                object=name,
+            )
+        )
+    if not wanted:
         findings.append(
             Finding(
                 name="synchronized_standby_slots",

@@ -50,7 +50,7 @@ def drop_slot(dsn: str, slot: str, *, make_anew: bool = False) -> None:
                 connection.execute("select pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
             return True
 
-        wait_until(dropped, 30, "the slot to go")
+        wait_until(dropped, message="the slot to go")
 
 
 def positions(daemon: Daemon, table: str) -> list[tuple[int, int, int]]:
@@ -84,7 +84,7 @@ def test_a_slot_that_is_made_anew_under_the_running_daemon_is_noticed_and_mended
         daemon.start().settled()
         pid = daemon.pid
         drop_slot(tables, daemon.slot, make_anew=True)
-        wait_until(lambda: daemon.source()["epoch"] == 2, 60, daemon.log_tail)
+        wait_until(lambda: daemon.source()["epoch"] == 2, message=daemon.log_tail)
         daemon.settled().verified()
         assert (daemon.alive, daemon.pid) == (True, pid), "it is the same process"
         assert all(t["state"] == "streaming" for t in daemon.tables().values())

@@ -27,8 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.keys", "cdc.lake.*", "cdc.relations", "cdc.models",
     ),
     "loops": (
-        "cdc.stage", "cdc.worker", "cdc.origin", "cdc.capture", "cdc.guard", "cdc.window", "cdc.backfill",
-        "cdc.watch", "cdc.discovery", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
+        "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
+        "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
