@@ -74,7 +74,8 @@ def fault_of(slot: dict[str, Any]) -> tuple[str, str]:
     """Why a row of pg_replication_slots, as JSON, can serve no more, and what keeps that from happening again; two
     empty texts if it can serve."""
     reason = slot.get("invalidation_reason")
-    if reason is None and slot.get("conflicting") is True:
+    if reason is None and slot.get("conflicting") is True and slot.get("restart_lsn") is not None:
+        # 16 says "conflicting" of every cause; only where WAL was removed, the slot lost its place in it.
         reason = "conflict"
     if reason is None and slot.get("wal_status") == "lost":
         reason = "wal_removed"
