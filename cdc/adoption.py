@@ -9,7 +9,7 @@ to the end, and the operator vouches for it. It only writes the anchor; the next
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cdc.config import SourceConfig
@@ -20,7 +20,7 @@ from cdc.lake.changelog import ChangelogTable
 from cdc.lake.layout import tables_in
 from cdc.origin import anew
 from cdc.ports import ObjectStore, SourceIdentity, SourceStatus
-from cdc.table import TableId, TableSchema
+from cdc.table import TableId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +39,15 @@ def examine(
     config: SourceConfig,
     identity: SourceIdentity,
     status: SourceStatus,
-    tables: Sequence[TableSchema],
+    oids: Mapping[TableId, int],
     anchor: Anchor,
     store: ObjectStore,
     *,
     logged_lsn: int | None,
 ) -> Adoption:
-    """What adopting this server would come to; changes nothing. `logged_lsn`: how far the local log reaches, None if
-    there is none. SourceRefused or SlotLost if this server cannot be the continuation, with the situation."""
+    """What adopting this server would come to; changes nothing. `oids`: of the tables that it publishes. `logged_lsn`:
+    how far the local log reaches, None if there is none. SourceRefused or SlotLost if this server cannot be the
+    continuation, with the situation."""
     known = anchor.load()
     if known is None or not known.slot:
         raise SourceRefused(
@@ -62,17 +63,16 @@ def examine(
         )
     held = _held(config, known, logged_lsn)
     _check_slot(config, known, status, held)
-    there = {s.table: s.oid for s in tables}
     in_lake = [t for t in tables_in(store, config.name) if ChangelogTable(store, config.name, t).exists()]
     return Adoption(
         is_known=False,
         held_lsn=held,
         at_lsn=status.confirmed_lsn,
-        missing=tuple(t for t in in_lake if t not in there),
+        missing=tuple(t for t in in_lake if t not in oids),
         read_anew=tuple(
             t
             for t in in_lake
-            if t in there and not ChangelogTable(store, config.name, t).tokens().complete(known.epoch, there[t])
+            if t in oids and not ChangelogTable(store, config.name, t).tokens().complete(known.epoch, oids[t])
         ),
     )
 

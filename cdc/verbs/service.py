@@ -71,10 +71,10 @@ def adopt(call: Call) -> int:
     kind = registry.source_kind(config.type)
     identity = kind.source(config, application_name="cdc adopt").identity()
     anchor = Anchor(call.store, name)
+    oids = {t.schema.table: t.schema.oid for t in kind.reader(config).tables().tables}
     found = adoption.examine(
-        config, identity, kind.admin(config).status(), kind.reader(config).tables(), anchor, call.store,
-        logged_lsn=_logged_lsn(call, name),
-    )  # fmt: skip
+        config, identity, kind.admin(config).status(), oids, anchor, call.store, logged_lsn=_logged_lsn(call, name)
+    )
     if not found.is_known and not call.args.dry_run:
         adoption.adopt(identity, anchor, found)
     call.console.document(
