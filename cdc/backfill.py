@@ -376,6 +376,9 @@ class Backfill:
         """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
         with self._log.lock():
             records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]
+            if not schema.key:
+                # Its one snapshot stands at the begin row, whatever has come since.
+                records = []
             if must_read_again(schema, [(r.version, r.has_truncate) for r in records]):
                 return self._wait(run, "the table changed while a chunk was read; it is read again", RETRY_S)
             window = [unseen(self._log.read(r, schema), snapshot.visibility) for r in records]
@@ -456,11 +459,13 @@ class Backfill:
             if self._halted or current is None or current.state != "running":
                 return True
             rows = self._reader.read(after=after, rows_max=self._chunk_rows)
+            if rows.done:
+                # Its end waits for what the snapshot saw: behind it the key holds that the table was read by.
+                self._reader.end()
+                return self._hold(current, schema, snapshot, rows, self._mark())
             with self._log.lock():
                 self._append_rows(current, schema, snapshot, rows, [])
             failpoint("backfill.after_chunk")
-            if rows.done:
-                return True
             after = rows.last_key
 
     def _read_keys(self, wish: Wish) -> bool:
@@ -476,6 +481,10 @@ class Backfill:
             self.wish(wish.table, wish.keys)
             return False
         under_lock = self._book.register(snapshot.schema)
+        if under_lock.key != schema.key:
+            # The keys are of another identity. Once the stream shows the switch, the table is read anew.
+            self._not_before = time.monotonic() + RETRY_S
+            return False
         rows = self._reader.read(keys=keys)
         self._reader.end()
         run = self._state.create_run(

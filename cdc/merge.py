@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdc import metrics
-from cdc.errors import CdcError, Verdict
+from cdc.errors import CdcError, KeyChanged, Verdict
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable
 from cdc.land import LandedCut
@@ -47,11 +47,12 @@ class Merger:
         own_origins: Sequence[str],
         landed: Callable[[], LandedCut | None],
         wish: Callable[[TableId, Sequence[tuple[str, ...]]], None],
+        read_anew: Callable[[TableId, str], None],
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
         check_lease: Callable[[], None],
     ) -> None:
-        """`landed` gives the newest cut; `wish` asks for keys to be read again."""
+        """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table."""
         self._source = source
         self._state = state
         self._book = book
@@ -63,6 +64,7 @@ class Merger:
         self._own_origins = tuple(own_origins)
         self._landed = landed
         self._wish = wish
+        self._read_anew = read_anew
         self._stop_table = stop_table
         self._is_stopped = is_stopped
         self._check_lease = check_lease
@@ -103,6 +105,10 @@ class Merger:
                 if self._is_read_anew(table, through):
                     # What cannot be merged stands before the run's begin: with the run's end it no longer counts.
                     self._blocked[table] = time.monotonic() + BLOCKED_S
+                    whole = False
+                    continue
+                if isinstance(e, KeyChanged):
+                    self._read_anew(table, e.args[0])
                     whole = False
                     continue
                 self._stop_table(table, e)
@@ -153,6 +159,8 @@ class Merger:
             # Both wait for rows that a snapshot has yet to bring.
             self._blocked[table] = time.monotonic() + BLOCKED_S
             if result.unresolved:
+                if result.key != schema.key:
+                    raise KeyChanged(f"the key or replica identity of table {table} has changed")
                 self._wish(table, result.unresolved)
             return None
         self._through[table] = through

@@ -301,7 +301,7 @@ class Pipeline:
             self.name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
             vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
-            wish=self.backfill.wish, stop_table=self.stop_table, is_stopped=self.rests,
+            wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
             check_lease=self._lease.check,
         )  # fmt: skip
         self.discovery = Discovery(
@@ -431,6 +431,11 @@ class Pipeline:
             self._stopped.discard(table)
             self._state.update_table(self.name, table, state="new", reason="", hint="")
         return run
+
+    def read_anew(self, table: TableId, reason: str) -> None:
+        """Order a snapshot of a table whose rows nothing else tells any more."""
+        log.warning("a table is read anew", extra={"source": self.name, "table": str(table), "why": reason})
+        self.backfill.order(table, "resync", reason, settle=True)
 
     # ---- waiting and telling ----
 

@@ -58,13 +58,15 @@ class MergeResult:
 
     `waiting`: the table's first run has not ended. `unresolved`: keys (texts of the key columns) whose rows lack values
     that nobody knows; nothing was committed, and the rows must be read again. `foreign_change`: some change was not
-    made under one of our own origins. `last_lsn`: commit LSN that the changelog had landed at the merged version.
+    made under one of our own origins. `key`: the columns of `unresolved`. `last_lsn`: commit LSN that the changelog had
+    landed at the merged version.
     """
 
     version: int | None = None
     rows_upserted: int = 0
     rows_deleted: int = 0
     unresolved: list[tuple[str, ...]] = field(default_factory=list)
+    key: tuple[str, ...] = ()
     foreign_change: bool = False
     last_lsn: int = -1
     waiting: bool = False
@@ -201,7 +203,9 @@ class _Attempt:
             done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
             if done.unresolved:
                 log.info("merge waits for rows to be read again", extra={"rows": len(done.unresolved)})
-                return MergeResult(version=self._table.version(), unresolved=done.unresolved)
+                return MergeResult(
+                    version=self._table.version(), unresolved=done.unresolved, key=self._layout.schema.key
+                )
             version, lsn = self._commit(scan, done)
         finally:
             # A commit that raised may have happened all the same: its objects may be the table.

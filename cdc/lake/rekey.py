@@ -1,9 +1,10 @@
 """What the rows of a merge are known by, when a table's key or replica identity changes between its changes.
 
-The key in force is that of the newest changes, as the objects of the changelog say; a merge that brings no change keeps
-the key that `current` has. Rows may be laid out anew by another key at any time, for each of them is whole. Updates and
-deletes may not: `update t set b = …` under the key `a` says nothing of which row had the old `b`. Where a merge meets
-changes of another key that a snapshot or truncate has not made void, the table has to be read anew.
+The key in force is that of the newest change, or of a whole run that ended behind it, as the objects of the changelog
+say; a merge that brings neither keeps the key that `current` has. Rows may be laid out anew by another key at any time,
+for each of them is whole. Updates and deletes may not: `update t set b = …` under the key `a` says nothing of which row
+had the old `b`. Where a merge meets changes of another key that a snapshot or truncate has not made void, the table has
+to be read anew.
 
 Reads metadata, and positions only of objects whose key is not the one in force.
 """
@@ -22,6 +23,7 @@ from cdc.lake.bucket import orders_of
 from cdc.lake.events import FileShape, Layout, ops_of
 from cdc.lake.layout import IDENTITY_METADATA, KEY_METADATA
 from cdc.lake.reduce import Order
+from cdc.lake.scan import FULL_RUNS
 from cdc.table import TableId, TableSchema
 
 Key = tuple[int, ...]
@@ -52,13 +54,18 @@ class Object:
         return Object(path, Known(None if numbers and 0 in numbers else numbers, identity.decode()), opener)
 
     def newest(self, layout: Layout, operations: bytes) -> Order | None:
-        """Order of the newest of these operations, None if it has none of them."""
+        """Order of the newest of these operations (`s`: ends of runs that read the whole table), None if it has none of
+        them."""
         found: Order | None = None
         file = self.open(self.path)
         shape = FileShape(file.schema_arrow, layout)
-        names = [shape.system[name] for name in ("_op", "_epoch", "_lsn", "_seq")]
+        names = [shape.system[name] for name in ("_op", "_epoch", "_lsn", "_seq", "_raw")]
         for data in file.iter_batches(1 << 16, columns=names):
-            rows = np.flatnonzero(np.isin(ops_of(data, shape), np.frombuffer(operations, np.uint8)))
+            wanted = np.isin(ops_of(data, shape), np.frombuffer(operations, np.uint8))
+            for i in np.flatnonzero(wanted & (ops_of(data, shape) == ord("s"))).tolist():
+                facts = dict(data.column(shape.system["_raw"])[i].as_py() or ())
+                wanted[i] = facts.get("event") == "end" and facts.get("kind") in FULL_RUNS
+            rows = np.flatnonzero(wanted)
             if len(rows):
                 orders = orders_of(data, shape).take(rows)
                 last = int(np.lexsort((orders.seq, orders.lsn, orders.epoch))[-1])
@@ -68,15 +75,16 @@ class Object:
 
 
 def schema_in_force(schema: TableSchema, objects: Sequence[Object], held: Key | None) -> TableSchema:
-    """The schema under the key of the newest change among `objects`; without changes under the one that `current` has
-    (None: it has none yet). A key with columns that are gone is left alone: the newest schema's is taken."""
+    """The schema under the key of the newest change, or end of a whole run, among `objects`; without these under the
+    one that `current` has (None: it has none yet). A key with columns that are gone is left alone: the newest schema's
+    is taken."""
     own = key_of_schema(schema)
     if {o.known.key for o in objects} <= {own, None} and held in (own, None):
         return schema
     key, newest = held, None
     layout = Layout(schema)
     for item in objects:
-        order = item.newest(layout, b"cudt")
+        order = item.newest(layout, b"cudts")
         if order is not None and (newest is None or order > newest):
             key, newest = own if item.known.key is None else item.known.key, order
     names = {c.attnum: c.name for c in schema.columns}
