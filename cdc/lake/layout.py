@@ -6,12 +6,15 @@ releases, always agree.
 
 A name is written with every byte of its UTF-8 form other than letters, digits, `_` and `-` as `@XX` (upper-case hex).
 The escape is not `%`: deltalake 1.6 and whatever reads through the same Delta kernel decode a percent sign in a table's
-path once too often and then look for another directory, so such a table could be neither written nor opened.
+path once too often and then look for another directory, so such a table could be neither written nor opened. A name
+whose escaped form is longer than ESCAPED_MAX stands as `@@` and its bytes in base 32: a directory's name, which holds
+schema and table, has 255 bytes at most.
 `_cdc` cannot be a table's directory, for those always contain a dot.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -21,6 +24,8 @@ from cdc.ports import ObjectStore
 from cdc.table import TableId
 
 ESCAPE: Final = "@"
+ESCAPED_MAX: Final = 120
+"""Twice this, and a dot, fits into the name of a directory; so does twice the dense form of 63 bytes."""
 DATE: Final = "_date"
 """Partition column of a changelog: the commit date in UTC, as text."""
 
@@ -35,18 +40,24 @@ CURRENT_SYSTEM: Final = ("_epoch", "_lsn", "_seq", "_committed_at", "_origin", "
 """The system columns of `current`."""
 
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+_DENSE = ESCAPE + ESCAPE
 _ESCAPED = re.compile(rb"@([0-9A-F]{2})")
 
 
 def encode_name(name: str) -> str:
     """A source's, schema's or table's name as it stands in object keys; one-to-one, so different names never meet."""
-    return "".join(chr(b) if b in _PLAIN else f"{ESCAPE}{b:02X}" for b in name.encode())
+    raw = name.encode()
+    escaped = "".join(chr(b) if b in _PLAIN else f"{ESCAPE}{b:02X}" for b in raw)
+    return escaped if len(escaped) <= ESCAPED_MAX else _DENSE + base64.b32encode(raw).decode().rstrip("=")
 
 
 def decode_name(text: str) -> str:
     """The name behind `encode_name`; ValueError if `text` cannot be one."""
-    raw = text.encode()
-    name = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), raw).decode()
+    if text.startswith(_DENSE):
+        dense = text.removeprefix(_DENSE)
+        name = base64.b32decode(dense + "=" * (-len(dense) % 8)).decode()
+    else:
+        name = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), text.encode()).decode()
     if encode_name(name) != text:
         raise ValueError(f"not an encoded name: {text!r}")
     return name

@@ -51,6 +51,13 @@ def test_every_name_comes_back_from_its_path(source: str, schema: str, name: str
     assert decode_name(path.split("/")[0]) == source
 
 
+@pytest.mark.parametrize("name", ["ü" * 31, "表" * 21, "." * 63, "x" * 63, "ü" * 20, "ü" * 21])
+def test_the_longest_names_of_postgres_fit_into_a_directory_name(name: str) -> None:
+    path = table_path("shop", TableId(name, name))
+    assert max(len(part) for part in path.split("/")) <= 255
+    assert table_of_path(path + "/current") == TableId(name, name)
+
+
 def test_paths_that_are_no_tables_are_none() -> None:
     assert table_of_path("shop/_cdc/lease.json") is None
     assert table_of_path("shop") is None
