@@ -23,7 +23,9 @@ SEGMENT = 16 << 20
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """A server of its own: how far its WAL has got is what is tested."""
-    with private_server(tmp_path_factory.mktemp("busy"), max_slot_wal_keep_size="1GB") as server:
+    with private_server(
+        tmp_path_factory.mktemp("busy"), max_slot_wal_keep_size="1GB", wal_writer_delay="10s"
+    ) as server:
         create_database(server, "busy")
         execute(server.dsn("busy"), "create table noise (n int)")
         yield server
@@ -66,6 +68,23 @@ def test_a_quiet_database_keeps_no_wal_of_a_busy_server_nor_of_tables_that_nobod
             wait_until(let_go, message=lambda: f"{retained(daemon)} bytes are kept\n{daemon.log_tail()}")
         execute(quiet, "insert into orders values (1)")
         daemon.settled().verified()
+        assert daemon.stop() == 0
+    daemon.ask("teardown")
+
+
+def test_wait_waits_for_commits_that_were_not_flushed(tmp_path: Path, busy: EmbeddedPostgres) -> None:
+    """With synchronous_commit = off a commit reaches the stream when its WAL is flushed: here, in ten seconds."""
+    dsn = create_database(busy, "asynchronous")
+    execute(dsn, "create table orders (id int primary key)")
+    with Daemon(tmp_path, dsn) as daemon:
+        daemon.start().settled()
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("set synchronous_commit = off")
+            for n in range(20):
+                connection.execute("insert into orders values (%s)", [n])
+        assert daemon.ask("wait", "--timeout", "60").code == 0
+        assert daemon.ask("query", "select count(*) from shop.orders").document["rows"] == [[20]]
+        daemon.verified()
         assert daemon.stop() == 0
     daemon.ask("teardown")
 

@@ -142,15 +142,16 @@ def test_a_transaction_of_an_origin_names_it(daemon: Daemon, db: psycopg.Connect
     db.execute("select pg_replication_origin_create('capture_rows')")
     db.execute("insert into origins values (1)")
     db.execute("select pg_replication_origin_session_setup('capture_rows')")
+    db.execute("insert into origins values (2)")
     with db.transaction():
         db.execute("select pg_replication_origin_xact_setup('0/1234', '2020-02-02 02:02:02+00')")
-        db.execute("insert into origins values (2)")
-    db.execute("insert into origins values (3)")
+        db.execute("insert into origins values (3)")
     db.execute("select pg_replication_origin_session_reset()")
     db.execute("insert into origins values (4)")
     rows = changes(daemon, "origins")
     assert [(r["id"], r["_origin"]) for r in rows] == [(1, None), (2, "capture_rows"), (3, "capture_rows"), (4, None)]
-    assert rows[1]["_committed_at"] == datetime(2020, 2, 2, 2, 2, 2, tzinfo=UTC), "the commit time of the origin"
+    assert rows[1]["_committed_at"] is None, "its writer set none: 0 on the wire is no time"
+    assert rows[2]["_committed_at"] == datetime(2020, 2, 2, 2, 2, 2, tzinfo=UTC), "the commit time of the origin"
     daemon.verified("origins")
 
 
