@@ -224,6 +224,8 @@ class Backfill:
             return True
         finally:
             self._reader.end()
+            if self._chunk is None:
+                self._log.let_go(self._source)
 
     def _start(self, run: Run) -> bool:
         schema = next((t.schema for t in self._reader.tables(run.table).tables), None)
@@ -358,11 +360,14 @@ class Backfill:
         return appended
 
     def _mark(self) -> _Mark:
-        """k: what is in the log before the snapshot is taken."""
+        """k: what is in the log before the snapshot is taken. What comes behind it stays there until the chunk is
+        settled, although it may have landed long before."""
         with self._log.lock():
             position = self._log.position(self._source)
             assert position is not None
-            return _Mark(self._log.end_offset(self._source), position.epoch, position.lsn)
+            offset = self._log.end_offset(self._source)
+            self._log.hold(self._source, offset)
+            return _Mark(offset, position.epoch, position.lsn)
 
     def _sees_all(self, run: Run, snapshot: TableSnapshot, mark: _Mark) -> bool:
         """Rule 1: a commit can be in our log before it is visible; such a snapshot would bring back older rows."""
@@ -375,6 +380,8 @@ class Backfill:
     ) -> bool:
         """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
         with self._log.lock():
+            if not self._log.let_go(self._source):
+                return self._wait(run, "the log had no room for what a chunk waited for; it is read again", RETRY_S)
             records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]
             if not schema.key:
                 # Its one snapshot stands at the begin row, whatever has come since.

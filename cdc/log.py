@@ -83,6 +83,7 @@ class EventLog:
         self._closed = False
         self._tails: dict[str, _Tail] = {}
         self._passed: dict[str, int] = {}
+        self._held: dict[str, int] = {}
         segments = state.query("select segment, bytes, last_offset from segments")
         self._last_offsets: dict[int, int] = {segment: last for segment, _, last in segments}
         named = {segment: end for segment, end, _ in segments}
@@ -227,6 +228,11 @@ class EventLog:
         live = self._files.bytes
         if not size or live + size <= self._bytes_max:
             return
+        if self._held:
+            # What is held can be read again; a log that is full of it could wait for whoever waits for the log.
+            self._held.clear()
+            self._drop_passed()
+            return self._check_room(source, size)
         open_from = self._tail(source).open_from
         open_bytes = 0
         if open_from:
@@ -425,13 +431,23 @@ class EventLog:
     def trim(self, source_offsets: dict[str, int]) -> int:
         """Drop whole segments whose every record its source's readers have passed: `source_offsets` says, per source,
         the offset that all of them have. A source that is left out stays at what was said of it last in this process,
-        at first 0. The bytes freed. Never drops a record of an open transaction."""
+        at first 0. The bytes freed. Never drops a record of an open transaction, nor what is held."""
         self._check_writable()
         with self._lock:
             before = dict(self._passed)
             self._passed.update(source_offsets)
-            if self._passed == before:
-                return 0
+            return self._drop_passed() if self._passed != before else 0
+
+    def hold(self, source: str, offset: int) -> None:
+        """Keep the records behind an offset, whoever has passed them, until `let_go`."""
+        self._held[source] = offset
+
+    def let_go(self, source: str) -> bool:
+        """End what `hold` began. Whether it held: False if an append needed the room (or nothing was held)."""
+        return self._held.pop(source, None) is not None
+
+    def _drop_passed(self) -> int:
+        with self._lock:
             freed = 0
             sources = [row[0] for row in self._state.query("select name from sources where log_end > 0")]
             for segment in sorted(self._files.sizes):
@@ -451,6 +467,7 @@ class EventLog:
     def _holds(self, source: str, segment: int, last: int) -> bool:
         """Whether a source still needs a segment."""
         passed = self._passed.get(source, 0)
+        passed = min(passed, self._held.get(source, passed))
         open_from = self._tail(source).open_from
         if open_from:
             passed = min(passed, open_from - 1)
