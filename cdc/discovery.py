@@ -25,7 +25,7 @@ from cdc.lake.scan import FULL_RUNS
 from cdc.ports import ObjectStore, SnapshotReader, SourceAdmin
 from cdc.schema import SchemaBook, inherited
 from cdc.state import State, TableState
-from cdc.table import TableId
+from cdc.table import TableId, TableSchema
 from cdc.watch import CatalogFinding, after_upgrade, compare
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class Discovery:
         self._saved = Fingerprints(store, source)
         self._prints: dict[TableId, Fingerprint] | None = None
         self._refused: set[int] = set()
+        self._followed: dict[TableId, tuple[int, TableSchema]] = {}
+        """Tables whose shape the lake has, and when that was so."""
 
     def look(self) -> bool:
         """Take notice of tables that came, went or changed, and order what follows. True if another look is due at
@@ -108,10 +110,11 @@ class Discovery:
             stored = prints.get(table)
             if anew or before is None or before.state == "removed" or before.oid != now.schema.oid:
                 self._adopt(now, None if anew else before, stored, first, found)
-            elif stored is not None:
+            elif stored is not None and stored != now.kept():
                 found[table] = compare(stored, now)
             older = [stored.schema] if stored is not None else []
-            prints[table] = replace(now, schema=inherited(now.schema, older)).kept()
+            schema = inherited(now.schema, older)
+            prints[table] = (now if schema is now.schema else replace(now, schema=schema)).kept()
         self._answer(found, first)
         for now in catalog.tables:
             self._follow_shape(prints[now.schema.table])
@@ -161,12 +164,16 @@ class Discovery:
     def _follow_shape(self, now: Fingerprint) -> None:
         """Let the lake have the shape that the catalog shows, also of a table that nobody writes to."""
         table = now.schema.table
+        followed = self._book.grown, now.schema
+        if self._followed.get(table) == followed:
+            return
         schema = self._book.note_newest(now.schema)
         state = self._state.table(self._source, table).state
         if state != "streaming" or self._tables.rests(table) or self._backfill.is_ordered(table):
             return  # A snapshot brings it, or a later look.
         told = self._state.get(shape_fact(self._source, table))
         if told == schema.version:
+            self._followed[table] = followed
             return
         if told is None and ChangelogTable(self._store, self._source, table).has_columns(schema):
             self._state.set(shape_fact(self._source, table), schema.version)

@@ -56,6 +56,10 @@ class SlotLost(CdcError):
     """The slot is gone, invalidated, or not where the lake says that it must be."""
 
 
+class Undecodable(SlotLost):
+    """The server cannot decode what lies ahead of the slot: the publication did not exist when it was written."""
+
+
 class ProtocolError(CdcError):
     """A message that we do not understand; the stream stops there rather than skip it."""
 

@@ -76,13 +76,10 @@ class Fingerprint:
 
     def kept(self) -> Fingerprint:
         """What of it is kept: equal facts of two looks are equal in this form."""
-        return replace(
-            self,
-            schema=replace(self.schema, version=0),
-            marks=dict(self.marks),
-            types={k: dict(v) for k, v in self.types.items()},
-            parts=tuple(replace(p, clean=False) for p in self.parts),
-        )
+        if not self.schema.version and not any(p.clean for p in self.parts):
+            return self
+        parts = tuple(replace(p, clean=False) for p in self.parts)
+        return replace(self, schema=replace(self.schema, version=0), parts=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from cdc.batch import Boundary, Portion
 from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.discovery import Discovery
-from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict, Verdict
+from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict, Undecodable, Verdict
 from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -166,6 +166,12 @@ class Pipeline:
     def _capture_step(self) -> bool:
         try:
             return self._capture_once()
+        except Undecodable as e:
+            self._settled = False
+            if self._source_config.on_slot_lost != "resync":
+                raise
+            self.begin_anew(e.args[0])
+            return False
         except BaseException:
             # Whatever cut the stream: where it may go on is looked at anew, at what is the same server or another one.
             self._settled = False

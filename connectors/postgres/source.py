@@ -20,7 +20,7 @@ import psycopg
 from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SlotLost, SourceRefused, SourceUnavailable, Standby
+from cdc.errors import SlotLost, SourceRefused, SourceUnavailable, Standby, Undecodable
 from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
@@ -86,7 +86,16 @@ class PostgresSource:
     def read(self, timeout_s: float) -> Portion | None:
         assert self._receiver is not None, "open first"
         assert self._decoder is not None, "open first"
-        blob = self._receiver.take(timeout_s)
+        try:
+            blob = self._receiver.take(timeout_s)
+        except SourceRefused as e:
+            if not isinstance(e.__cause__, psycopg.errors.UndefinedObject):
+                raise
+            raise Undecodable(
+                f"{e.args[0]}: what was written while it did not exist cannot be decoded",
+                hint="`cdc teardown`, then start again: a new epoch begins and every table is snapshotted anew;"
+                ' on_slot_lost = "resync" does so by itself',
+            ) from e.__cause__
         if blob is None:
             return None
         began = time.perf_counter()
