@@ -51,7 +51,7 @@ class Tables(Protocol):
         """Tables that need a resync, and since when (0: since before this process)."""
 
     def take_part(self, table: TableId, takes_part: bool) -> None:
-        """Let a table's changes land, or pass over them."""
+        """Let a table be followed, or not: one that is gone. What the stream still brings of it lands."""
 
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""

@@ -93,6 +93,7 @@ class Pipeline:
         self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
         self._resting = False
         self._stopped: set[TableId] = set()
+        self._gone: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
         self._heads: list[tuple[int, float]] = []
         self._discover_at = 0.0
@@ -278,6 +279,7 @@ class Pipeline:
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         tables = self._state.tables(self.name)
         self._stopped = {t.table for t in tables if t.state in ("stopped", "removed")}
+        self._gone = {t.table for t in tables if t.state == "removed"}
         self._stopped |= {t.table for t in tables if self._state.is_paused("table", f"{self.name}/{t.table}")}
         self._gate = ConfirmGate(
             epoch=self._epoch,
@@ -296,7 +298,7 @@ class Pipeline:
         self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
-            lease=self._lease, stop_table=self.stop_table, is_stopped=self.rests,
+            lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
@@ -385,15 +387,22 @@ class Pipeline:
         return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
 
     def take_part(self, table: TableId, takes_part: bool) -> None:
-        """Let a table's changes land, or pass over them."""
+        """Let a table be followed, or not: one that is gone."""
+        self._gone.discard(table)
         if not takes_part:
             self._stopped.add(table)
+            self._gone.add(table)
         elif not self._state.is_paused("table", f"{self.name}/{table}"):
             self._stopped.discard(table)
 
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""
         return table in self._stopped
+
+    def is_passed_over(self, table: TableId) -> bool:
+        """Whether a table's changes do not land. The catalog is ahead of the stream: what was published of a table
+        before it went still comes, and belongs into its changelog."""
+        return table in self._stopped and table not in self._gone
 
     def _landed_lsn(self, table: TableId) -> int:
         return ChangelogTable(self._store, self.name, table).tokens().stream(self._epoch)
@@ -403,6 +412,7 @@ class Pipeline:
         over."""
         self.mark([table], True)
         self._stopped.add(table)
+        self._gone.discard(table)
         for run in self._state.runs(self.name, table, states=["pending", "running"]):
             self._state.update_run(run.id, state="failed", reason=error.args[0])
         self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
@@ -420,6 +430,7 @@ class Pipeline:
             if self._prepared.is_set():
                 self.mark([table], True)
             self._stopped.add(table)
+            self._gone.discard(table)
             return
         if self._state.is_paused("table", name):
             self._state.resume("table", name)
