@@ -141,12 +141,14 @@ def test_a_truncate_of_several_tables_stands_once_in_each_changelog(daemon: Daem
 def test_a_transaction_of_an_origin_names_it(daemon: Daemon, db: psycopg.Connection) -> None:
     db.execute("select pg_replication_origin_create('capture_rows')")
     db.execute("insert into origins values (1)")
-    db.execute("select pg_replication_origin_session_setup('capture_rows')")
-    db.execute("insert into origins values (2)")
-    with db.transaction():
-        db.execute("select pg_replication_origin_xact_setup('0/1234', '2020-02-02 02:02:02+00')")
-        db.execute("insert into origins values (3)")
-    db.execute("select pg_replication_origin_session_reset()")
+    # A session whose first commit is under the origin: nobody has set a time yet.
+    with psycopg.connect(daemon.dsn, autocommit=True) as fresh:
+        fresh.execute("select pg_replication_origin_session_setup('capture_rows')")
+        fresh.execute("insert into origins values (2)")
+        with fresh.transaction():
+            fresh.execute("select pg_replication_origin_xact_setup('0/1234', '2020-02-02 02:02:02+00')")
+            fresh.execute("insert into origins values (3)")
+        fresh.execute("select pg_replication_origin_session_reset()")
     db.execute("insert into origins values (4)")
     rows = changes(daemon, "origins")
     assert [(r["id"], r["_origin"]) for r in rows] == [(1, None), (2, "capture_rows"), (3, "capture_rows"), (4, None)]
