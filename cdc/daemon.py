@@ -285,7 +285,10 @@ class Daemon:
             error = pipeline.operator_error()
             if error is not None:
                 raise error
-            return pipeline.reached() if pipeline.has_reached(lsn) else None
+            if not pipeline.has_reached(lsn):
+                return None
+            pipeline.beat()  # `status` is not to say less than what we answer
+            return pipeline.reached()
 
         return reached
 
