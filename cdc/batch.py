@@ -123,6 +123,8 @@ class Portion:
     head_lsn: int = 0
     received_bytes: int = 0
     messages: int = 0
+    ddl: bool = False
+    """Whether the source says in it that its catalog was changed."""
     committed_at_us: int = 0
 
 

@@ -163,6 +163,8 @@ class LogEnd:
         self._log = log
         self.received_lsn = 0
         """The server's newest position that we have seen."""
+        self.ddl_seen = 0
+        """How many portions said that the catalog was changed."""
 
     def resume(self) -> Boundary | None:
         self._log.discard_open(self._name)
@@ -177,6 +179,7 @@ class LogEnd:
         metrics.STAGE_SECONDS.labels("log").inc(took)
         metrics.LOG_APPEND_SECONDS.labels(self._name).observe(took)
         self.received_lsn = max(self.received_lsn, item.head_lsn)
+        self.ddl_seen += item.ddl
         self._count(item)
         return item.boundary
 

@@ -134,6 +134,13 @@ def _change_source(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the SQL, change nothing")
 
 
+def _setup(p: argparse.ArgumentParser) -> None:
+    _change_source(p)
+    p.add_argument(
+        "--ddl-events", action="store_true", help="event triggers that write DDL into the stream (superuser)"
+    )
+
+
 def _teardown(p: argparse.ArgumentParser) -> None:
     _change_source(p)
     p.add_argument("--yes", action="store_true", help="don't ask at a terminal")
@@ -254,7 +261,7 @@ VerbRow = tuple[str, str, Declare, str]
 VERBS: dict[str, VerbRow] = {
     "run": ("the daemon in the foreground", "cdc run --once", _run, "service:run"),
     "check": ("preflight: everything that would stop or endanger it", "cdc check --json", _check, "service:check"),
-    "setup": ("create publication and slot", "cdc setup --dry-run", _change_source, "service:setup"),
+    "setup": ("create publication and slot", "cdc setup --dry-run", _setup, "service:setup"),
     "teardown": ("drop slot and publication", "cdc teardown shop --dry-run", _teardown, "service:teardown"),
     "adopt": (
         "go on with the server that pg_upgrade made of the old one",

@@ -353,8 +353,8 @@ class Pipeline:
         if self._paused():
             return False
         now = time.monotonic()
-        grown = self._book.grown
-        # A shape that the stream shows and nobody knew: whatever else that ALTER did is looked for at once.
+        grown = self._book.grown + self.log_end.ddl_seen
+        # DDL in the stream, or a shape that nobody knew: whatever else that ALTER did is looked for at once.
         if now >= self._discover_at or grown != self._shapes_seen:
             again = self.discovery.look()
             self._shapes_seen = grown

@@ -184,10 +184,13 @@ class SourceAdmin(Protocol):
     def check(self) -> list[Finding]:
         """Everything that would stop or endanger capture, without side effects."""
 
-    def setup(self, *, dry_run: bool, anew: bool = False, only: int | None = None) -> list[str]:
+    def setup(
+        self, *, dry_run: bool, anew: bool = False, only: int | None = None, ddl_events: bool = False
+    ) -> list[str]:
         """Create publication, then slot, where missing; the SQL in the order in which it ran (or would run). `anew`: a
         slot of ours that exists is dropped first. `only`: nothing but to add the table of this OID to a publication of
-        ours. SourceRefused if the name is another one's slot."""
+        ours. `ddl_events`: have the source write DDL into the stream too. SourceRefused if the name is another one's
+        slot."""
 
     def teardown(self, *, dry_run: bool) -> list[str]:
         """Drop slot and our publication, if they exist; the SQL."""

@@ -163,7 +163,8 @@ def _change_sources(call: Call, what: str) -> int:
     for name in call.sources(call.args.source):
         if what == "teardown" and not call.args.dry_run:
             give_up(Anchor(call.store, name))
-        statements = getattr(call.admin(name), what)(dry_run=call.args.dry_run)
+        options = {"ddl_events": call.args.ddl_events} if what == "setup" else {}
+        statements = getattr(call.admin(name), what)(dry_run=call.args.dry_run, **options)
         done[name] = statements
         mode = "would run" if call.args.dry_run else "ran"
         call.console.line(f"-- source {name}: {mode if statements else 'nothing to do'}")

@@ -20,6 +20,7 @@ from cdc.errors import CdcError, SourceRefused, SourceUnavailable
 from cdc.ports import Finding, SourceStatus
 from cdc.table import TableSchema
 from connectors.postgres import catalog, check, publication, slot
+from connectors.postgres import ddl_events as ddl
 from connectors.postgres.connection import connect, describe, translated
 from connectors.postgres.identity import identity_findings
 from connectors.postgres.replication import parse_lsn
@@ -73,14 +74,13 @@ class PostgresAdmin:
             )
         return findings
 
-    def setup(self, *, dry_run: bool, anew: bool = False, only: int | None = None) -> list[str]:
+    def setup(
+        self, *, dry_run: bool, anew: bool = False, only: int | None = None, ddl_events: bool = False
+    ) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
             if only is not None:
-                done += publication.add_sql(connection, self._config, only)
-                for statement in done if not dry_run else ():
-                    connection.execute(statement.encode())
-                return done
+                return self._run(connection, publication.add_sql(connection, self._config, only), dry_run=dry_run)
             if anew:
                 done += slot.drop(connection, self._config.slot, dry_run=dry_run)
             for statement in publication.setup_sql(connection, self._config, self._where):
@@ -95,12 +95,20 @@ class PostgresAdmin:
                     self._create_slot(connection, slot_sql)
             elif self._config.failover and ours.get("failover") is not True:
                 done += self._alter_slot(connection, dry_run=dry_run)
+            if ddl_events:
+                done += self._run(connection, ddl.install_sql(connection), dry_run=dry_run)
         return done
+
+    def _run(self, connection: psycopg.Connection[Any], statements: list[str], *, dry_run: bool) -> list[str]:
+        for statement in statements if not dry_run else ():
+            connection.execute(statement.encode())
+        return statements
 
     def teardown(self, *, dry_run: bool) -> list[str]:
         done: list[str] = []
         with self._connected() as connection:
             done += slot.drop(connection, self._config.slot, dry_run=dry_run)
+            done += self._run(connection, ddl.remove_sql(connection), dry_run=dry_run)
             for name in self._config.publication:
                 comment = connection.execute(
                     "select obj_description(oid, 'pg_publication') from pg_publication where pubname = %s", [name]

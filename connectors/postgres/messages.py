@@ -14,6 +14,8 @@ INSERT, UPDATE, DELETE, TRUNCATE = b"IUDT"
 BEGIN, COMMIT, RELATION, TYPE, ORIGIN, MESSAGE = b"BCRYOM"
 NEW, KEY, OLD = b"NKO"
 TEXT, NULL, UNCHANGED = b"tnu"
+DDL_MARK = b'{"ddl": '
+"""How the content of a message of our event triggers begins."""
 
 _UINT16 = struct.Struct(">H")
 _UINT32 = struct.Struct(">I")
@@ -126,10 +128,11 @@ def read_origin(data: bytes) -> str:
     return name
 
 
-def check_message(data: bytes) -> None:
-    """A logical message is not for us; only its shape is checked."""
+def is_ddl(data: bytes) -> bool:
+    """Whether a logical message is the word of our event triggers; of the others only the shape is checked."""
     reader = _Reader(data)
     reader.take(9)  # flags, LSN
-    reader.text()
-    reader.take(reader.u32())
+    prefix = reader.text()
+    content = reader.take(reader.u32())
     reader.end()
+    return prefix == "cdc" and content.startswith(DDL_MARK)

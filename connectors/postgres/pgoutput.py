@@ -42,7 +42,7 @@ from connectors.postgres.messages import (
     UPDATE,
     Relation,
     RelationColumn,
-    check_message,
+    is_ddl,
     read_origin,
     read_relation,
     read_truncate,
@@ -175,6 +175,7 @@ class Decoder:
         self._lsn = after_lsn
         self._end_lsn = max(after_lsn, after_end_lsn)
         self._head_lsn = 0
+        self._ddl = False
         self._broken = False
         self.types: dict[int, tuple[str, str]] = {}
         """Schema and name of the types that Type messages named, by OID."""
@@ -210,6 +211,8 @@ class Decoder:
         portion.messages += len(lengths) - len(messages.keepalives)
         transactions = self._transactions(messages)
         changed, truncates = self._rare(messages, transactions)
+        portion.ddl |= self._ddl
+        self._ddl = False
         tail = int(transactions.commits[-1]) + 1 if len(transactions.commits) else 0
         pieces = self._pieces(messages, transactions, changed, truncates, tail)
         portion.batches += self._batches(messages, transactions, pieces)
@@ -337,7 +340,7 @@ class Decoder:
                 elif kind == TRUNCATE:
                     truncates += self._truncated(i, read_truncate(data))
                 else:
-                    check_message(data)
+                    self._ddl |= is_ddl(data)
             except ValueError as error:
                 raise messages.malformed(i, _reason(error)) from error
         after = transactions.lsn > self._after_lsn

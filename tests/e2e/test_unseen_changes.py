@@ -277,6 +277,36 @@ def test_a_table_dropped_and_made_again_is_not_lost_with_all_signals_green(daemo
         daemon.settled().verified()
 
 
+def test_event_triggers_make_the_daemon_look_at_once_and_go_with_teardown(daemon: Daemon) -> None:
+    daemon.configure(f"source.{SOURCE}", watch_every_s=3600)
+    shown = daemon.ask("setup", "--ddl-events", "--dry-run").document["sources"][SOURCE]
+    assert [s for s in shown if s.startswith("create event trigger")] == [
+        f"create event trigger {name} on {event} execute function cdc.ddl_event()"
+        for name, event in (
+            ("cdc_ddl_end", "ddl_command_end"),
+            ("cdc_ddl_drop", "sql_drop"),
+            ("cdc_ddl_rewrite", "table_rewrite"),
+        )
+    ]
+    assert daemon.ask("setup", "--ddl-events").code == 0
+    assert daemon.ask("setup", "--ddl-events").document["sources"][SOURCE] == []
+    with daemon:
+        told = Told(daemon.start().settled())
+        assert told.after(
+            {
+                "moods": ("alter type mood rename value 'fine' to 'good'",),
+                "root": ("alter table root detach partition leaf_b",),
+                "small": ("begin; alter table small alter n type int using n + 1; drop table fence; commit",),
+            }
+        ) == {"moods": ("values", "resync"), "root": ("partitions", "resync"), "small": ("rewrite", "resync")}
+        wait_until(lambda: daemon.tables()["public.fence"]["state"] == "removed", message=daemon.log_tail)
+        assert daemon.stop() == 0
+    assert daemon.ask("teardown", "--yes").code == 0
+    with psycopg.connect(daemon.dsn) as connection:
+        left = connection.execute("select count(*) from pg_event_trigger").fetchone()
+    assert left == (0,)
+
+
 @pytest.mark.slow
 def test_readers_never_see_a_resync_under_load_half_done_or_going_back(daemon: Daemon) -> None:
     dsn, publication = daemon.dsn, daemon.slot

@@ -150,6 +150,19 @@ def test_ordinals_count_every_change_of_the_transaction_also_of_tables_that_are_
     assert {row.image["id"]: row.seq for row in rows(wire)} == {1: 0, 3: 2, 4: 4}
 
 
+def test_a_portion_says_that_ddl_stands_in_it_only_by_word_of_our_own_triggers() -> None:
+    wire = begun()
+    wire.message("cdc", b"barrier")
+    wire.message("app", b'{"ddl": "ALTER TABLE"}')
+    quiet = len(wire.frames)
+    wire.message("cdc", b'{"ddl": "ALTER TABLE", "event": "ddl_command_end", "objects": []}')
+    told = len(wire.frames)
+    wire.insert(ORDERS, order(1))
+    wire.commit()
+
+    assert [portion.ddl for portion in decode(wire.frames, [quiet, told])] == [False, True, False]
+
+
 def test_ordinals_go_on_when_a_transaction_is_read_in_pieces() -> None:
     wire = begun()
     for number in range(10):
