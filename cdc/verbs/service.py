@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cdc
+from cdc.errors import CdcError
 from cdc.verbs.call import FAILED, FOUND, OK, Call
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def setup(call: Call) -> int:
 
 def teardown(call: Call) -> int:
     """Drop slot and publication of each source; a person at a terminal types the names."""
-    if not call.args.dry_run and _is_running(call):
-        return FAILED
+    if not call.args.dry_run:
+        _refuse_while_running(call)
     if not (call.args.dry_run or call.args.yes) and sys.stdin.isatty() and not _agreed(call):
         call.console.note("nothing was dropped")
         return FAILED
@@ -65,8 +66,7 @@ def adopt(call: Call) -> int:
     from cdc.lake.anchor import Anchor
 
     name = call.sources([call.args.source])[0]
-    if _is_running(call):
-        return FAILED
+    _refuse_while_running(call)
     config = call.config.sources[name]
     kind = registry.source_kind(config.type)
     identity = kind.source(config, application_name="cdc adopt").identity()
@@ -112,16 +112,14 @@ def _logged_lsn(call: Call, source: str) -> int | None:
         return known.end_lsn if known is not None and known.positioned else None
 
 
-def _is_running(call: Call) -> bool:
-    """Whether a daemon works on this state directory; says so."""
+def _refuse_while_running(call: Call) -> None:
+    """CdcError if a daemon works on this state directory."""
     from cdc import control
 
     if call.has_state:
         with call.state(readonly=True) as state:
             if control.is_running(state):
-                call.console.note("the daemon is running and holds the slots; stop it first")
-                return True
-    return False
+                raise CdcError("the daemon is running and holds the slots", hint="stop it first")
 
 
 def _agreed(call: Call) -> bool:

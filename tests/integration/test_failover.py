@@ -10,76 +10,17 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc.config import SourceConfig
 from cdc.errors import SlotLost, SourceRefused
-from cdc.lake.anchor import Anchor, AnchorState
-from cdc.log import EventLog
-from cdc.origin import settle
 from cdc.ports import Finding
-from cdc.schema import SchemaBook
-from cdc.state import State
-from connectors.local.store import LocalStore
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.replication import parse_lsn
-from connectors.postgres.source import PostgresKind
 from tests.support.copies import caught_up, promote, restore_of, scalar, standby_of
 from tests.support.daemon import execute
 from tests.support.postgres import private_server
+from tests.support.reading import SLOT, Reader
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.matrix
-
-SLOT = "cdc_shop"
-
-
-class Reader:
-    """The source's side of a daemon: settle, stream into the log, confirm; lake and log stay when the server goes."""
-
-    def __init__(self, dsn: str, root: Path, **options: object) -> None:
-        self.config = SourceConfig(
-            name="shop",
-            dsn=dsn,
-            slot=SLOT,
-            publication=(SLOT,),
-            tables=("public.*",),
-            **options,  # type: ignore[arg-type]
-        )
-        self.anchor = Anchor(LocalStore(root / "lake"), "shop")
-        self.state = State(root / "state.db")
-        self.log = EventLog(root / "log", self.state, bytes_max=1 << 30)
-
-    def settle(self, dsn: str = "", **options: object) -> AnchorState:
-        self.config = replace(self.config, dsn=dsn or self.config.dsn, **options)  # type: ignore[arg-type]
-        source = PostgresKind.source(self.config, application_name="test")
-        return settle(self.config, source.identity(), PostgresKind.admin(self.config), self.anchor, self.log)
-
-    def read_to_now(self) -> int:
-        """Log and confirm everything that is committed by now; the log's end."""
-        state = self.settle()
-        target = PostgresKind.admin(self.config).barrier()
-        source = PostgresKind.source(self.config, application_name="test")
-        source.open(self.log.position("shop"), SchemaBook(self.state, "shop"), state.epoch)
-        try:
-            wait_until(lambda: self._take(source, target), message="the stream to reach now")
-            end = self.log.position("shop")
-            assert end is not None
-            self.anchor.change(lambda s: replace(s, may_confirm_lsn=end.end_lsn))
-            source.confirm(end.end_lsn)
-            wait_until(
-                lambda: PostgresKind.admin(self.config).status().confirmed_lsn >= end.end_lsn,
-                message="the confirmation",
-            )
-        finally:
-            source.close()
-        wait_until(lambda: not PostgresKind.admin(self.config).status().slot_active, message="the slot to be free")
-        return end.end_lsn
-
-    def _take(self, source: object, target: int) -> bool:
-        portion = source.read(0.2)  # type: ignore[attr-defined]
-        if portion is not None:
-            self.log.append("shop", portion)
-        position = self.log.position("shop")
-        return position is not None and position.end_lsn > target
 
 
 @pytest.fixture
@@ -164,7 +105,7 @@ def test_a_standby_promoted_with_the_synchronized_slot_goes_on_in_the_same_epoch
 
 
 def findings(reader: Reader) -> list[Finding]:
-    return PostgresKind.admin(reader.config).check()
+    return reader.admin.check()
 
 
 def test_a_slot_without_failover_is_told_and_altered_by_setup(tmp_path: Path, servers: ExitStack) -> None:
@@ -175,7 +116,7 @@ def test_a_slot_without_failover_is_told_and_altered_by_setup(tmp_path: Path, se
     reader.settle()
     reader.config = replace(reader.config, failover=True)
     assert "failover" in [f.name for f in findings(reader) if f.severity == "warning"]
-    admin = PostgresKind.admin(reader.config)
+    admin = reader.admin
     assert admin.setup(dry_run=True) == [f'ALTER_REPLICATION_SLOT "{SLOT}" (FAILOVER true)']
     assert not admin.status().slot_failover
     admin.setup(dry_run=False)
@@ -208,6 +149,7 @@ def test_a_restore_to_a_point_in_time_below_what_we_hold_is_a_new_history(tmp_pa
     assert reader.settle() == state
 
 
+@pytest.mark.slow
 def test_a_restore_to_a_point_behind_what_we_hold_goes_on(tmp_path: Path, servers: ExitStack) -> None:
     primary = primary_in(servers, tmp_path, wal_keep_size="256MB")
     reader = Reader(primary.dsn(), tmp_path)
@@ -235,16 +177,14 @@ def test_a_slot_that_needed_removed_wal_is_lost_and_says_so(tmp_path: Path, serv
             connection.execute("insert into t select coalesce(max(id), 0) + 1 from t")
             connection.execute("select pg_switch_wal()")
             connection.execute("checkpoint")
-            return PostgresKind.admin(reader.config).status().wal_status == "lost"
+            return reader.status.wal_status == "lost"
 
         wait_until(lost, message="the slot to be lost")
     with pytest.raises(SlotLost, match=r"cannot be read any more: .*removed WAL.*\(invalidated: wal_removed\)") as told:
         reader.settle()
     assert "max_slot_wal_keep_size" in told.value.hint
-    source = PostgresKind.source(reader.config, application_name="test")
     with pytest.raises(SlotLost, match=SLOT):
-        source.open(reader.log.position("shop"), SchemaBook(reader.state, "shop"), 1)
-    source.close()
+        reader.open()
     assert reader.settle(on_slot_lost="resync").epoch == 2
     reader.read_to_now()
 
@@ -262,15 +202,13 @@ def test_a_slot_that_was_idle_for_too_long_is_lost_and_says_so(tmp_path: Path, s
 
     def lost() -> bool:
         execute(primary.dsn(), "checkpoint")
-        return bool(PostgresKind.admin(reader.config).status().slot_fault)
+        return bool(reader.status.slot_fault)
 
     wait_until(lost, message="the slot to be invalidated")
     with pytest.raises(SlotLost, match=r"nobody read it.*\(invalidated: idle_timeout\)") as told:
         reader.settle()
     assert "idle_replication_slot_timeout" in told.value.hint
-    source = PostgresKind.source(reader.config, application_name="test")
     with pytest.raises(SlotLost, match=SLOT):
-        source.open(reader.log.position("shop"), SchemaBook(reader.state, "shop"), 1)
-    source.close()
+        reader.open()
     execute(primary.dsn(), "alter system reset idle_replication_slot_timeout", "select pg_reload_conf()")
     assert reader.settle(on_slot_lost="resync").epoch == 2

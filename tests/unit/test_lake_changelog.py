@@ -152,6 +152,22 @@ def test_a_new_epoch_lands_below_the_old_ones_position(store: LocalStore, tmp_pa
     assert (tokens.stream(1), tokens.stream(2), tokens.epoch) == (900, 10, 2)
 
 
+def test_rows_of_the_epoch_before_land_once_though_the_boundary_is_of_the_next(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    """They were logged and had not landed when a new history began. A crash after the commit brings them again."""
+    land(store, tmp_path, 100, batch(V1, [100]))
+    left_over, first_of_next = batch(V1, [200, 300]), batch(V1, [10], _epoch=2)
+    for _ in range(2):
+        writer = opened(store).writer(tmp_path)
+        writer.add(left_over)
+        writer.add(first_of_next)
+        writer.commit(Boundary(2, 10, 20))
+    assert ids(store) == [100, 1000, 2000, 3001]
+    tokens = opened(store).tokens()
+    assert (tokens.stream(1), tokens.stream(2)) == (300, 10)
+
+
 def test_chunks_land_once_by_their_counter_and_a_run_ends_with_its_end_row(store: LocalStore, tmp_path: Path) -> None:
     begin, chunk, end = control(50, 0, "r1", "begin"), run_rows(V1, 50, [1, 2, 3], "r1"), control(50, 4, "r1", "end")
     table = land(store, tmp_path, 50, begin, chunk=0)

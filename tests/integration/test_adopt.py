@@ -1,0 +1,88 @@
+"""`cdc adopt`: another server is the continuation, by an operator's word and what can be checked of it.
+
+Stands in for pg_upgrade: a second cluster with the same tables and rows, its WAL behind the first one's, and a slot of
+the same name made before anybody writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from connectors.postgres.embedded import EmbeddedPostgres
+from connectors.postgres.replication import parse_lsn
+from tests.support.copies import scalar
+from tests.support.daemon import Daemon, execute
+from tests.support.postgres import private_server
+
+pytestmark = pytest.mark.matrix
+
+TABLES = ("create table t (id int primary key, note text)", "create table bare (n int)")
+
+
+def carried_over(server: EmbeddedPostgres, slot: str, *, beyond: int) -> None:
+    """What pg_upgrade does: positions go on behind the old server's, publication and slot are there."""
+    while parse_lsn(str(scalar(server.dsn(), "select pg_current_wal_lsn()::text"))) <= beyond:
+        execute(server.dsn(), "select pg_switch_wal()", "select txid_current()")
+    execute(
+        server.dsn(),
+        "insert into t select g, 'old' from generate_series(1, 20) g",
+        "insert into bare select generate_series(1, 5)",
+        f"create publication {slot} for table t, bare with (publish_via_partition_root = true)",
+        f"select pg_create_logical_replication_slot('{slot}', 'pgoutput')",
+    )
+
+
+@pytest.mark.parametrize("confirm_after", ["landed", pytest.param("log", marks=pytest.mark.slow)])
+def test_after_an_upgrade_the_history_goes_on_once_it_is_adopted(tmp_path: Path, confirm_after: str) -> None:
+    with private_server(tmp_path / "old") as old, private_server(tmp_path / "new", fresh=True) as new:
+        execute(old.dsn(), *TABLES, "insert into t select g, 'old' from generate_series(1, 20) g")
+        execute(old.dsn(), "insert into bare select generate_series(1, 5)")
+        execute(new.dsn(), *TABLES)
+        with Daemon(tmp_path / "daemon", old.dsn(), source={"confirm_after": confirm_after}) as daemon:
+            daemon.start().settled()
+            assert daemon.ask("adopt", "shop").code == 1, "not while the daemon runs"
+            assert daemon.stop() == 0
+            assert daemon.ask("adopt", "shop").document["adopted"] is False, "it is the lake's server already"
+
+            daemon.configure("source.shop", dsn=new.dsn())
+            refused = daemon.ask("adopt", "shop")
+            assert (refused.code, refused.document["error"]["kind"]) == (1, "SlotLost")
+            assert "no replication slot" in refused.document["error"]["message"]
+            beyond = parse_lsn(str(scalar(old.dsn(), "select pg_current_wal_lsn()::text")))
+            carried_over(new, daemon.slot, beyond=beyond)
+
+            daemon.start().in_phase("operator")
+            told = daemon.source()
+            assert "the dsn leads to database 'postgres' of server" in told["error"]
+            assert "cdc adopt shop" in told["hint"]
+            assert daemon.stop() == 0
+            looked = daemon.ask("adopt", "shop", "--dry-run")
+            assert (looked.code, looked.document["adopted"]) == (0, False)
+
+            done = daemon.ask("adopt", "shop")
+            assert (done.code, done.document["adopted"]) == (0, True), done
+            assert parse_lsn(done.document["held_lsn"]) <= beyond < parse_lsn(done.document["at_lsn"])
+            assert done.document["missing"] == []
+            execute(new.dsn(), "insert into t values (21, 'new')", "update t set note = 'new' where id = 3")
+            daemon.start().settled().verified()
+            assert daemon.source()["epoch"] == 1, "the history goes on"
+            assert daemon.stop() == 0
+            again = daemon.ask("adopt", "shop")
+            assert (again.code, again.document["adopted"]) == (0, False), "a second time there is nothing to do"
+
+
+def test_a_server_whose_positions_lie_below_what_we_hold_is_no_continuation(tmp_path: Path) -> None:
+    with private_server(tmp_path / "old") as old, private_server(tmp_path / "new", fresh=True) as new:
+        execute(new.dsn(), *TABLES)
+        carried_over(new, "cdc_postgres", beyond=0)
+        execute(old.dsn(), *TABLES, *["select pg_switch_wal(), txid_current()"] * 4)
+        with Daemon(tmp_path / "daemon", old.dsn()) as daemon:
+            daemon.start().settled()
+            assert daemon.stop() == 0
+            daemon.configure("source.shop", dsn=new.dsn())
+            refused = daemon.ask("adopt", "shop")
+            assert refused.code == 1
+            assert "it is no continuation" in refused.document["error"]["message"]
+            assert "cdc teardown shop" in refused.document["error"]["hint"]
