@@ -70,6 +70,7 @@ class SourceConfig:
     wal_warn_at: tuple[str, ...] = ("50%", "10GB")
     wal_confirm_at: tuple[str, ...] = ("70%",)
     wal_pause_at: tuple[str, ...] = ("80%",)
+    wal_drop_at: tuple[str, ...] = ()
     on_schema_change: str = "evolve"
     """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
     table: dict[str, TableConfig] = field(default_factory=dict)
@@ -480,7 +481,7 @@ class _Reader:
             self.problems.append(f"{at}.slot: only a-z, 0-9 and _ are allowed, at most 63 (a rule of Postgres)")
         if not all(source.publication):
             self.problems.append(f"{at}.publication: an empty name")
-        for stage in ("wal_warn_at", "wal_confirm_at", "wal_pause_at"):
+        for stage in ("wal_warn_at", "wal_confirm_at", "wal_pause_at", "wal_drop_at"):
             for text in getattr(source, stage):
                 try:
                     wal_threshold(text)

@@ -3,7 +3,8 @@
 A slot that is not confirmed keeps WAL until the server's disk is full, or until the server gives the slot up and every
 table must be read anew. `decide` is the whole policy, a pure function of what is known: warn; confirm what is logged
 though it has not landed (only where the lake is what holds WAL back; the anchor says so before, so a disk that is lost
-meanwhile is known as a loss); pause snapshots. Each stage has a threshold of its own and is left well below it.
+meanwhile is known as a loss); pause snapshots; and, only where an operator wants it, let the slot go and begin a new
+history. Each stage has a threshold of its own and is left well below it.
 
 The heartbeat is a transactional message that is written when the server's WAL grows and nothing of it reaches us. It
 carries the stream's position past what concerns us not, and it must come back: a stream that does not bring it is
@@ -28,7 +29,7 @@ from cdc.units import wal_threshold
 
 log = logging.getLogger(__name__)
 
-STAGES: Final = ("warn", "confirm", "pause")
+STAGES: Final = ("warn", "confirm", "pause", "drop")
 """From mild to drastic. Several hold at a time; the last one that holds is shown."""
 LEAVE_SHARE: Final = 0.75
 """A stage is left when less than this share of its threshold is retained: no flutter at the edge."""
@@ -57,7 +58,12 @@ Rules = dict[str, tuple[str, ...]]
 
 def rules_of(config: SourceConfig) -> Rules:
     """The stages that the configuration wants. Where the source is confirmed after the log anyway, one has no use."""
-    rules = {"warn": config.wal_warn_at, "confirm": config.wal_confirm_at, "pause": config.wal_pause_at}
+    rules = {
+        "warn": config.wal_warn_at,
+        "confirm": config.wal_confirm_at,
+        "pause": config.wal_pause_at,
+        "drop": config.wal_drop_at,
+    }
     return {s: at for s, at in rules.items() if at and not (s == "confirm" and config.confirm_after == "log")}
 
 
@@ -156,14 +162,17 @@ class Guard:
         *,
         reached: Callable[[], dict[str, int]],
         bridge: Callable[[bool], None],
+        let_go: Callable[[str], None],
         streaming: Callable[[], bool],
     ) -> None:
-        """`reached` gives end LSNs of log and lake; `bridge` makes capture confirm what is logged, or stop to."""
+        """`reached` gives end LSNs of log and lake; `bridge` makes capture confirm what is logged, or stop to;
+        `let_go` gives the slot up and begins a new history, for the reason it is told."""
         self._source = source
         self._admin = admin
         self._state = state
         self._reached = reached
         self._bridge = bridge
+        self._let_go = let_go
         self._streaming = streaming
         self._rules = rules_of(source)
         self._heartbeat = Heartbeat(source.heartbeat_every_s)
@@ -214,6 +223,8 @@ class Guard:
             text,
             extra={"source": self._source.name, "stage": stage or "none", "retained_bytes": facts.retained_bytes},
         )
+        if "drop" in self.stages - before:
+            self._let_go(f"WAL guard (wal_drop_at): {text}")
 
     def _note(self, text: str) -> dict[str, Any]:
         return {"stage": _last(self.stages) or None, "since": time.time(), "note": text}
@@ -257,6 +268,7 @@ def describe(stage: str, status: SourceStatus, facts: WalFacts) -> str:
         "warn": "",
         "confirm": "; what is logged is confirmed though it has not landed: losing state_dir now costs a resync",
         "pause": "; snapshots are paused",
+        "drop": "; the slot is dropped and made anew, and every table is snapshotted again",
     }[stage]
     if facts.unlanded_bytes * 2 >= facts.retained_bytes:
         return f"{kept}{done}; the lake is behind: cdc status"

@@ -82,7 +82,7 @@ SLOT_RETAINED_BYTES = _gauge("cdc_slot_retained_bytes", "WAL that the server kee
 SLOT_SAFE_WAL_BYTES = _gauge(
     "cdc_slot_safe_wal_bytes", "WAL that may still be written before the slot is lost.", "source"
 )
-GUARD_STAGE = _gauge("cdc_guard_stage", "Stage of the WAL guard: 0 none, 1 warn, 2 confirm, 3 pause.", "source")
+GUARD_STAGE = _gauge("cdc_guard_stage", "Stage of the WAL guard: 0 none, 1 warn, 2 confirm, 3 pause, 4 drop.", "source")
 HEARTBEATS = _counter("cdc_heartbeats", "Heartbeats by outcome (sent, returned, late, refused).", "source", "outcome")
 
 # Event log

@@ -184,7 +184,9 @@ class Pipeline:
         if self._let_go and self._prepared.is_set():
             self._capture.close()
             give_up(self._anchor, self._let_go)
-            self._let_go, self._settled = "", False
+            # Also of a source that is paused: what the slot keeps is freed now.
+            self._settle()
+            self._let_go = ""
         if not self._settled and not (paused and self._prepared.is_set()):
             self._settle()
         if paused:
@@ -293,7 +295,7 @@ class Pipeline:
         self.guard = Guard(
             self._source_config, self.admin, self._state,
             reached=self.reached, bridge=lambda on: self._gate.bridge(on, self._log.position(self.name)),
-            streaming=lambda: self.streaming,
+            let_go=self.begin_anew, streaming=lambda: self.streaming,
         )  # fmt: skip
         self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,

@@ -89,6 +89,31 @@ def test_wait_waits_for_commits_that_were_not_flushed(tmp_path: Path, busy: Embe
     daemon.ask("teardown")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_slot_that_is_let_go_frees_its_wal_and_begins_a_new_history(
+    tmp_path: Path, busy: EmbeddedPostgres, paused: bool
+) -> None:
+    dsn = create_database(busy, f"dropped_{paused}".lower())
+    execute(dsn, "create table noise (n int primary key)", "create table orders (id int primary key)")
+    source = {"heartbeat_every_s": 0.2, "wal_warn_at": [], "wal_confirm_at": [], "wal_drop_at": ["64MB"]}
+    with Daemon(tmp_path, dsn, source=source, lake={"land_every_s": 3600}) as daemon:
+        daemon.start().settled()
+        if paused:
+            daemon.ask("pause")
+            daemon.in_phase("paused")
+        fill(dsn, 8)
+        wait_until(lambda: daemon.source()["epoch"] == 2, message=lambda: f"{daemon.source()}\n{daemon.log_tail()}")
+        assert "wal_drop_at" in daemon.source()["epoch_why"]
+        assert retained(daemon) <= SEGMENT
+        daemon.ask("resume")
+        execute(dsn, "insert into orders values (1)")
+        daemon.settled().verified()
+        assert daemon.source()["guard"]["stage"] is None
+        assert daemon.stop() == 0
+    daemon.ask("teardown")
+
+
 def anchor_mode(daemon: Daemon) -> str:
     state = Anchor(LocalStore(daemon.lake), SOURCE).load()
     assert state is not None

@@ -212,13 +212,13 @@ class Server:
 
 class Watched:
     def __init__(self, path: Path, **config: object) -> None:
-        self.server, self.bridged = Server(), [False]
+        self.server, self.bridged, self.let_go = Server(), [False], list[str]()
         self.reached = {"logged": GB, "landed": GB}
         self.state = State(path / "state.db")
         source = replace(SourceConfig(name="shop"), **config)  # type: ignore[arg-type]
         self.guard = Guard(
             source, self.server, self.state,
-            reached=lambda: self.reached, bridge=self.bridged.append, streaming=lambda: True,
+            reached=lambda: self.reached, bridge=self.bridged.append, let_go=self.let_go.append, streaming=lambda: True,
         )  # fmt: skip
 
     def look(self, head_gb: float = 1, retained_gb: float = 0) -> str | None:
@@ -246,6 +246,16 @@ def test_the_guard_acts_and_tells_once_per_change(tmp_path: Path, caplog: pytest
     assert watched.look(9.5, 0.1) is None
     assert (watched.bridged, watched.guard.pauses_snapshots) == ([False, True, False], False)
     assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING", "WARNING", "INFO"]
+
+
+def test_the_slot_is_let_go_only_where_an_operator_wants_it_and_once(tmp_path: Path) -> None:
+    calm, strict = Watched(tmp_path / "a"), Watched(tmp_path / "b", wal_drop_at=("9GB",))
+    for watched in (calm, strict):
+        watched.look(9.9, 9.8)
+        watched.look(9.95, 9.9)
+    assert calm.let_go == []
+    assert len(strict.let_go) == 1
+    assert strict.let_go[0].startswith("WAL guard (wal_drop_at): the server keeps 9.8 GB")
 
 
 def test_a_role_that_may_not_write_messages_is_told_once_and_the_guard_goes_on(
