@@ -229,6 +229,11 @@ class Backfill:
 
     def _start(self, run: Run) -> bool:
         schema = next((t.schema for t in self._reader.tables(run.table).tables), None)
+        known = self._state.table(self._source, run.table).oid
+        if schema is None and known and any(t.schema.oid == known for t in self._reader.tables().tables):
+            # It goes on under its new name, for which the next look at the publication orders a run.
+            self._state.update_run(run.id, state="cancelled", reason="the table was renamed")
+            return True
         if schema is None:
             raise SourceRefused(
                 f"table {run.table} is not in the publication of source {self._source}", hint="cdc setup"
@@ -300,7 +305,9 @@ class Backfill:
         began = time.perf_counter()
         mark = self._mark()
         snapshot = self._reader.begin(schema)
-        if snapshot.schema.oid != schema.oid or self._book.register(snapshot.schema).version != schema.version:
+        if snapshot.schema.table != run.table or snapshot.schema.oid != schema.oid:
+            return self._start_anew(run, "the table was renamed or made anew")
+        if self._book.register(snapshot.schema).version != schema.version:
             return self._start_anew(run, "the table's schema changed")
         relfilenode = run.details.get("relfilenode")
         if relfilenode is not None and relfilenode != snapshot.relfilenode:
@@ -452,7 +459,8 @@ class Backfill:
     def _read_keyless(self, run: Run, schema: TableSchema) -> bool:
         """Rule 16 for tables that are only inserted into: one snapshot, its visibility in the begin row."""
         snapshot = self._reader.begin(schema)
-        if self._book.register(snapshot.schema).version != schema.version:
+        renamed = snapshot.schema.table != run.table
+        if renamed or self._book.register(snapshot.schema).version != schema.version:
             return self._wait(run, "the table changed; the run begins again", RETRY_S)
         seen = snapshot.visibility
         with self._log.lock():
@@ -477,7 +485,7 @@ class Backfill:
 
     def _read_keys(self, wish: Wish) -> bool:
         """Rule 9: rows whose unknown columns nothing in the lake knows are read once more by key."""
-        schema = self._book.latest(wish.table)
+        schema = self._book.held(wish.table) or self._book.latest(wish.table)
         if schema is None or not schema.key:
             raise InvariantBroken(f"keys of table {wish.table} cannot be read again: it has no key")
         keys = wish.keys[:KEYS_PER_CHUNK]

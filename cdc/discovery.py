@@ -214,11 +214,15 @@ class Discovery:
         """Tables that are not published any more: the lake is told, for what happens to them now is not seen."""
         there = {t.schema.table for t in catalog.tables}
         outside = {u.table: u for u in catalog.unpublished}
+        names = {t.schema.oid: t.schema.table for t in catalog.tables}
         gone = [b for t, b in known.items() if t not in there and b.state != "removed"]
         self._tables.mark([b.table for b in gone], True)
         for before in gone:
             table, left = before.table, outside.get(before.table)
-            if left is None:
+            now = names.get(before.oid)
+            if now is not None:
+                reason, hint = f"renamed to {now}, where it goes on", ""
+            elif left is None:
                 reason, hint = "it was dropped or renamed, or is not selected or not published any more", "cdc setup"
             elif left.oid == before.oid:
                 reason, hint = "not in the publication any more", left.fix
@@ -228,6 +232,8 @@ class Discovery:
                 "table %s: %s", table, reason, extra={"source": self._source, "table": str(table), "hint": hint}
             )
             metrics.CATALOG_FINDINGS.labels(self._source, "removed").inc()
+            for run in self._state.runs(self._source, table, states=["pending", "running"]):
+                self._state.update_run(run.id, state="cancelled", reason=reason)
             self._state.update_table(self._source, table, state="removed", reason=reason, hint=hint)
             self._tables.take_part(table, False)
         for table in prints.keys() - there:

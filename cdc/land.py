@@ -25,6 +25,7 @@ from cdc import metrics
 from cdc.batch import Boundary
 from cdc.capture import ConfirmGate
 from cdc.errors import CdcError, LogCorrupt, StreamRestarted, Verdict
+from cdc.evolution import Evolution
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter
 from cdc.lake.lease import Lease
@@ -184,7 +185,9 @@ class Lander:
         lease: Lease,
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
+        evolution: Evolution,
     ) -> None:
+        self._evolution = evolution
         self._source = source
         self._log = log
         self._state = state
@@ -292,6 +295,9 @@ class Lander:
                 raise StreamRestarted(f"source {self._source}: the stream was restarted") from None
             raise
         try:
+            batch = self._evolution.admit(
+                batch, lsn=record.last_lsn, judged=record.kind != "control", changelog=self.changelog(record.table)
+            )
             if record.table not in self._writers:
                 self._writers[record.table] = self.changelog(record.table).writer(self._temp_dir)
             self._writers[record.table].add(batch, chunk=record.chunk)
@@ -299,11 +305,16 @@ class Lander:
             if e.verdict is not Verdict.OPERATOR:
                 raise
             self._stop(record.table, e)
+            self._note_open()
             return
         newest = pc.max(batch.system("_committed_at")).value if record.kind == "change" else None
         if newest is not None:
             self._changed_us[record.table] = max(newest, self._changed_us.get(record.table, 0))
         self._bytes += record.bytes
+        self._note_open()
+
+    def _note_open(self) -> None:
+        """Something waits for a cut."""
         self._dirty = True
         if self._first_at is None:
             self._first_at = time.monotonic()
@@ -312,6 +323,7 @@ class Lander:
         assert cut.boundary is not None
         self._lease.check()
         failpoint("land.before_cut")
+        self._evolution.announce(self.changelog)
         tables = list(self._writers)
         for table, writer in list(self._writers.items()):
             began = time.perf_counter()
@@ -333,6 +345,7 @@ class Lander:
             for table in tables:
                 last = {"last_change_us": self._changed_us[table]} if table in self._changed_us else {}
                 self._state.update_table(self._source, table, tx=tx, landed_lsn=cut.boundary.lsn, **last)
+        self._evolution.commit()
         self._changed_us.clear()
         self._bytes, self._first_at, self._dirty = 0, None, False
 
@@ -347,5 +360,6 @@ class Lander:
         for writer in self._writers.values():
             writer.abandon()
         self._writers.clear()
+        self._evolution.forget()
         self._changed_us.clear()
         self._bytes, self._first_at, self._dirty, self._cut = 0, None, False, None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdc import metrics
-from cdc.errors import CdcError, KeyChanged, Verdict
+from cdc.errors import CdcError, KeyChanged, SchemaConflict, Verdict
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable
 from cdc.land import LandedCut
@@ -75,6 +75,7 @@ class Merger:
         self._versions: dict[TableId, int] = {}
         self._through: dict[TableId, int] = {}
         self._blocked: dict[TableId, float] = {}
+        self._mended: dict[TableId, int] = {}
         self._saved_lsn = -1
         self.merged_end_lsn = 0
         """End LSN of the last cut that every table has been merged to."""
@@ -111,6 +112,9 @@ class Merger:
                     self._read_anew(table, e.args[0])
                     whole = False
                     continue
+                if isinstance(e, SchemaConflict) and self._mend(table, e):
+                    whole = False
+                    continue
                 self._stop_table(table, e)
                 continue
             whole &= merged is not None
@@ -128,6 +132,16 @@ class Merger:
         self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
         return worked
 
+    def _mend(self, table: TableId, error: SchemaConflict) -> bool:
+        """Have the table read again for a shape that its rows do not have; False if that was tried for this shape."""
+        schema = self._book.held(table)
+        version = 0 if schema is None else schema.version
+        if self._mended.get(table) == version:
+            return False
+        self._mended[table] = version
+        self._read_anew(table, error.args[0])
+        return True
+
     def _is_read_anew(self, table: TableId, through: int) -> bool:
         """Whether a snapshot of the whole table is ordered, or running, or ends behind version `through`."""
         runs = [r for r in self._state.runs(self._source, table) if r.kind in ("first", "resync")]
@@ -140,7 +154,7 @@ class Merger:
 
     def _merge(self, table: TableId, through: int, lsn: int) -> int | None:
         """Bring one table to a version of its changelog; the Delta version of `current`, None if it must wait."""
-        schema = self._book.latest(table)
+        schema = self._book.held(table) or self._book.latest(table)
         if schema is None:
             return None
         if table not in self._pairs:
@@ -158,7 +172,7 @@ class Merger:
         if result.unresolved or result.version is None:
             # Both wait for rows that a snapshot has yet to bring.
             self._blocked[table] = time.monotonic() + BLOCKED_S
-            if result.unresolved:
+            if result.unresolved and not self._is_read_anew(table, through):
                 if result.key != schema.key:
                     raise KeyChanged(f"the key or replica identity of table {table} has changed")
                 self._wish(table, result.unresolved)

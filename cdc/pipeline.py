@@ -24,6 +24,7 @@ from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.discovery import Discovery
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict, Undecodable, Verdict
+from cdc.evolution import Evolution
 from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -68,7 +69,9 @@ class Pipeline:
         own_origins: Sequence[str],
         stop: threading.Event,
         on_fatal: Callable[[BaseException], None],
+        alert: Callable[[dict[str, Any]], None] = lambda alert: None,
     ) -> None:
+        self._alert = alert
         self.name = source.name
         self._config = config
         self._source_config = source
@@ -292,6 +295,10 @@ class Pipeline:
             anchored_mode=anchor.mode,
             logged_lsn=self._logged_lsn(),
         )
+        self.evolution = Evolution(
+            self.name, self._state, self._book, self._store,
+            contract=self._source_config.contract, read_anew=self.read_anew, alert=self._alert,
+        )  # fmt: skip
         self.guard = Guard(
             self._source_config, self.admin, self._state,
             reached=self.reached, bridge=lambda on: self._gate.bridge(on, self._log.position(self.name)),
@@ -300,7 +307,7 @@ class Pipeline:
         self.lander: Lander = Lander(
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
-            lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over,
+            lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over, evolution=self.evolution,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
@@ -423,6 +430,14 @@ class Pipeline:
             extra={"source": self.name, "table": str(table), "error": type(error).__name__, "hint": error.hint},
         )
 
+    def read_anew(self, table: TableId, reason: str) -> None:
+        """Order a snapshot of a table whose rows nothing else tells any more. Until it has landed, the lake says so,
+        for a daemon that loses its disk meanwhile."""
+        self.mark([table], True)
+        log.warning("a table is read anew", extra={"source": self.name, "table": str(table), "why": reason})
+        self.backfill.order(table, "resync", reason, settle=True)
+        self._discover_at = min(self._discover_at, time.monotonic())
+
     def pause_table(self, table: TableId, pause: bool) -> None:
         """A paused table takes no part and holds nothing back; on resume it is snapshotted anew."""
         name = f"{self.name}/{table}"
@@ -445,16 +460,13 @@ class Pipeline:
         known = self._state.table(self.name, table)
         if known.state in ("stopped", "new"):
             kind = "first"
+        if known.state == "stopped":
+            self.evolution.accept(table)
         run = self.backfill.order(table, kind, "ordered")
         if known.state == "stopped":
             self._stopped.discard(table)
             self._state.update_table(self.name, table, state="new", reason="", hint="")
         return run
-
-    def read_anew(self, table: TableId, reason: str) -> None:
-        """Order a snapshot of a table whose rows nothing else tells any more."""
-        log.warning("a table is read anew", extra={"source": self.name, "table": str(table), "why": reason})
-        self.backfill.order(table, "resync", reason, settle=True)
 
     # ---- waiting and telling ----
 

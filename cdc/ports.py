@@ -29,6 +29,9 @@ class Schemas(Protocol):
     def versions(self, table: TableId) -> list[TableSchema]:
         """The versions known of a table, newest first."""
 
+    def held(self, table: TableId) -> TableSchema | None:
+        """The version that the stream showed up to where it has landed; None if it has shown none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceIdentity:

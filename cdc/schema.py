@@ -7,6 +7,7 @@ durable before anyone can write a record that names it. It does not judge whethe
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -56,12 +57,15 @@ class SchemaBook:
         with self._lock:
             schema = inherited(schema, self._known(schema.table).values())
             plain = replace(schema, version=0)
-            for version in self._known(schema.table).values():
-                if replace(version, version=0) == plain:
-                    return version
-            numbered = self._insert(schema)
-            self.grown += 1
-            self._versions[schema.table] = self._load(schema.table)
+            known = [v for v in self._known(schema.table).values() if replace(v, version=0) == plain]
+            if known:
+                numbered = known[0]
+            else:
+                numbered = self._insert(schema)
+                self.grown += 1
+                self._versions[schema.table] = self._load(schema.table)
+            if schema.doubtful:
+                self._note_doubt(schema.table, numbered.version)
             return numbered
 
     def note_newest(self, schema: TableSchema) -> TableSchema:
@@ -99,6 +103,29 @@ class SchemaBook:
             highest = max(known, default=0)
             turned = self._newest(table)
             return known.get(turned[0] if turned is not None and turned[1] == highest else highest)
+
+    def held(self, table: TableId) -> TableSchema | None:
+        """The version that the lake has taken up to where it has landed; None if none was noted."""
+        number = self._state.get(self._held_key(table))
+        return None if number is None else self.get(table, int(number))
+
+    def is_doubtful(self, table: TableId, version: int) -> bool:
+        """Whether some columns of a version may be others of the same name."""
+        return version in (self._state.get(self._doubt_key(table)) or [])
+
+    def hold(self, table: TableId, version: int, tx: sqlite3.Connection) -> None:
+        """Note the version that the lake has taken."""
+        self._state.set(self._held_key(table), version, tx=tx)
+
+    def _note_doubt(self, table: TableId, version: int) -> None:
+        if not self.is_doubtful(table, version):
+            self._state.set(self._doubt_key(table), [*(self._state.get(self._doubt_key(table)) or []), version])
+
+    def _doubt_key(self, table: TableId) -> str:
+        return f"doubtful:{self._source}/{table}"
+
+    def _held_key(self, table: TableId) -> str:
+        return f"held:{self._source}/{table}"
 
     def versions(self, table: TableId) -> list[TableSchema]:
         """Every version of a table, the newest first."""

@@ -6,7 +6,7 @@ a column its attnum; names are how people and wire messages call them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -48,6 +48,7 @@ class TableSchema:
     `key` names the columns that an old tuple carries: the replica identity's, under FULL and NOTHING the primary key's;
     empty if there is none. `identity` is `pg_class.relreplident` (d, n, f, i). `version` is 0 until the schema book
     (cdc.schema) has given it a number. `absent` names generated columns that the table has and the stream does not.
+    `doubtful`: some columns may be others of the same name (a message has no attnums); no part of what it is.
     """
 
     table: TableId
@@ -57,6 +58,7 @@ class TableSchema:
     identity: str = "d"
     version: int = 0
     absent: tuple[str, ...] = ()
+    doubtful: bool = field(default=False, compare=False)
 
     def column(self, name: str) -> Column:
         """The column of that name; KeyError if there is none."""

@@ -246,14 +246,15 @@ class _Comparison:
     def _read_current(self, current: DeltaLog, wanted: pa.Array | None) -> Iterator[pa.Table]:
         raw_name = system_name("_raw", self._prefix)
         names = [c.name for c in self._schema.columns]
-        lake = current.schema()
+        lake = {f.name: f.type for f in current.schema()}
         for live in current.files():
             with current.open_file(live.path) as file:
                 present = set(file.schema_arrow.names)
                 wanted_columns = [n for n in [*names, raw_name] if n in present]
                 for batch in file.iter_batches(batch_size=slice_rows(file.metadata), columns=wanted_columns):
                     columns = [
-                        batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.field(n).type) for n in names
+                        batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.get(n, pa.string()))
+                        for n in names
                     ]
                     raw = batch.column(raw_name) if raw_name in present else None
                     by_name = dict(zip(names, columns, strict=True))

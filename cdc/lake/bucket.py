@@ -30,7 +30,7 @@ from cdc.keys import bucket_of, key_of
 from cdc.lake.assemble import Missing
 from cdc.lake.events import FileShape, Layout, columns_of, file_keys, raw_in_layout
 from cdc.lake.layout import CURRENT_SYSTEM, system_name, system_prefix
-from cdc.lake.reduce import ABSENT, UNCHANGED, Order, Orders
+from cdc.lake.reduce import ABSENT, KNOWN, UNCHANGED, Order, Orders
 from cdc.ports import ObjectStore
 
 SLICE_ROWS = 1 << 15
@@ -75,8 +75,13 @@ def current_schema(layout: Layout) -> pa.Schema:
 
 
 def key_fingerprint(layout: Layout) -> str:
-    """Changes when rows live in other buckets: another key."""
-    return _digest([layout.attnums[i] for i in layout.key_index])
+    """Changes when rows live in other buckets: another key, or another text of the same key."""
+    texts = [str(t) for i in layout.key_index if _printed_by_type(t := layout.fields[i].type)]
+    return _digest([*(layout.attnums[i] for i in layout.key_index), *texts])
+
+
+def _printed_by_type(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_decimal(kind) or pa.types.is_floating(kind) or pa.types.is_nested(kind))
 
 
 def layout_fingerprint(layout: Layout) -> str:
@@ -144,6 +149,18 @@ class OldFile:
         self.parquet = parquet
         self.shape = FileShape(parquet.schema_arrow, layout)
         self.part = part
+        self.states = np.zeros(len(layout.names), np.uint8)
+        """What the slice that was read last knows of each column: KNOWN, or UNCHANGED where its values do not fit."""
+
+    def require(self, rows: bool) -> None:
+        """SchemaConflict if `rows` of the slice that was read last are needed and some of their values do not fit."""
+        if rows and (self.states == UNCHANGED).any():
+            layout = self.shape.layout
+            name = layout.names[int(np.flatnonzero(self.states == UNCHANGED)[0])]
+            raise SchemaConflict(
+                f"table {layout.schema.table}: existing values of column {name} do not fit its new type",
+                hint=f"cdc resync {layout.schema.table}",
+            )
 
     def stale(self, missing: Missing) -> bool:
         """Whether readers would see wrong values in it under the newest layout."""
@@ -173,20 +190,19 @@ class OldFile:
             yield first, keys, orders_of(data, shape), self._mine(keys)
             first += data.num_rows
 
-    def slices(self, missing: Missing) -> Iterator[tuple[int, pa.RecordBatch, list[pa.Array], pa.Array]]:
-        """(first row, system columns, columns of the layout, `_raw`) of each slice of the file."""
+    def slices(
+        self, missing: Missing, *, lenient: bool = False
+    ) -> Iterator[tuple[int, pa.RecordBatch, list[pa.Array], pa.Array]]:
+        """(first row, system columns, columns of the layout, `_raw`) of each slice of the file. SchemaConflict for
+        values that do not fit their column's type; if `lenient` they are null there: see `states` and `require`."""
         shape = self.shape
         names = [name for name in shape.source if name is not None] + list(shape.system.values())
         first = 0
         rows = slice_rows(self.parquet.metadata)
         for data in self.parquet.iter_batches(rows, columns=names, use_threads=False):
             columns, states = columns_of(data, shape)
-            if (states == UNCHANGED).any():
-                name = shape.layout.names[int(np.flatnonzero(states == UNCHANGED)[0])]
-                raise SchemaConflict(
-                    f"table {shape.layout.schema.table}: existing values of column {name} do not fit its new type",
-                    hint="stop the daemon, move the table's folder away, start, and run `cdc resync` for it",
-                )
+            self.states = np.where(states == UNCHANGED, UNCHANGED, KNOWN).astype(np.uint8)
+            self.require(not lenient)
             raw = raw_in_layout(data.column(shape.system["_raw"]), shape.renames)
             columns, raw = missing.fill(columns, raw, np.flatnonzero(states == ABSENT).tolist())
             yield first, data, columns, raw

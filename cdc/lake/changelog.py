@@ -15,6 +15,7 @@ is in, `lease` = fence number of the holder's lease. It does not decide when to 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import logging
 import secrets
 import time
@@ -33,7 +34,8 @@ from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict
 from cdc.failpoints import failpoint
 from cdc.lake.delta import AddedFile, DeltaLog
 from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix, tables_in
-from cdc.lake.objects import OBJECT_BYTES, Extent, OpenObject
+from cdc.lake.objects import OBJECT_BYTES, Extent, OpenObject, lake_fields
+from cdc.lake.widening import in_lake
 from cdc.ports import ObjectStore
 from cdc.table import TableId, TableSchema
 from cdc.types import arrow_fields
@@ -44,6 +46,7 @@ FULL_RUNS: Final = frozenset(("first", "resync"))
 """Kinds of snapshot runs that read the whole table: only their end makes it complete."""
 
 PREFIX_KEY: Final = "cdc.system_prefix"
+SHAPE_KEY: Final = "cdc.shape"
 LEASE: Final = "lease"
 _SNAPSHOT_SEQ: Final = "snapshot_seq"
 _OPEN_OBJECTS_MAX: Final = 32
@@ -103,7 +106,7 @@ class ChangelogTable:
         self.path = changelog_path(source, table)
         self.delta = DeltaLog(store, self.path)
         self._tokens: ChangelogTokens | None = None
-        self._prepared: set[TableSchema] = set()
+        self._prepared: dict[TableSchema, TableSchema] = {}
         self._prefix = ""
         self._writers: weakref.WeakSet[ChangelogWriter] = weakref.WeakSet()
 
@@ -141,7 +144,8 @@ class ChangelogTable:
         return self._prefix
 
     def prepare(self, schema: TableSchema) -> str:
-        """Make sure that the table exists and has the columns of a schema version; returns its prefix.
+        """Make sure that the table exists and has the columns of a schema version; returns its prefix. A column whose
+        type cannot stand where it stood takes another name (`named`).
 
         SchemaConflict if it cannot hold them: nothing of that version can land then.
         """
@@ -156,15 +160,22 @@ class ChangelogTable:
                 hint="rename the column at the source; or stop the daemon, move the table's folder away, start, and run"
                 " `cdc resync` for it",
             )
+        present = {f.name: f.type for f in self.delta.schema()} if self.delta.exists() else {}
+        named = in_lake(schema, present)
         self.delta.open_or_create(
-            lake_schema(schema, prefix),
+            lake_schema(schema, named, prefix),
             partition_by=[system_name(DATE, prefix)],
-            configuration={PREFIX_KEY: prefix, "cdc.source": self._source, "cdc.table": str(self.table)},
+            configuration={
+                PREFIX_KEY: prefix,
+                "cdc.source": self._source,
+                "cdc.table": str(self.table),
+                SHAPE_KEY: _shape_text(schema, 0),
+            },
         )
         self._prefix = self.delta.configuration().get(PREFIX_KEY, "_")
         if self._prefix != prefix:
             raise StoreConflict(f"{self.path} was created by another writer meanwhile")
-        self._prepared.add(schema)
+        self._prepared[schema] = named
         return prefix
 
     def has_columns(self, schema: TableSchema) -> bool:
@@ -173,6 +184,24 @@ class ChangelogTable:
             return False
         there = {(f.name, (f.metadata or {}).get(b"pg.attnum")): f.type for f in self.delta.schema()}
         return all(there.get((f.name, (f.metadata or {}).get(b"pg.attnum"))) == f.type for f in arrow_fields(schema))
+
+    def named(self, schema: TableSchema) -> TableSchema:
+        """A prepared version with the names that the lake has for its columns."""
+        return self._prepared[schema]
+
+    def shape(self) -> tuple[TableSchema, int] | None:
+        """The table's newest schema that was announced, and the number of its announcement: what a daemon on an empty
+        disk compares with."""
+        text = self.delta.configuration().get(SHAPE_KEY) if self.delta.exists() else None
+        if text is None:
+            return None
+        noted = json.loads(text)
+        return TableSchema.from_json(noted["schema"]), noted["number"]
+
+    def note_shape(self, schema: TableSchema, number: int) -> None:
+        """Remember the table's newest schema; durable on return."""
+        if self.delta.exists():
+            self.delta.commit(configuration={SHAPE_KEY: _shape_text(schema, number)})
 
     def committed(self, tokens: ChangelogTokens) -> None:
         """Note the tokens of a commit that happened, so that they need not be read again."""
@@ -250,7 +279,8 @@ class ChangelogWriter:
             if key not in self._open:
                 if len(self._open) >= _OPEN_OBJECTS_MAX:
                     self._finish(next(iter(self._open)))
-                self._open[key] = OpenObject(part.schema, prefix, self._temp_dir)
+                named = self._changelog.named(part.schema)
+                self._open[key] = OpenObject(part.schema, named, prefix, self._temp_dir)
             target = self._open[key]
             target.add(part)
             if target.written_bytes >= OBJECT_BYTES:
@@ -395,12 +425,16 @@ class _Progress:
                 raise InvariantBroken(f"table {table}: rows at {lsn:X} would land before {boundary.lsn:X} is reached")
 
 
-def lake_schema(schema: TableSchema, prefix: str) -> pa.Schema:
+def lake_schema(schema: TableSchema, named: TableSchema, prefix: str) -> pa.Schema:
     """The changelog's columns for one schema version, the partition column included."""
-    fields = arrow_fields(schema)
+    fields = lake_fields(schema, named)
     names = [n for n in SYSTEM if fields or n != "_before"]
-    system = [pa.field(system_name(n, prefix), system_type(n, schema)) for n in names]
+    system = [pa.field(system_name(n, prefix), system_type(n, named)) for n in names]
     return pa.schema([*system, pa.field(system_name(DATE, prefix), pa.string()), *fields])
+
+
+def _shape_text(schema: TableSchema, number: int) -> str:
+    return json.dumps({"schema": schema.to_json(), "number": number})
 
 
 def _stats(extent: Extent, lsn: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ MERGED = "changelog"
 """Token: version of the changelog that `current` holds."""
 KEY = "key/"
 """Tokens: attnums of a key, and the version of the changelog at which `current` was last laid out by it."""
+SHOWN = "cdc.oid"
+"""Key of the configuration: OID of the table whose rows are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +159,13 @@ class CurrentTable:
         """Whether a whole run of the table has ended, in any epoch."""
         return any(t.startswith("complete/") and t.endswith(f"/{oid}") for t in self._changes.tokens())
 
+    def _shows(self, oid: int) -> bool:
+        """Whether what is shown are rows of the table with that OID. Another table that took the name is not shown
+        before it has been read to its end, so nobody sees the rows of both."""
+        if self.merged() < 0:
+            return False
+        return self._log.configuration().get(SHOWN, str(oid)) == str(oid)
+
     def _position(self, version: int) -> tuple[int, int]:
         """Epoch and commit LSN that the changelog had landed at a version; (0, -1) if it has no token."""
         epochs = sorted(int(t.split("/")[1]) for t in self._changes.tokens() if t.startswith("stream/"))
@@ -197,7 +206,9 @@ class _Attempt:
     def run(self) -> MergeResult:
         added = self._added
         scan = self._scan(added)
-        if self._merged < 0 and not scan.ends():
+        if not self._table._shows(self._layout.schema.oid) and not any(
+            end.facts.get("oid") == str(self._layout.schema.oid) for end in scan.ends()
+        ):
             return MergeResult(waiting=True)
         try:
             done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
@@ -360,7 +371,9 @@ class _Attempt:
         epoch, lsn = table._position(self._through)
         if lsn >= 0:
             self._tokens[f"position/{epoch}"] = lsn
-        table._log.open_or_create(current_schema(self._layout))
+        schema, shown = current_schema(self._layout), {SHOWN: str(self._layout.schema.oid)}
+        if not table._log.exists():
+            table._log.open_or_create(schema, configuration=shown)
         failpoint("merge.before_commit")
         self._attempted = True
         version = table._log.commit(
@@ -368,6 +381,9 @@ class _Attempt:
             removes=done.removes,
             tokens=self._tokens,
             expect={MERGED: None if self._merged < 0 else self._merged},
+            # Files that the newest layout makes stale go in this very commit, so no reader meets both.
+            schema=schema,
+            configuration=None if table._log.configuration().get(SHOWN) == shown[SHOWN] else shown,
         )
         failpoint("merge.after_commit")
         return version, lsn

@@ -27,11 +27,13 @@ from typing import Any, Final, NamedTuple
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, Schema
+from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
+from cdc.lake.actions import commit_text, file_actions, metadata_actions, same_schema
+from cdc.lake.widening import merged
 from cdc.ports import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -215,31 +217,25 @@ class DeltaLog:
     # ---- changing ----
 
     def evolve(self, fields: Iterable[pa.Field]) -> int:
-        """Add the columns, and the fields of structs, that the table does not have; nothing else ever changes.
+        """Add the columns, and the fields of structs, that the table does not have, and widen types; nothing else ever
+        changes.
 
         A column whose metadata differ (it was dropped and made anew: another attnum) takes the new ones. SchemaConflict
-        if a column exists with another type. Returns the version from which on the table has them.
+        if a column exists with a type that cannot be widened. Returns the version from which on the table has them.
         """
         wanted = list(fields)
         for _ in range(_ATTEMPTS):
+            present = list(self.schema())
+            names = {f.name for f in present}
+            _check_names([*names, *(f.name for f in wanted if f.name not in names)])
+            schema = pa.schema(merged(present, wanted, self.prefix))
             table = self._require()
-            present = {f.name: f for f in self.schema()}
-            _check_names([*present, *(f.name for f in wanted if f.name not in present)])
-            missing, renewed = _difference(present, wanted, self.prefix)
-            if not missing and not renewed:
+            if same_schema(table, schema):
                 return table.version()
-            commit_id = uuid.uuid4().hex
             try:
-                if missing:
-                    properties = _properties({}, {}, commit_id)
-                    table.alter.add_columns(
-                        list(Schema.from_arrow(pa.schema(missing)).fields), commit_properties=properties
-                    )
-                for name, metadata in renewed.items():
-                    table.alter.set_column_metadata(name, metadata)
-            except (CommitFailedError, DeltaError, OSError) as e:
-                self._after_failure(e, table.version(), commit_id)
-            self.refresh()
+                return self.commit(schema=schema)
+            except StoreConflict:
+                self.refresh()
         raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a change of schema")
 
     def commit(
@@ -251,8 +247,13 @@ class DeltaLog:
         expect: Mapping[str, int | None] | None = None,
         metadata: Mapping[str, Any] | None = None,
         data_change: bool = True,
+        schema: pa.Schema | None = None,
+        configuration: Mapping[str, str] | None = None,
     ) -> int:
         """Make `adds` visible, take `removes` away and set `tokens`, in one commit; returns its version. Durable.
+
+        `schema` replaces the table's from this version on, whatever it was, and `configuration` is added to the
+        table's: the caller vouches that every live file can be read with it.
 
         In the version committed upon, every token of `expect` must have exactly that value (None: not set) and every
         path of `removes` must be live, else StoreConflict: read again and build the change anew. A token that would
@@ -265,18 +266,32 @@ class DeltaLog:
             table = self._require()
             base = table.version()
             self._check(table, tokens, expect, removes)
+            added, removed = _add_actions(adds, data_change), self._remove_actions(removes, data_change)
+            if schema is not None:
+                _check_names(schema.names)
             try:
-                table.create_write_transaction(
-                    [*_add_actions(adds, data_change), *self._remove_actions(removes, data_change)],
-                    "append",
-                    table.schema(),
-                    partition_by=self.partition_columns(),
-                    commit_properties=_properties(tokens, metadata or {}, commit_id),
-                )
-            except (CommitFailedError, DeltaError, OSError) as e:
+                if configuration or (schema is not None and not same_schema(table, schema)):
+                    self._put_commit(
+                        base + 1,
+                        [*metadata_actions(table, schema, configuration or {}), *file_actions(added, removed)],
+                        tokens,
+                        {**(metadata or {}), _COMMIT_KEY: commit_id},
+                    )
+                else:
+                    table.create_write_transaction(
+                        [*added, *removed],
+                        "append",
+                        table.schema(),
+                        partition_by=self.partition_columns(),
+                        commit_properties=_properties(tokens, metadata or {}, commit_id),
+                    )
+            except (CommitFailedError, DeltaError, OSError, StoreConflict, StoreUnavailable) as e:
                 done = self._after_failure(e, base, commit_id)
                 if done is not None:
                     return done
+                if schema is not None:
+                    # Made for the version that it saw: another writer may have changed the schema as well.
+                    raise StoreConflict(f"{self.prefix}: another writer committed meanwhile") from e
                 continue
             try:
                 self.refresh()
@@ -380,6 +395,13 @@ class DeltaLog:
         now = int(time.time() * 1000)
         return [RemoveAction(p, data_change, now, live[p].size, live[p].partition) for p in removes]
 
+    def _put_commit(
+        self, version: int, actions: Sequence[Mapping[str, Any]], tokens: Mapping[str, int], info: Mapping[str, Any]
+    ) -> None:
+        """The commit of that version, unless somebody else has made one."""
+        key = f"{self.prefix}/_delta_log/{version:020d}.json"
+        self._store.put(key, commit_text(actions, tokens, info), if_absent=True)
+
     def _after_failure(self, error: Exception, base: int, commit_id: str) -> int | None:
         """What became of a commit that raised: its version if it happened after all, None if it lost a race."""
         try:
@@ -475,53 +497,6 @@ def _check_names(names: Sequence[str]) -> None:
                 f'columns "{other}" and "{name}" differ in case only, which Delta tables cannot hold',
                 hint="rename one of them at the source, or leave one out of the publication's column list",
             )
-
-
-def _difference(
-    present: Mapping[str, pa.Field], wanted: Sequence[pa.Field], prefix: str
-) -> tuple[list[pa.Field], dict[str, dict[str, str]]]:
-    """Fields to add (of structs only the new children), and columns whose metadata are to be renewed."""
-    missing: list[pa.Field] = []
-    renewed: dict[str, dict[str, str]] = {}
-    for f in wanted:
-        old = present.get(f.name)
-        if old is None:
-            missing.append(f)
-            continue
-        grown = _grown(old.type, f.type, f.name, prefix)
-        if grown is not None:
-            missing.append(pa.field(f.name, grown))
-        metadata = {k.decode(): v.decode() for k, v in (f.metadata or {}).items()}
-        if any((old.metadata or {}).get(k.encode()) != v.encode() for k, v in metadata.items()):
-            renewed[f.name] = metadata
-    return missing, renewed
-
-
-def _grown(old: pa.DataType, new: pa.DataType, name: str, prefix: str) -> pa.DataType | None:
-    """A struct type of the children that `old` lacks; None if it lacks none, and for every other type."""
-    if not (pa.types.is_struct(old) and pa.types.is_struct(new)):
-        if not _same(old, new):
-            raise SchemaConflict(
-                f"{prefix}: column {name} is {old} in the lake and {new} at the source",
-                hint=f"stop the daemon, move the lake's folder {prefix.rpartition('/')[0]} away (its history stays"
-                " readable there), start, and run `cdc resync` for the table",
-            )
-        return None
-    children = {f.name: f.type for f in old}
-    for f in new:
-        if f.name in children:
-            _grown(children[f.name], f.type, f"{name}.{f.name}", prefix)
-    fields = [f for f in new if f.name not in children]
-    return pa.struct(fields) if fields else None
-
-
-def _same(old: pa.DataType, new: pa.DataType) -> bool:
-    """Equal types, whatever the inner fields of lists and maps are called."""
-    if pa.types.is_list(old) and pa.types.is_list(new):
-        return _same(old.value_type, new.value_type)
-    if pa.types.is_map(old) and pa.types.is_map(new):
-        return _same(old.key_type, new.key_type) and _same(old.item_type, new.item_type)
-    return bool(old == new)
 
 
 def _brief(error: BaseException) -> str:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cdc.batch import RAW_TYPE, SYSTEM, TIMESTAMP_TYPE
-from cdc.errors import SchemaConflict
 from cdc.keys import BEFORE, hash_of, key_of
 from cdc.lake.reduce import ABSENT, CLEAR, KNOWN, SET, UNCHANGED
+from cdc.lake.widening import SOURCE_NAME
 from cdc.table import TableSchema
 from cdc.types import arrow_fields
 
@@ -104,9 +104,14 @@ class FileShape:
         return [by_attnum.get(attnum, name if name in bare else None) for attnum, name in columns]
 
     @cached_property
+    def known_as(self) -> dict[str, str]:
+        """File column → the source column's name when the file was written: `_unchanged` and `_raw` have these."""
+        return {f.name: (f.metadata or {}).get(SOURCE_NAME, f.name.encode()).decode() for f in self.schema}
+
+    @cached_property
     def by_name(self) -> dict[str, int]:
-        """Column of the layout by its name in the file."""
-        return {name: i for i, name in enumerate(self.source) if name is not None}
+        """Column of the layout by the source's name in the file."""
+        return {self.known_as[name]: i for i, name in enumerate(self.source) if name is not None}
 
     @cached_property
     def key_names(self) -> list[str] | None:
@@ -116,7 +121,7 @@ class FileShape:
 
     @cached_property
     def renames(self) -> dict[str, str]:
-        """Name in the file → name in the layout."""
+        """The source's name in the file → name in the layout."""
         return {name: self.layout.names[i] for name, i in self.by_name.items()}
 
 
@@ -174,6 +179,8 @@ def _converts(old: pa.DataType, new: pa.DataType) -> bool:
         return bool(is_type.is_integer(new) or is_type.is_decimal(new) or is_type.is_string(new))
     if is_type.is_decimal(old):
         return bool(is_type.is_decimal(new))
+    if is_type.is_floating(old):
+        return bool(is_type.is_floating(new)) and new.bit_width >= old.bit_width
     if is_type.is_list(new) and (is_type.is_list(old) or is_type.is_large_list(old)):
         return old.value_type == new.value_type or _converts(old.value_type, new.value_type)
     return False
@@ -208,13 +215,11 @@ def file_keys(data: pa.RecordBatch, shape: FileShape, *, prefix: str = "") -> pa
             array = data.column(data.schema.get_field_index(name))
         converted = convert(array, layout.fields[index].type)
         if converted is None:
-            raise SchemaConflict(
-                f"table {layout.schema.table}: older values of key column {name} do not fit its new type",
-                hint=f"cdc resync {layout.schema.table}",
-            )
+            # Keys of another type: null, so that whoever needs one of them says so.
+            return pa.nulls(data.num_rows, pa.string())
         arrays.append(converted)
     raw = data.column(data.schema.get_field_index(shape.system["_raw"])) if "_raw" in shape.system else None
-    return key_of(arrays, raw, shape.key_names, prefix=prefix)
+    return key_of(arrays, raw, [shape.known_as[name] for name in shape.key_names], prefix=prefix)
 
 
 def _system(data: pa.RecordBatch, shape: FileShape, name: str) -> pa.Array:

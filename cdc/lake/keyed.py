@@ -146,14 +146,14 @@ class KeyedMerge:
         names = [layout.names[i] for i in layout.key_index]
         for live in self._live:
             old = OldFile(self._open_current(live.path), layout, None)
-            for _, data, columns, raw in old.slices(self._missing):
+            for _, data, columns, raw in old.slices(self._missing, lenient=True):
                 n = data.num_rows
                 system = [data.column(old.shape.system[name]) for name in ("_epoch", "_lsn", "_seq")]
                 arrays = [
                     key_of([columns[i] for i in layout.key_index], raw, names),
                     pa.array(np.full(n, SET, np.uint8)),
                     *system,
-                    pa.array(np.zeros(n, np.int32)),
+                    pa.array(np.full(n, self._patterns.number(old.states), np.int32)),
                     pa.nulls(n, pa.string()),
                     data.column(old.shape.system["_committed_at"]),
                     data.column(old.shape.system["_origin"]),
@@ -212,8 +212,9 @@ class KeyedMerge:
         for number, file in enumerate(old):
             if not linked.has(number):
                 continue
-            for first, data, columns, raw in file.slices(self._missing):
+            for first, data, columns, raw in file.slices(self._missing, lenient=True):
                 positions, target = linked.of_slice(number, first, data.num_rows, columns, raw)
+                file.require(target is not None)
                 self._pass_on(assembly, positions, target)
         self._pass_on(assembly, linked.free, None)
         if len(reduced.cleared_keys):
@@ -324,9 +325,10 @@ class KeyedMerge:
         writer = BucketWriter(self._scratch / f"bucket-{bucket}.parquet", current_schema(self._layout))
         try:
             for number, file in enumerate(old):
-                for first, data, columns, raw in file.slices(self._missing):
+                for first, data, columns, raw in file.slices(self._missing, lenient=True):
                     keep = self._survivors(file, number, first, data, columns, raw, reduced, found)
                     positions, target = linked.of_slice(number, first, data.num_rows, columns, raw)
+                    file.require(target is not None or bool(keep.any()))
                     self._add(writer, assembly, positions, target)
                     kept = [
                         data.column(file.shape.system[n])

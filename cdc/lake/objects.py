@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from cdc.batch import SYSTEM, Batch, system_type
 from cdc.errors import StoreUnavailable
 from cdc.lake.layout import IDENTITY_METADATA, KEY_METADATA, system_name
+from cdc.lake.widening import SOURCE_NAME
 from cdc.table import TableSchema
 from cdc.types import arrow_fields
 
@@ -39,15 +40,24 @@ Upload = Callable[[Any], None]
 
 
 @lru_cache(maxsize=1024)
-def file_schema(schema: TableSchema, prefix: str) -> pa.Schema:
-    """Columns of the changelog objects of one schema version: all system columns, then the version's own. The file's
-    metadata say what its rows are known by: attnums of the key, and the replica identity."""
-    fields = arrow_fields(schema)
+def file_schema(schema: TableSchema, named: TableSchema, prefix: str) -> pa.Schema:
+    """Columns of the changelog objects of one schema version: all system columns, then the version's own. `named`: the
+    version with the names that the lake has for its columns. The file's metadata say what its rows are known by:
+    attnums of the key, and the replica identity."""
+    fields = lake_fields(schema, named)
     # Parquet cannot hold a struct without fields.
     names = [n for n in SYSTEM if fields or n != "_before"]
-    columns = [pa.field(system_name(n, prefix), system_type(n, schema)) for n in names] + fields
+    columns = [pa.field(system_name(n, prefix), system_type(n, named)) for n in names] + fields
     key = ",".join(str(schema.column(name).attnum) for name in schema.key)
     return pa.schema(columns, metadata={KEY_METADATA: key, IDENTITY_METADATA: schema.identity})
+
+
+def lake_fields(schema: TableSchema, named: TableSchema) -> list[pa.Field]:
+    """The row image's fields; one that has another name in the lake says which it has at the source."""
+    return [
+        f if f.name == c.name else f.with_metadata({**(f.metadata or {}), SOURCE_NAME: c.name.encode()})
+        for f, c in zip(arrow_fields(named), schema.columns, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +73,10 @@ class Extent:
 class OpenObject:
     """One Parquet object while it grows. `add` and `finish` raise StoreUnavailable if the temporary disk fails."""
 
-    def __init__(self, schema: TableSchema, prefix: str, temp_dir: Path) -> None:
+    def __init__(self, schema: TableSchema, named: TableSchema, prefix: str, temp_dir: Path) -> None:
         self._schema = schema
-        self._file_schema = file_schema(schema, prefix)
-        self._options = _options(schema, prefix)
+        self._file_schema = file_schema(schema, named, prefix)
+        self._options = _options(named, prefix)
         self._temp_dir = temp_dir
         self._batches: list[Batch] = []
         self._pending_rows = 0
@@ -163,7 +173,12 @@ class OpenObject:
 
 
 def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    return array if array.type == kind else array.cast(kind)
+    if array.type == kind:
+        return array
+    if pa.types.is_struct(kind):
+        # The same fields under the lake's names.
+        return pa.StructArray.from_arrays(array.flatten(), fields=list(kind), mask=array.is_null())
+    return array.cast(kind)
 
 
 def _leaves(path: str, kind: pa.DataType) -> list[str]:

@@ -62,7 +62,8 @@ _PRIMARY = _key("i.indisprimary")
 _KEY = _key("case c.relreplident when 'i' then i.indisreplident else i.indisprimary end")
 
 TABLES = f"""
-select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8, {_KEY}, {_PRIMARY}
+select c.oid::int8, n.nspname, c.relname, c.relreplident::text, c.relkind::text, c.relfilenode::int8, {_KEY},
+  {_PRIMARY}, array(select a.attnum from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and a.attisdropped)
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = any(%s)
 """
@@ -98,6 +99,12 @@ join pg_amop ao on ao.amopfamily = oc.opcfamily and ao.amoplefttype = oc.opcinty
 join pg_operator o on o.oid = ao.amopopr
 join pg_namespace n on n.oid = o.oprnamespace
 where oc.opcdefault and oc.opcintype = any(%s) and n.nspname <> 'pg_catalog'
+"""
+
+LISTED = """
+select exists (
+  select from pg_publication_rel r join pg_publication p on p.oid = r.prpubid
+  where r.prrelid = %s and p.pubname = any(%s) and to_jsonb(r) ->> 'prattrs' is not null)
 """
 
 CANDIDATES = """
@@ -173,6 +180,8 @@ class Described:
     virtual: frozenset[str] = frozenset()
     leaves: tuple[Leaf, ...] = ()
     primary: tuple[str, ...] = ()
+    dropped: frozenset[int] = frozenset()
+    """Attnums of columns that are gone."""
 
     def sent(self, names: Collection[str] | None) -> TableSchema:
         """The schema with the columns that are published (`Published.columns`). A key that is not published whole is
@@ -232,6 +241,12 @@ def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict
     return found
 
 
+def has_column_list(connection: psycopg.Connection[Any], oid: int, config: SourceConfig) -> bool:
+    """Whether a publication names the columns that it sends of a table."""
+    row = connection.execute(LISTED, [oid, list(config.publication)]).fetchone()
+    return bool(row and row[0])
+
+
 def declared(schema: TableSchema, config: SourceConfig) -> TableSchema:
     """The schema with the types that the configuration declares for its columns. SourceRefused if a column cannot be
     held so."""
@@ -266,7 +281,7 @@ def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[i
     rows = connection.execute(TABLES, [list(oids)]).fetchall()
     partitions = leaves(connection, [row[0] for row in rows if row[4] == "p"])
     found: dict[int, Described] = {}
-    for oid, schema, name, identity, kind, relfilenode, key, primary in rows:
+    for oid, schema, name, identity, kind, relfilenode, key, primary, dropped in rows:
         own = tuple(partitions.get(oid, ()))
         if identity == "f" and any(leaf.kind == "r" and leaf.identity != "f" for leaf in own):
             # A setting that partitions do not inherit: what they write is no whole old row, whatever the stream says.
@@ -280,7 +295,9 @@ def describe(connection: psycopg.Connection[Any], oids: Sequence[int]) -> dict[i
         )
         hidden = tuple(generated.get(oid, ()))
         names = frozenset(c.name for c in hidden if (oid, c.name) in virtual)
-        found[oid] = Described(table_schema, kind, relfilenode, hidden, names, own, tuple(primary or ()))
+        found[oid] = Described(
+            table_schema, kind, relfilenode, hidden, names, own, tuple(primary or ()), frozenset(dropped)
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from psycopg import sql
 
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SourceRefused
+from cdc.errors import SourceRefused, SourceUnavailable
 from cdc.fingerprint import Catalog
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
@@ -100,6 +100,9 @@ class PostgresSnapshotReader:
             under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if under_lock is None:
                 raise SourceRefused(f"{where} was dropped")
+            if under_lock.schema.table != described.schema.table:
+                # What is locked, and would be read, is whatever has the old name by now.
+                raise SourceUnavailable(f"{where} was renamed while its snapshot began")
             self._operators = catalog.operators(connection, under_lock.schema)
         readable = catalog.declared(under_lock.sent(found.columns), self._config)
         self._open = replace(under_lock, schema=readable)

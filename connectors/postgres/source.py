@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -28,6 +26,7 @@ from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
+from connectors.postgres.resolution import Resolved, resolve
 from connectors.postgres.snapshot import PostgresSnapshotReader
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,14 @@ class PostgresSource:
         self._decoder: Decoder | None = None
         self._schemas: Schemas | None = None
         self._published: dict[int, catalog.Published] = {}
+        self._shown: dict[int, tuple[Column, ...]] = {}
+        """Columns of each relation as the stream showed them last without a doubt."""
         self._server: tuple[str, int] | None = None
 
     def open(self, after: Boundary | None, schemas: Schemas, epoch: int) -> None:
         self.close()
         self._schemas = schemas
+        self._shown.clear()
         self._catalog = self._connect(replication=False)
         self._take_turn(self._catalog)
         with translated(self._where):
@@ -203,7 +205,8 @@ class PostgresSource:
             return None
         names = {c.name for c in relation.columns}
         now = described.sent(names) if described is not None else None
-        columns = self._columns(relation, now)
+        resolved = self._columns(relation, described, now)
+        columns = resolved.columns
         identity = relation.identity
         if identity == "f" and described is not None and described.kind == "p":
             # The message has the root's identity, the old tuples that of the partitions.
@@ -220,38 +223,35 @@ class PostgresSource:
         schema = TableSchema(
             table=table,
             oid=relation.oid,
-            columns=tuple(columns),
+            columns=columns,
+            doubtful=resolved.doubtful,
             key=key,
             identity=identity,
             absent=now.absent if now is not None else (),
         )
+        if not resolved.doubtful:
+            self._shown[relation.oid] = columns
         return self._schemas.register(catalog.declared(schema, self._config))
 
-    def _columns(self, relation: Relation, now: TableSchema | None) -> tuple[Column, ...]:
-        """The columns of a Relation message, which has names but no attnums, and may be older than the catalog.
-
-        A whole list of columns is recognised first, in the catalog or in a version known before: it tells columns apart
-        that have swapped their names. Then a column is recognised by name and type, or by its place among equal types
-        (it was renamed since); what none of these knows is made from the message.
-        """
+    def _columns(self, relation: Relation, described: catalog.Described | None, now: TableSchema | None) -> Resolved:
+        """The columns of a Relation message, recognised in a catalog that may be newer."""
         assert self._catalog is not None
         assert self._schemas is not None
         with translated(self._where):
             facts = catalog.type_facts(self._catalog, [c.type_oid for c in relation.columns])
         sent = [self._as_sent(column, facts) for column in relation.columns]
-        wanted = [_shape(c) for c in sent]
-        current = now.columns if now is not None else ()
-        names = {c.name for c in sent}
-        # A publication's column list leaves columns out.
-        listed = tuple(c for c in current if c.name in names)
-        before = [s for s in self._schemas.versions(TableId(relation.schema, relation.name)) if s.oid == relation.oid]
-        candidates = [current, listed, *(s.columns for s in before)]
-        for columns in candidates:
-            if [_shape(c) for c in columns] == wanted:
-                return columns
-        if [_shape(c)[1:] for c in current] == [w[1:] for w in wanted]:
-            return tuple(replace(c, name=s.name) for c, s in zip(current, sent, strict=True))
-        return _ascending(sent, candidates)
+        table = TableId(relation.schema, relation.name)
+        versions = [s.columns for s in self._schemas.versions(table) if s.oid == relation.oid]
+        base = self._shown.get(relation.oid)
+        if base is None and (held := self._schemas.held(table)) is not None and held.oid == relation.oid:
+            base = held.columns
+        if described is None or now is None:
+            return resolve(sent, (), (), base, versions, whole=False)
+        with translated(self._where):
+            listed = catalog.has_column_list(self._catalog, relation.oid, self._config)
+        whole = not listed and not described.generated
+        live = described.schema.columns if whole else now.columns
+        return resolve(sent, live, described.dropped, base, versions, whole=whole)
 
     def _as_sent(self, sent: RelationColumn, facts: dict[int, tuple[int, int, int, str]]) -> Column:
         base, domain_typmod, element, type_name = facts.get(sent.type_oid, (sent.type_oid, -1, 0, ""))
@@ -285,24 +285,6 @@ def parse_history(text: str) -> tuple[tuple[int, int], ...]:
     """What a timeline history file says: parent timelines, oldest first, and where each was left."""
     lines = (line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     return tuple((int(fields[0]), parse_lsn(fields[1])) for fields in lines if len(fields) >= 2)
-
-
-def _ascending(sent: list[Column], candidates: Sequence[Sequence[Column]]) -> tuple[Column, ...]:
-    """Recognise columns one by one. A message has them in the order of their attnums, so of several that had a
-    name, one
-    after the other, the newest that keeps the order is meant."""
-    found: list[Column] = []
-    below = 1 << 16
-    for column in reversed(sent):
-        same = [c for columns in candidates for c in columns if _shape(c) == _shape(column) and 0 < c.attnum < below]
-        best = max(same, key=lambda c: c.attnum, default=column)
-        below = best.attnum or below
-        found.append(best)
-    return tuple(reversed(found))
-
-
-def _shape(column: Column) -> tuple[str, int, int]:
-    return column.name, column.type_oid, column.typmod
 
 
 class PostgresKind:

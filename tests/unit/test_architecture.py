@@ -24,11 +24,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
-        "cdc.keys", "cdc.lake.*", "cdc.relations", "cdc.models",
+        "cdc.keys", "cdc.lake.*", "cdc.differences", "cdc.relations", "cdc.models",
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
-        "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
+        "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync",
+        "cdc.verify",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",

@@ -88,7 +88,7 @@ def test_a_column_made_anew_gets_its_new_number(store: LocalStore) -> None:
 def test_what_the_table_cannot_hold_stops_before_anything_is_written(store: LocalStore) -> None:
     log = opened(store)
     with pytest.raises(SchemaConflict, match="column a is int32"):
-        log.evolve([pa.field("a", pa.int64()), pa.field("new", pa.string())])
+        log.evolve([pa.field("a", pa.string()), pa.field("new", pa.string())])
     with pytest.raises(SchemaConflict, match=r"_before\.a"):
         log.evolve([pa.field("_before", pa.struct([pa.field("a", pa.string())]))])
     with pytest.raises(SchemaConflict, match="case only"):
@@ -97,6 +97,51 @@ def test_what_the_table_cannot_hold_stops_before_anything_is_written(store: Loca
     with pytest.raises(SchemaConflict, match="case only"):
         DeltaLog(store, "other").open_or_create(pa.schema([pa.field("x", pa.int32()), pa.field("X", pa.int32())]))
     assert not DeltaLog(store, "other").exists()
+
+
+def test_a_wider_type_is_taken_and_the_narrower_one_stays_readable(store: LocalStore, tmp_path: Path) -> None:
+    log = opened(store)
+    log.commit(adds=[added(store, "x")], tokens={"stream/1": 5})
+    wider = pa.struct([pa.field("a", pa.int64())])
+    log.evolve([pa.field("a", pa.int64(), metadata=NUMBER), pa.field("_before", wider)])
+    table = pa.table({"a": pa.array([1 << 40], pa.int64())})
+    pq.write_table(table, tmp_path / log.prefix / "wide.parquet")
+    log.commit(adds=[AddedFile(path="wide.parquet", size=1, rows=1, partition={"_date": "2026-01-01"})])
+    found = DeltaLog(store, log.prefix).schema()
+    assert (found.field("a").type, found.field("_before").type) == (pa.int64(), wider)
+    assert found.field("a").metadata == {k.encode(): v.encode() for k, v in NUMBER.items()}
+    assert log.evolve([pa.field("a", pa.int16(), metadata=NUMBER)]) == log.version(), "a narrower one changes nothing"
+    assert log.token("stream/1") == 5
+    log.evolve([pa.field("a", pa.int64(), metadata={**NUMBER, "pg.type": "bigint"})])
+    assert DeltaLog(store, log.prefix).configuration()["cdc.format"] == "1"
+
+
+def test_a_schema_is_replaced_in_the_commit_of_its_files(store: LocalStore, tmp_path: Path) -> None:
+    log = opened(store)
+    log.commit(adds=[added(store, "x")], tokens={"stream/1": 5})
+    schema = pa.schema([pa.field("a", pa.timestamp("us")), pa.field("b", pa.int32()), SCHEMA.field("_date")])
+    version = log.commit(
+        adds=[added(store, "y")], removes=[log.files()[0].path], tokens={"stream/1": 6}, expect={"stream/1": 5},
+        schema=schema, configuration={"cdc.note": "text"},
+    )  # fmt: skip
+    again = DeltaLog(store, log.prefix)
+    assert again.schema().equals(schema), "the column that is gone is gone"
+    assert [f.path for f in again.files()] == [f.path for f in log.files()]
+    assert (again.token("stream/1"), again.version()) == (6, version)
+    assert again.configuration()["cdc.note"] == "text"
+    assert again.schema(version - 1).equals(SCHEMA, check_metadata=False), "the version before is as it was"
+    assert again.files_added(version - 1, version) == [(version, log.files()[0].path)]
+    with pytest.raises(StoreConflict, match="token stream/1 is 6"):
+        log.commit(tokens={"stream/1": 7}, expect={"stream/1": 5}, schema=SCHEMA)
+
+
+def test_two_writers_of_one_schema_version_do_not_overwrite_each_other(store: LocalStore) -> None:
+    one = opened(store)
+    other = DeltaLog(store, one.prefix)
+    assert other.version() == 0
+    one.evolve([pa.field("one", pa.int32())])
+    other.evolve([pa.field("other", pa.int32())])
+    assert {"one", "other"} <= set(DeltaLog(store, one.prefix).schema().names)
 
 
 def test_tables_of_others_and_of_newer_releases_are_refused(store: LocalStore, tmp_path: Path) -> None:
