@@ -222,6 +222,8 @@ class Pipeline:
             )  # fmt: skip
             self._note_identity(identity, anchor)
             if first or anchor.epoch != self._epoch:
+                # Also where the history was begun by an attempt before this one, which then failed.
+                self._hold_still(turns)
                 self._build(anchor)
             else:
                 self._gate.settled(anchor.mode)
