@@ -13,7 +13,9 @@ import psycopg
 import pytest
 
 from tests.fault.test_kill import HISTORY
+from tests.support.copies import scalar
 from tests.support.daemon import Daemon, execute
+from tests.support.postgres import private_server
 from tests.support.waiting import wait_until
 from tests.support.witness import SYSTEM, changelog
 
@@ -88,3 +90,54 @@ def test_a_slot_that_is_made_anew_under_the_running_daemon_is_noticed_and_mended
         daemon.settled().verified()
         assert (daemon.alive, daemon.pid) == (True, pid), "it is the same process"
         assert all(t["state"] == "streaming" for t in daemon.tables().values())
+
+
+@pytest.mark.slow
+def test_a_slot_that_is_made_anew_while_snapshots_are_read_mixes_no_history_into_another(
+    tmp_path: Path, tables: str
+) -> None:
+    execute(tables, "insert into bare select g from generate_series(1, 3000) g")
+    execute(tables, "insert into kept select g, 0 from generate_series(2000, 5000) g")
+    with Daemon(tmp_path, tables, source={"on_slot_lost": "resync", "chunk_rows": 100}) as daemon:
+        daemon.start().settled()
+        for epoch in (2, 3):
+            for table in ("kept", "bare"):
+                assert daemon.ask("resync", table).code == 0
+            wait_until(
+                lambda: any((t["snapshot"] or {}).get("chunks", 0) > 2 for t in daemon.tables().values()),
+                message="a snapshot to be under way",
+            )
+            drop_slot(tables, daemon.slot, make_anew=True)
+            execute(tables, "delete from kept where id = 1001", f"update kept set n = {epoch} where id % 7 = 0")
+            wait_until(lambda epoch=epoch: daemon.source()["epoch"] == epoch, message=daemon.log_tail)
+            daemon.settled().verified()
+
+
+@pytest.mark.slow
+def test_a_slot_that_is_invalidated_under_the_running_daemon_is_told_and_mended(tmp_path: Path) -> None:
+    with private_server(
+        tmp_path / "postgres", max_slot_wal_keep_size="1MB", min_wal_size="32MB", max_wal_size="32MB"
+    ) as server:
+        dsn = server.dsn()
+        execute(dsn, "create table kept (id int primary key, n int)")
+        with Daemon(tmp_path / "daemon", dsn) as daemon:
+            daemon.start().settled()
+            daemon.signal(signal.SIGSTOP)
+
+            def invalidated() -> bool:
+                execute(dsn, "insert into kept select coalesce(max(id), 0) + 1 from kept", "select pg_switch_wal()",
+                        "checkpoint")  # fmt: skip
+                return scalar(dsn, "select wal_status from pg_replication_slots") == "lost"
+
+            wait_until(invalidated, message="the slot to be invalidated")
+            daemon.signal(signal.SIGCONT)
+            daemon.in_phase("operator")
+            told = daemon.source()
+            assert "(invalidated: wal_removed)" in told["error"]
+            assert "raise max_slot_wal_keep_size" in told["hint"]
+            assert "server has removed WAL" in told["slot"]["fault"]
+            assert daemon.http("/health")[0] == 503
+            assert daemon.stop() == 0
+            daemon.configure("source.shop", on_slot_lost="resync")
+            daemon.start().settled().verified()
+            assert daemon.source()["epoch"] == 2
