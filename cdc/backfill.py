@@ -457,7 +457,7 @@ class Backfill:
         return True
 
     def _read_keyless(self, run: Run, schema: TableSchema) -> bool:
-        """Rule 16 for tables that are only inserted into: one snapshot, its visibility in the begin row."""
+        """Rule 16: one snapshot of the whole table, its visibility in the begin row."""
         snapshot = self._reader.begin(schema)
         renamed = snapshot.schema.table != run.table
         if renamed or self._book.register(snapshot.schema).version != schema.version:

@@ -14,6 +14,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from cdc import verify
+from cdc.table import TableId
 from connectors.postgres.embedded import EmbeddedPostgres
 from tests.support.daemon import Daemon, execute
 from tests.support.postgres import create_database, drop_database
@@ -83,6 +85,17 @@ SETUP = [
     "insert into odd select d::date, a::numeric, t::timestamptz, 0, repeat(md5(d || a || t), 90)"
     " from unnest(array['infinity', '0044-03-15 BC', '2020-02-02']) d,"
     " unnest(array['NaN', '1.5']) a, unnest(array['-infinity', '2020-02-02 00:00+00']) t",
+    "create table parted (n int, text text, big text) partition by list (n)",
+    "create table parted_a partition of parted for values in (1, 2)",
+    "create table parted_b partition of parted default",
+    *(f"alter table {t} replica identity full" for t in ("parted", "parted_a", "parted_b")),
+    "alter table parted_a alter big set storage external",
+    "insert into parted select g % 4, 'same', repeat(md5('b'), 90) from generate_series(1, 40) g",
+    "create table torn (n int, text text) partition by list (n)",
+    "create table torn_a partition of torn (primary key (text)) default",
+    "create table later (n int, text text, price numeric(5,1))",
+    "alter table later replica identity full",
+    "insert into later select g % 3, 'same', 'NaN' from generate_series(1, 30) g",
     "create table plain (n int)",
     'create table "No Key" (n int)',
 ]
@@ -223,12 +236,60 @@ def test_keys_that_no_type_holds_are_keys(daemon: Daemon) -> None:
     assert daemon.ask("query", "select count(*), count(big) from shop.odd").document["rows"] == [[12, 12]]
 
 
+def test_rows_without_a_key_move_between_partitions(daemon: Daemon) -> None:
+    one = "ctid = (select min(ctid) from {t} where n = {n}) and tableoid = '{t}'::regclass"
+    execute(
+        daemon.dsn,
+        f"update parted set n = 3 where {one.format(t='parted_a', n=1)}",
+        f"update parted set n = 2, text = 'moved' where {one.format(t='parted_b', n=3)}",
+        f"update parted set text = null where {one.format(t='parted_a', n=2)}",
+        f"delete from parted where {one.format(t='parted_b', n=0)}",
+        "insert into parted values (7, 'same', null), (7, 'same', null)",
+        f"delete from parted where {one.format(t='parted_b', n=7)}",
+    )
+    daemon.verified("parted")
+    assert in_lake(daemon, "parted", "n, text, big") == in_source(daemon, "parted", "n, text, big")
+
+
+def test_verify_undoes_what_its_snapshot_of_a_multiset_does_not_see(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = verify.verify_table
+
+    def with_changes_behind(*args: Any, **more: Any) -> verify.TableReport:
+        *rest, await_lake = args
+
+        def changed_and_awaited(table: TableId, lsn: int) -> int:
+            execute(daemon.dsn, *changes)
+            assert daemon.ask("wait").code == 0
+            return int(await_lake(table, lsn))
+
+        return compare(*rest, changed_and_awaited, **more)
+
+    monkeypatch.setattr(verify, "verify_table", with_changes_behind)
+    one = "ctid = (select min(ctid) from later where n = 1)"
+    changes = [
+        f"update later set n = 2, price = 1.5 where {one}",
+        f"delete from later where {one}",
+        "insert into later values (1, 'same', 'NaN'), (1, 'same', null), (5, null, null)",
+        "update later set n = 6, price = 'NaN' where n = 5",
+        "delete from later where n = 6",
+    ]
+    daemon.verified("later")
+    assert len(in_source(daemon, "later", "n")) == 31, "the changes have happened"
+    with monkeypatch.context() as patch:
+        patch.setattr(verify._Comparison, "_changed_rows", lambda *_: iter(()))
+        assert daemon.ask("verify", "later").code == 3, "and would say so if it did not undo them"
+
+
 def test_check_names_the_updates_that_postgres_will_refuse(daemon: Daemon) -> None:
     findings = [f for f in daemon.ask("check").document["findings"] if f["name"] == "replica identity"]
     told = {f["object"].rpartition(": ")[2]: f for f in findings}
     assert "public.by_default" not in told
     assert "public.by_full" not in told
     assert "multiset" in told["public.by_full_without_key"]["message"]
+    assert "multiset" in told["public.parted"]["message"]
+    assert "an update or delete stops the table" in told["public.torn"]["message"]
     for table, statement in (
         ("public.plain", 'alter table "public"."plain" add primary key (…); -- or: replica identity full'),
         ("public.No Key", 'alter table "public"."No Key" add primary key (…); -- or: replica identity full'),

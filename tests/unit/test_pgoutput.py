@@ -100,6 +100,17 @@ def test_a_key_tuple_says_only_the_key_and_an_unchanged_key_value_is_taken_from_
 
 
 @PLANS
+def test_null_in_an_old_tuple_is_never_taken_for_a_value_that_is_stored_out_of_line(plan: str) -> None:
+    """Under a root with FULL a partition with a key of its own sends just that, marked as a whole row."""
+    wire = begun()
+    wire.update(FULL, order(2, Cell.UNCHANGED), old=(b"1", Cell.NULL, Cell.NULL))
+
+    (row,) = rows(wire, plan)
+
+    assert (row.unchanged, row.image["note"]) == (["note"], None)
+
+
+@PLANS
 def test_a_delete_shows_what_is_known_of_the_old_row_and_nothing_before(plan: str) -> None:
     wire = begun()
     wire.delete(ORDERS, key=(b"1", Cell.NULL, Cell.NULL))
