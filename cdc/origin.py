@@ -256,8 +256,8 @@ def _place_log(config: SourceConfig, status: SourceStatus, state: AnchorState, e
     if logged is None:
         if state.mode == "log" and state.may_confirm_lsn < confirmed:
             raise SlotLost(
-                f"source {config.name}: the event log is gone, and with confirm_after = 'log' the server has forgotten"
-                f" what was in it, up to {lsn_text(confirmed)}",
+                f"source {config.name}: the event log is gone, and the server has been told to forget what was in it,"
+                f" up to {lsn_text(confirmed)} (confirm_after = 'log', or the WAL guard bridged a late lake)",
                 hint=f"bring back state_dir; if it is lost: {anew(config.name)}",
             )
         # The server sends every commit record from `confirmed` on, so nothing at or above it may count as logged.
