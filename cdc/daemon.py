@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from cdc import __version__, control, metrics, registry
+from cdc.alerts import Alerts
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, TimedOut
@@ -89,6 +90,7 @@ class Daemon:
     # ---- building and ending ----
 
     def _build(self, state: State, event_log: EventLog) -> None:
+        self._alerts = Alerts(self._config.alerts, self._stop)
         config = self._config
         store = registry.lake_store(config.lake)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
@@ -97,6 +99,7 @@ class Daemon:
             self._pipelines[name] = Pipeline(
                 config, source, state, event_log, store,
                 owner=owner, own_origins=self._serving.origins, stop=self._stop, on_fatal=self._on_fatal,
+                alert=self._alerts.tell,
             )  # fmt: skip
         self._control = Control(state)
         self._control.serve(
@@ -134,6 +137,7 @@ class Daemon:
             pipeline.close(deadline)
         self._serving_worker.join(max(0.1, deadline - time.monotonic()))
         self._serving.close()
+        self._alerts.close()
         self._control.close()
         state.set(control.DAEMON_FACT, None)
         log.info("stopped")

@@ -80,6 +80,7 @@ class Evolution:
         self._pending: list[Note] = []
         self._changed: set[TableId] = set()
         self._reshaped: set[TableId] = set()
+        self._used: set[TableId] = set()
 
     # ---- while records come ----
 
@@ -103,7 +104,7 @@ class Evolution:
                 known = self._shapes[schema.table] = replace(known, told=told)
             self._note_name(schema, lsn)
         held = known.held if known is not None else schema.version
-        if held == schema.version or not frozen_now:
+        if held == schema.version or not frozen_now or (not judged and self._state.get(self._accepted(schema.table))):
             return batch
         kept = self._book.get(schema.table, held)
         return projected(batch, kept if judged else frozen(kept, schema))
@@ -127,6 +128,7 @@ class Evolution:
         answer = self._contract(str(table))
         if self._state.get(self._accepted(table)):
             answer = "accepted"
+            self._used.add(table)
         try:
             if answer == "stop" and found:
                 kinds = ", ".join(sorted({d.kind for d in found}))
@@ -246,11 +248,13 @@ class Evolution:
                 if shape is not None:
                     self._book.hold(table, shape.held, tx)
                     self._state.set(self._shape_key(table), astuple(shape), tx=tx)
+                if table in self._used:
                     self._state.set(self._accepted(table), None, tx=tx)
             for oid, (table, _) in self._names.items():
                 if table in self._changed:
                     self._state.set(self._name(oid), list(table), tx=tx)
         self._changed.clear()
+        self._used.clear()
 
     def forget(self) -> None:
         """Drop what was not committed: its records come again."""
@@ -259,6 +263,7 @@ class Evolution:
         self._pending.clear()
         self._changed.clear()
         self._reshaped.clear()
+        self._used.clear()
 
     def accept(self, table: TableId) -> None:
         """The next shape of a stopped table is taken as it is. Thread-safe."""

@@ -56,6 +56,7 @@ RECEIVED_BYTES = _counter("cdc_received_bytes", "Bytes of the stream received.",
 RECEIVED_MESSAGES = _counter("cdc_received_messages", "Messages of the stream received.", "source")
 TRANSACTIONS = _counter("cdc_transactions", "Complete transactions received.", "source")
 CHANGES = _counter("cdc_changes", "Changes received and logged.", "source", "table")
+ALERTS = _counter("cdc_alerts", "Alerts to the webhook: sent, or dropped for good.", "outcome")
 SCHEMA_CHANGES = _counter("cdc_schema_changes", "Changes of tables' shapes, by kind.", "source", "table", "kind")
 COLUMNS_LEFT_OUT = _gauge(
     "cdc_columns_left_out", "Columns that a frozen table has at the source and not in the lake.", "source", "table"

@@ -8,17 +8,16 @@ savepoint, on tables of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from deltalake import DeltaTable
 
-from connectors.postgres.embedded import EmbeddedPostgres
 from tests.support.daemon import SOURCE, Daemon, execute
-from tests.support.postgres import create_database, drop_database
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,18 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def daemon(server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    dsn = create_database(server, "schema_changes")
-    execute(dsn, "create table told (id int primary key)", "insert into told values (1)")
-    for how in ("live", "down", "inside"):
-        for case in CASES:
-            table = f"{how}_{case.name}"
-            execute(dsn, case.create.format(t=table))
-            fill(dsn, case, table, 1, 5)
-    with Daemon(tmp_path_factory.mktemp("schema"), dsn) as running:
-        yield running.start().settled()
-    drop_database(server, "schema_changes")
+Wanted = Callable[[str, int], bool]
+
+
+def started(daemon: Daemon, wanted: Wanted) -> Daemon:
+    """With tables for the wanted cases, read and streaming."""
+    execute(daemon.dsn, "create table told (id int primary key)", "insert into told values (1)")
+    for how in WAYS:
+        for i, case in enumerate(CASES):
+            if wanted(how, i):
+                execute(daemon.dsn, case.create.format(t=f"{how}_{case.name}"))
+                fill(daemon.dsn, case, f"{how}_{case.name}", 1, 5)
+    return daemon.start().settled()
 
 
 def fill(dsn: str, case: Case, table: str, first: int, last: int) -> None:
@@ -138,7 +137,7 @@ def inside(daemon: Daemon, case: Case, table: str) -> None:
         connection.execute(case.after.format(t=table).encode())
 
 
-def follow(daemon: Daemon, wanted: Callable[[str, int], bool]) -> None:
+def follow(daemon: Daemon, wanted: Wanted) -> None:
     """Play the wanted cases, each way, and compare."""
     played = [(how, c) for how in WAYS for i, c in enumerate(CASES) if wanted(how, i)]
     for how, case in played:
@@ -165,17 +164,28 @@ WAYS: dict[str, Callable[[Daemon, Case, str], None]] = {"live": live, "down": do
 
 
 @pytest.mark.matrix
-def test_every_change_of_shape_is_followed(daemon: Daemon) -> None:
+def test_every_change_of_shape_is_followed_and_told_once(tmp_path: Path, database: str) -> None:
     """Each case one way; which one changes from case to case."""
-    follow(daemon, lambda how, i: list(WAYS)[i % 3] == how)
+
+    def wanted(how: str, i: int) -> bool:
+        return list(WAYS)[i % 3] == how
+
+    with Daemon(tmp_path, database) as daemon:
+        follow(started(daemon, wanted), wanted)
+        announcements_stand_once(daemon)
 
 
 @pytest.mark.slow
-def test_every_change_of_shape_is_followed_in_every_way(daemon: Daemon) -> None:
-    follow(daemon, lambda how, i: list(WAYS)[i % 3] != how)
+def test_every_change_of_shape_is_followed_in_every_way(tmp_path: Path, database: str) -> None:
+    def wanted(how: str, i: int) -> bool:
+        return list(WAYS)[i % 3] != how
+
+    with Daemon(tmp_path, database) as daemon:
+        follow(started(daemon, wanted), wanted)
 
 
-def test_announcements_stand_once_with_their_position_and_what_changed(daemon: Daemon) -> None:
+def announcements_stand_once(daemon: Daemon) -> None:
+    """One row with its position and what changed, one count, and nothing more after a restart."""
     execute(daemon.dsn, "alter table told add c int", "insert into told values (2, 2)")
     daemon.settled().verified("told")
     (row,) = [r for r in announced(daemon) if r["table"] == "public.told"]

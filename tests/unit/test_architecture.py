@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
         "cdc.ports", "cdc.units", "cdc.config", "cdc.failpoints", "cdc.metrics", "cdc.registry", "cdc.notify",
-        "cdc.logs", "cdc.console",
+        "cdc.logs", "cdc.console", "cdc.alerts",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
