@@ -27,6 +27,7 @@ from cdc.keys import key_of
 from cdc.lake.bucket import slice_rows
 from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path, system_name, system_prefix
+from cdc.lake.widening import SOURCE_NAME
 from cdc.ports import ObjectStore, RowsRead, SnapshotReader, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import arrow_fields, pg_text
@@ -104,8 +105,8 @@ def verify_table(
     return report
 
 
-class _Truncated(Exception):
-    """A transaction that the snapshot does not see has truncated the table: the round is void."""
+class _Void(Exception):
+    """A transaction that the snapshot does not see has truncated the table or changed its key: the round is void."""
 
 
 class _Comparison:
@@ -137,13 +138,14 @@ class _Comparison:
         for number in range(ROUNDS):
             try:
                 left_out = self._round(number, left_out)
-            except _Truncated:
+            except _Void:
                 continue
             if not left_out or len(left_out) > ROUND_KEYS:
                 break
         if left_out is None:
             raise CdcError(
-                f"table {self._report.table} was truncated in each of {ROUNDS} rounds: nothing could be compared",
+                f"table {self._report.table} was truncated or altered in each of {ROUNDS} rounds: nothing could be"
+                " compared",
                 hint="verify it again when it is at rest",
             )
         self._report.not_compared = len(left_out)
@@ -180,13 +182,18 @@ class _Comparison:
         xid, op = system_name("_xid", self._prefix), system_name("_op", self._prefix)
         for live in changelog.files():
             with changelog.open_file(live.path) as file:
-                present = set(file.schema_arrow.names)
+                # A column whose type has changed has a name of its own there.
+                held = {
+                    (f.metadata or {}).get(SOURCE_NAME, f.name.encode()).decode(): f.name for f in file.schema_arrow
+                }
+                known = {held[c]: c for c in (xid, op, *columns) if c in held}
                 index = file.schema_arrow.get_field_index(xid)
                 for group in range(file.metadata.num_row_groups):
                     statistics = file.metadata.row_group(group).column(index).statistics
                     if statistics is not None and statistics.has_min_max and _all_seen(statistics, visibility):
                         continue
-                    table = file.read_row_group(group, columns=[xid, op, *(c for c in columns if c in present)])
+                    table = file.read_row_group(group, columns=list(known))
+                    table = table.rename_columns([known[name] for name in table.column_names])
                     xids = table.column(xid).to_numpy()
                     mask = ~visibility.sees(xids.astype(np.uint32)) & (xids != 0)
                     if mask.any():
@@ -200,9 +207,11 @@ class _Comparison:
         for table in self._changelog(visibility, [*key, before, raw]):
             if pc.any(pc.equal(table.column(op), "t")).as_py():
                 # It has no keys to leave out: what the snapshot has and the lake has not is all of its table.
-                raise _Truncated
+                raise _Void
             for batch in table.to_batches():
                 raws = batch.column(raw) if raw in batch.schema.names else None
+                if not set(key) <= set(batch.schema.names):
+                    raise _Void
                 self._note(found, [batch.column(k) for k in key], raws, "")
                 if before in batch.schema.names:
                     old = batch.column(before)

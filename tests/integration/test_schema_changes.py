@@ -8,6 +8,7 @@ savepoint, on tables of their own.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,3 +198,19 @@ def announcements_stand_once(daemon: Daemon) -> None:
     daemon.stop()
     daemon.start().settled()
     assert [r["kind"] for r in announced(daemon) if r["table"] == "public.told"] == ["add_column"]
+
+
+def test_a_shape_that_changed_before_the_disk_was_lost_is_noticed_all_the_same(tmp_path: Path, database: str) -> None:
+    """What the lake itself remembers of a table's shape is what a daemon on an empty disk compares with."""
+    execute(database, "create table told (id int primary key, a int)", "insert into told values (1, 1)")
+    with Daemon(tmp_path, database) as daemon:
+        daemon.start().settled().kill()
+        shutil.rmtree(daemon.state_dir)
+        execute(database, "alter table told alter a type text using 'a' || a", "insert into told values (2, 'two')")
+        daemon.start().settled().verified("told")
+        assert kinds_of(daemon, "told") == ["change_type"]
+        daemon.kill()
+        shutil.rmtree(daemon.state_dir)
+        execute(database, "insert into told values (3, 'three')")
+        daemon.start().settled().verified("told")
+        assert kinds_of(daemon, "told") == ["change_type"], "told once"
