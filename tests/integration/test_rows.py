@@ -96,6 +96,9 @@ SETUP = [
     "create table later (n int, text text, price numeric(5,1))",
     "alter table later replica identity full",
     "insert into later select g % 3, 'same', 'NaN' from generate_series(1, 30) g",
+    "create table altered (n int, gone text, was text, price numeric(5,1))",
+    "alter table altered replica identity full",
+    "insert into altered select g % 3, 'x', 'same', 'NaN' from generate_series(1, 30) g",
     "create table plain (n int)",
     'create table "No Key" (n int)',
 ]
@@ -249,6 +252,29 @@ def test_rows_without_a_key_move_between_partitions(daemon: Daemon) -> None:
     )
     daemon.verified("parted")
     assert in_lake(daemon, "parted", "n, text, big") == in_source(daemon, "parted", "n, text, big")
+
+
+def test_rows_without_a_key_are_told_apart_in_the_newest_shape_of_their_table(daemon: Daemon) -> None:
+    one = "ctid = (select min(ctid) from altered where n = {})"
+    execute(
+        daemon.dsn,
+        f"delete from altered where {one.format(1)}",
+        "alter table altered add filled numeric(5,1) default 'NaN', add plain text",
+        f"delete from altered where {one.format(1)}",
+        f"update altered set filled = 2 where {one.format(2)}",
+        "alter table altered rename was to now_is",
+        f"update altered set now_is = 'other' where {one.format(2)}",
+        "alter table altered drop gone",
+        f"delete from altered where {one.format(0)}",
+        "insert into altered (n, now_is) values (0, 'same'), (1, 'same')",
+        "alter table altered alter n type bigint",
+        f"update altered set n = 5000000000 where {one.format(0)}",
+    )
+    daemon.settled().verified("altered")
+    columns = "n, now_is, filled, plain"
+    assert len(in_lake(daemon, "altered", columns)) == 29
+    execute(daemon.dsn, "update altered set n = n + 1", "delete from altered where n = 3")
+    daemon.settled().verified("altered")
 
 
 def test_verify_undoes_what_its_snapshot_of_a_multiset_does_not_see(
