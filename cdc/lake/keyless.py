@@ -366,7 +366,8 @@ class _Changes:
     def found(self, contents: pa.Array, file: int, first: int) -> None:
         """Rows of `current`, from `first` on of a file: those that may be meant are noted."""
         hashes = hash_of(contents)
-        at = np.flatnonzero(np.isin(hashes, self._hashes))
+        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        at = np.flatnonzero(self._hashes[place] == hashes)
         if not len(at):
             return
         picked = contents.take(pa.array(at))
