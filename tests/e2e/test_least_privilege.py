@@ -79,6 +79,7 @@ def test_with_replication_and_select_and_a_publication_of_the_owner(tmp_path: Pa
             assert connection.execute("select pubname from pg_publication").fetchall() == [(slot,)], "not ours to drop"
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 def test_with_create_on_the_database_and_tables_of_its_own(tmp_path: Path, database: str) -> None:
     with roles(database) as role:
@@ -102,6 +103,7 @@ def test_with_create_on_the_database_and_tables_of_its_own(tmp_path: Path, datab
             assert connection.execute("select pubname from pg_publication").fetchall() == []
 
 
+@pytest.mark.slow
 def test_pg_monitor_shows_the_size_of_pg_wal_and_row_security_keeps_a_table_out_aloud(
     tmp_path: Path, database: str
 ) -> None:

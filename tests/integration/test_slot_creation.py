@@ -74,6 +74,7 @@ def admin_hint(admin: object) -> str:
     raise AssertionError("it did not wait")
 
 
+@pytest.mark.slow
 def test_a_command_killed_while_it_waits_leaves_no_slot_and_no_session(tmp_path: Path, database: str) -> None:
     execute(database, "create table notes (id int)")
     daemon = Daemon(tmp_path, database, source={"lock_timeout_s": 2})

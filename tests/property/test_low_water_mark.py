@@ -12,6 +12,7 @@ import pytest
 from cdc.batch import Boundary, Portion
 from cdc.capture import ConfirmGate
 from cdc.errors import StoreUnavailable
+from cdc.evolution import Evolution
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter
 from cdc.land import Lander, LogReader
 from cdc.schema import SchemaBook
@@ -55,9 +56,12 @@ def test_the_low_water_mark_never_passes_a_table_that_has_not_landed(
         return landed
 
     monkeypatch.setattr(ChangelogWriter, "commit", sometimes)
+    shapes = Evolution(
+        SOURCE, state, book, store, contract=lambda table: "evolve", read_anew=never, alert=lambda *told: None
+    )
     lander = Lander(
         SOURCE, log, state, book, store, epoch=1, temp_dir=tmp_path, land_every_s=1e-9, land_bytes=1 << 20,
-        lease=Held(), stop_table=never, is_stopped=lambda table: False,
+        lease=Held(), stop_table=never, is_stopped=lambda table: False, evolution=shapes,
     )  # type: ignore[arg-type]  # fmt: skip
     land: Stage = Stage("land", LogReader(SOURCE, log, state, gate, lander.due_in_s), lander)
     touched: dict[int, list[int]] = {}
@@ -97,5 +101,5 @@ def test_the_low_water_mark_never_passes_a_table_that_has_not_landed(
     state.close()
 
 
-def never(table: object, error: BaseException) -> None:
-    raise AssertionError(f"{table} was stopped") from error
+def never(table: object, *why: object) -> None:
+    raise AssertionError(f"{table}: {why}")
