@@ -63,7 +63,9 @@ class SourceConfig:
     receive_timeout_s: float = 60.0
     """Silence of the server after which the stream is taken for dead; at half of it, it is asked for a sign."""
     buffer_bytes: int = 32 << 20
-    """Bound of frames received and not yet decoded."""
+    """Bound of frames received and not yet decoded; of it, half at most for those of streamed transactions."""
+    streaming: str = "off"
+    """Whether the server sends a big transaction while it runs; what has not committed is held on local disk."""
     poll_sleep_s: float = 0.00015
     heartbeat_every_s: float = 10.0
     """0: none. Written only while WAL grows and nothing of it reaches us."""
@@ -206,6 +208,7 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("table", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("source", "on_slot_lost"): ("stop", "resync"),
+    ("source", "streaming"): ("on", "off"),
     ("sync", "mode"): ("upsert",),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),

@@ -118,6 +118,12 @@ class LogFull(CdcError):
     verdict = Verdict.RETRY
 
 
+class SpoolFailed(CdcError):
+    """The local disk does not hold the transactions that the server streams before they commit."""
+
+    verdict = Verdict.RETRY
+
+
 class LogCorrupt(CdcError):
     """A record of the event log does not have the bytes that its index promises."""
 

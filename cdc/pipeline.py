@@ -81,14 +81,14 @@ class Pipeline:
         self._own_origins = own_origins
         self._stop = stop
         kind = registry.source_kind(source.type)
-        self._source = kind.source(source, application_name="cdc")
+        self._temp = config.state_dir / "tmp" / source.name
+        self._source = kind.source(source, application_name="cdc", temp_dir=self._temp / "stream")
         self._reader = kind.reader(source)
         self.admin = kind.admin(source)
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
         self._marked_at: dict[str, int] = {}
-        self._temp = config.state_dir / "tmp" / source.name
         self._prepared = threading.Event()
         self._built = False
         self._settled = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from cdc.config import LakeConfig, SourceConfig, TargetConfig
@@ -25,8 +26,8 @@ StoreFactory = Callable[[str, Mapping[str, str]], ObjectStore]
 class SourceKind(Protocol):
     """What an entry point of `cdc.sources` names. None of its methods connects."""
 
-    def source(self, config: SourceConfig, *, application_name: str) -> Source:
-        """The stream of this source."""
+    def source(self, config: SourceConfig, *, application_name: str, temp_dir: Path | None = None) -> Source:
+        """The stream of this source. `temp_dir` (None: there is none) is its own, for what need not survive."""
 
     def reader(self, config: SourceConfig) -> SnapshotReader:
         """A reader of existing rows, with a connection of its own."""

@@ -30,12 +30,13 @@ _UINT64 = struct.Struct(">Q")
 
 
 class Buffer:
-    """Joined frames, at least one."""
+    """Joined frames, at least one. `gap`: how many bytes stand between the kind of a message and its fields."""
 
-    __slots__ = ("_u8", "_u16", "_u32", "_u64", "arrow", "blob", "size")
+    __slots__ = ("_u8", "_u16", "_u32", "_u64", "arrow", "blob", "gap", "size")
 
-    def __init__(self, blob: bytes) -> None:
+    def __init__(self, blob: bytes, *, gap: int = 0) -> None:
         self.blob = blob
+        self.gap = gap
         self.size = len(blob)
         self.arrow = pa.py_buffer(blob)
         self._u8: Bytes = np.frombuffer(blob, np.uint8)
@@ -65,7 +66,8 @@ class Buffer:
         return _gather(self._u64, at).view(">i8").astype(np.int64)
 
     def malformed(self, message: int, why: str) -> ProtocolError:
-        """The error for the message whose kind byte is at `message`: its LSN and kind, and `why`; no values."""
+        """The error for the message that starts at `message`: its LSN and kind, and `why`; no values."""
+        message -= self.gap
         lsn = _UINT64.unpack_from(self.blob, message - HEADER + 1)[0] if message >= HEADER else 0
         kind = chr(self.blob[message]) if 32 < self.blob[message] < 127 else f"0x{self.blob[message]:02x}"
         return ProtocolError(f"pgoutput message {kind!r} at {lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}: {why}")

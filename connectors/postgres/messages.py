@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 INSERT, UPDATE, DELETE, TRUNCATE = b"IUDT"
 BEGIN, COMMIT, RELATION, TYPE, ORIGIN, MESSAGE = b"BCRYOM"
+STREAM_START, STREAM_STOP, STREAM_COMMIT, STREAM_ABORT = b"SEcA"
 NEW, KEY, OLD = b"NKO"
 TEXT, NULL, UNCHANGED = b"tnu"
 DDL_MARK = b'{"ddl": '
@@ -20,6 +21,9 @@ DDL_MARK = b'{"ddl": '
 _UINT16 = struct.Struct(">H")
 _UINT32 = struct.Struct(">I")
 _TYPE_TYPMOD = struct.Struct(">Ii")
+_STREAM_START = struct.Struct(">xIB")
+_STREAM_COMMIT = struct.Struct(">xIBQQq")
+_STREAM_ABORT = struct.Struct(">xII")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +140,37 @@ def is_ddl(data: bytes) -> bool:
     content = reader.take(reader.u32())
     reader.end()
     return prefix == "cdc" and content.startswith(DDL_MARK)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCommit:
+    """A streamed transaction has committed: there, until there, then (microseconds since 2000)."""
+
+    xid: int
+    commit_lsn: int
+    end_lsn: int
+    time: int
+
+
+def read_stream_start(data: bytes) -> tuple[int, bool]:
+    """Id of the transaction of which a part follows, and whether it is the first part."""
+    xid, first = _fields(_STREAM_START, data)
+    return xid, bool(first)
+
+
+def read_stream_commit(data: bytes) -> StreamCommit:
+    """The end of a streamed transaction."""
+    xid, _, commit_lsn, end_lsn, time = _fields(_STREAM_COMMIT, data)
+    return StreamCommit(xid, commit_lsn, end_lsn, time)
+
+
+def read_stream_abort(data: bytes) -> tuple[int, int]:
+    """Ids of the top-level transaction and of the subtransaction that is rolled back (equal: all of it)."""
+    xid, subxid = _fields(_STREAM_ABORT, data)
+    return xid, subxid
+
+
+def _fields(fields: struct.Struct, data: bytes) -> tuple[int, ...]:
+    if len(data) != fields.size:
+        raise ValueError("wrong length")
+    return fields.unpack(data)

@@ -8,8 +8,9 @@ Guarantees: every change of a selected table comes out exactly once, in order pe
 ordinal of its transaction, however the stream is cut into reads; what is not understood is a ProtocolError, never
 skipped. Any error leaves the decoder unusable: the stream is to be started again from the last logged position.
 
-Deliberately does no I/O, reads no clock, answers no keepalive, and knows no catalog: `resolve` does. Protocol version
-1 only (no streaming of open transactions, no two-phase), values in text form.
+Deliberately does no I/O, reads no clock, answers no keepalive, and knows no catalog: `resolve` does. It reads protocol
+version 1, values in text form, no two-phase; streamed transactions (version 2) come to it from spool.py once they have
+committed, as transactions like any other.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import pyarrow as pa
 from cdc.batch import Batch, Boundary, Portion
 from cdc.errors import ProtocolError
 from cdc.table import TableSchema
-from connectors.postgres.buffer import HEADER, Bools, Buffer, Bytes, Ints
+from connectors.postgres.buffer import Bools, Ints
 from connectors.postgres.columns import walk_columns
+from connectors.postgres.frames import XID_BYTES, Frames, kinds, parts, split
 from connectors.postgres.image import UNKNOWN_TIME, Layout, Rows, System, make_batches
 from connectors.postgres.messages import (
     BEGIN,
@@ -37,6 +39,7 @@ from connectors.postgres.messages import (
     MESSAGE,
     ORIGIN,
     RELATION,
+    STREAM_ABORT,
     TRUNCATE,
     TYPE,
     UPDATE,
@@ -45,6 +48,7 @@ from connectors.postgres.messages import (
     is_ddl,
     read_origin,
     read_relation,
+    read_stream_abort,
     read_truncate,
     read_type,
 )
@@ -59,21 +63,13 @@ PART_BYTES = 16 << 20
 """A longer read is decoded in parts of about this size: it bounds memory, and 2 GiB bound Arrow's offsets."""
 
 _POSTGRES_EPOCH_US = 946_684_800_000_000
-_XLOGDATA, _KEEPALIVE = b"wk"
-_KEEPALIVE_BYTES = 18
 _UINT32 = struct.Struct(">I")
 
 
-def _kinds(kinds: bytes | list[int]) -> Bools:
-    table = np.zeros(256, np.bool_)
-    table[list(kinds)] = True
-    return table
-
-
-_ROW = _kinds([INSERT, UPDATE, DELETE])
-_CHANGE = _kinds([INSERT, UPDATE, DELETE, TRUNCATE])
-_RARE = _kinds([RELATION, TYPE, TRUNCATE, ORIGIN, MESSAGE])
-_KNOWN = _ROW | _RARE | _kinds([BEGIN, COMMIT])
+_ROW = kinds([INSERT, UPDATE, DELETE])
+_CHANGE = kinds([INSERT, UPDATE, DELETE, TRUNCATE])
+_RARE = kinds([RELATION, TYPE, TRUNCATE, ORIGIN, MESSAGE, STREAM_ABORT])
+_KNOWN = _ROW | _RARE | kinds([BEGIN, COMMIT])
 
 
 @dataclass(slots=True)
@@ -93,28 +89,6 @@ class _Open:
     committed: int
     origin: str | None
     ordinal: int
-
-
-@dataclass(slots=True)
-class _Messages:
-    """The frames of one part: kind byte of the message (0: keepalive), where it starts, where its frame ends."""
-
-    buffer: Buffer
-    kind: Bytes
-    start: Ints
-    end: Ints
-    keepalives: Ints
-
-    def data(self, i: int) -> bytes:
-        return self.buffer.blob[int(self.start[i]) : int(self.end[i])]
-
-    def malformed(self, i: int, why: str) -> ProtocolError:
-        return self.buffer.malformed(int(self.start[i]), why)
-
-    def refuse(self, messages: Ints, wrong: Bools, why: str) -> None:
-        """ProtocolError for the first of these messages that is wrong."""
-        if wrong.any():
-            raise self.malformed(int(messages[int(np.argmax(wrong))]), why)
 
 
 @dataclass(slots=True)
@@ -199,16 +173,35 @@ class Decoder:
             raise ProtocolError("the decoder stopped at an earlier error")
         self._broken = True
         portion = Portion()
-        for part, of_part in _parts(blob, lengths):
-            self._decode(part, of_part, portion)
+        for part, of_part in parts(blob, lengths, PART_BYTES):
+            messages = split(part, of_part, _KNOWN)
+            portion.received_bytes += messages.buffer.size
+            portion.messages += len(of_part) - len(messages.keepalives)
+            self._decode(messages, portion)
         portion.head_lsn = self._head_lsn
         self._broken = False
         return portion
 
-    def _decode(self, blob: bytes, lengths: Ints, portion: Portion) -> None:
-        messages = _split(blob, lengths)
-        portion.received_bytes += messages.buffer.size
-        portion.messages += len(lengths) - len(messages.keepalives)
+    def feed_spooled(self, blob: bytes, lengths: Ints, aborted: Ints) -> Portion:
+        """Decode the next frames of a streamed transaction that has committed; as `feed_blob`, but each message has
+        its transaction's id behind its kind, Begin and Commit too, and those of the ids in `aborted` are left out.
+
+        The portion counts no bytes and messages: they were received before.
+        """
+        if self._broken:
+            raise ProtocolError("the decoder stopped at an earlier error")
+        self._broken = True
+        portion = Portion()
+        for part, of_part in parts(blob, lengths, PART_BYTES):
+            messages = split(part, of_part, _KNOWN, gap=XID_BYTES)
+            if len(aborted):
+                messages.kind[np.isin(messages.buffer.u32(messages.start - XID_BYTES + 1), aborted)] = 0
+            self._decode(messages, portion)
+        portion.head_lsn = self._head_lsn
+        self._broken = False
+        return portion
+
+    def _decode(self, messages: Frames, portion: Portion) -> None:
         transactions = self._transactions(messages)
         changed, truncates = self._rare(messages, transactions)
         portion.ddl |= self._ddl
@@ -220,7 +213,7 @@ class Decoder:
 
     # --- transactions -------------------------------------------------------------------------------------------
 
-    def _transactions(self, messages: _Messages) -> _Transactions:
+    def _transactions(self, messages: Frames) -> _Transactions:
         """Find Begin and Commit, check that they alternate and agree, and number the changes."""
         kind = messages.kind
         is_begin, is_commit, is_change = kind == BEGIN, kind == COMMIT, _CHANGE.take(kind)
@@ -242,7 +235,7 @@ class Decoder:
         origins = {0: self._open.origin} if self._open and self._open.origin is not None else {}
         return _Transactions(of, inside, commits, lsn, xid, committed, first, counted, end_lsn, origins)
 
-    def _begins(self, messages: _Messages, begins: Ints) -> tuple[Ints, Ints, Ints]:
+    def _begins(self, messages: Frames, begins: Ints) -> tuple[Ints, Ints, Ints]:
         """Commit LSN, xid and commit time of the open transaction and of each Begin."""
         at, buffer = messages.start.take(begins), messages.buffer
         messages.refuse(begins, messages.end.take(begins) != at + 21, "wrong length")
@@ -254,7 +247,7 @@ class Decoder:
         xid = np.concatenate(([opened.xid], buffer.u32(at + 17)))
         return lsn, xid, np.concatenate(([opened.committed], committed))
 
-    def _commits(self, messages: _Messages, commits: Ints, begun: Ints) -> Ints:
+    def _commits(self, messages: Frames, commits: Ints, begun: Ints) -> Ints:
         """End LSN of each Commit, checked against the Begin of its transaction."""
         at, buffer = messages.start.take(commits), messages.buffer
         messages.refuse(commits, messages.end.take(commits) != at + 26, "wrong length")
@@ -263,9 +256,9 @@ class Decoder:
         messages.refuse(commits, end_lsn < begun, "it ends before its commit LSN")
         return end_lsn
 
-    def _finish(self, messages: _Messages, transactions: _Transactions, portion: Portion) -> None:
+    def _finish(self, messages: Frames, transactions: _Transactions, portion: Portion) -> None:
         """Take over what the part says of complete transactions, of the stream's end, and of the open one."""
-        t, buffer = transactions, messages.buffer
+        t = transactions
         closed = t.of.take(t.commits)
         lsns = t.lsn.take(closed)
         new = lsns > self._after_lsn
@@ -284,7 +277,7 @@ class Decoder:
         reached |= self._keepalives(messages, t)
         last = np.flatnonzero(messages.kind)[-1:]
         if len(last):
-            self._head_lsn = max(self._head_lsn, int(buffer.i64(messages.start.take(last) - HEADER + 9)[0]))
+            self._head_lsn = max(self._head_lsn, messages.wal_end(int(last[0])))
         if reached:
             portion.boundary = Boundary(self._epoch, self._lsn, self._end_lsn)
         end = len(t.lsn) - 1
@@ -295,7 +288,7 @@ class Decoder:
         ordinal = int(t.counted[-1]) - int(t.first[end])
         self._open = _Open(int(t.lsn[end]), int(t.xid[end]), int(t.committed[end]), t.origins.get(end), ordinal)
 
-    def _keepalives(self, messages: _Messages, transactions: _Transactions) -> bool:
+    def _keepalives(self, messages: Frames, transactions: _Transactions) -> bool:
         """Take over the positions in keepalives; whether one stood between two transactions."""
         if not len(messages.keepalives):
             return False
@@ -311,7 +304,7 @@ class Decoder:
     # --- relations and other rare messages ----------------------------------------------------------------------
 
     def _rare(
-        self, messages: _Messages, transactions: _Transactions
+        self, messages: Frames, transactions: _Transactions
     ) -> tuple[dict[int, list[tuple[int, _Known | None]]], list[_Piece]]:
         """Read the rare messages in order.
 
@@ -337,6 +330,11 @@ class Decoder:
                     if not inside:
                         raise ValueError("outside of a transaction")
                     transactions.origins[int(transactions.of[i])] = name
+                elif kind == STREAM_ABORT:
+                    # Postgres 18 sends it also to those who did not ask for streams, of transactions never sent.
+                    read_stream_abort(data)
+                    if inside:
+                        raise ValueError("inside of a transaction")
                 elif kind == TRUNCATE:
                     truncates += self._truncated(i, read_truncate(data))
                 else:
@@ -346,7 +344,7 @@ class Decoder:
         after = transactions.lsn > self._after_lsn
         return changed, [piece for piece in truncates if after[transactions.of[piece.first]]]
 
-    def _relation(self, messages: _Messages, i: int, changed: dict[int, list[tuple[int, _Known | None]]]) -> None:
+    def _relation(self, messages: Frames, i: int, changed: dict[int, list[tuple[int, _Known | None]]]) -> None:
         """The same message comes again and again: only other bytes make another version."""
         data = messages.data(i)
         oid = _UINT32.unpack_from(data, 1)[0] if len(data) >= 5 else 0
@@ -374,7 +372,7 @@ class Decoder:
 
     def _pieces(
         self,
-        messages: _Messages,
+        messages: Frames,
         transactions: _Transactions,
         changed: dict[int, list[tuple[int, _Known | None]]],
         truncates: list[_Piece],
@@ -411,7 +409,7 @@ class Decoder:
         pieces.sort(key=lambda piece: piece.first)
         return pieces
 
-    def _batches(self, messages: _Messages, transactions: _Transactions, pieces: list[_Piece]) -> list[Batch]:
+    def _batches(self, messages: Frames, transactions: _Transactions, pieces: list[_Piece]) -> list[Batch]:
         """Walk the rows of each piece, and make its batch."""
         if not pieces:
             return []
@@ -457,45 +455,6 @@ def _parts(blob: bytes, lengths: Ints) -> Iterator[tuple[bytes, Ints]]:
         end = max(begin + 1, int(np.searchsorted(ends, done + PART_BYTES, side="right")))
         yield blob[done : int(ends[end - 1])], lengths[begin:end]
         begin, done = end, int(ends[end - 1])
-
-
-def _split(blob: bytes, lengths: Ints) -> _Messages:
-    """Look at the first byte of each frame, and at that of its message."""
-    end = np.cumsum(lengths)
-    start = end - lengths
-    if int(lengths.min()) < _KEEPALIVE_BYTES:
-        raise ProtocolError("a replication frame is cut short")
-    if int(end[-1]) != len(blob):
-        raise ProtocolError("replication frames do not fill what was received")
-    buffer = Buffer(blob)
-    tag = buffer.u8(start)
-    keepalives = np.flatnonzero(tag != _XLOGDATA)
-    if len(keepalives):
-        if (tag.take(keepalives) != _KEEPALIVE).any():
-            raise ProtocolError("a replication frame is neither WAL data nor a keepalive")
-        if (lengths.take(keepalives) != _KEEPALIVE_BYTES).any():
-            raise ProtocolError("a keepalive has a wrong length")
-        if (lengths[tag == _XLOGDATA] <= HEADER).any():
-            raise ProtocolError("a replication frame is cut short")
-        kind, message = _with_keepalives(buffer, start, keepalives)
-    else:
-        if int(lengths.min()) <= HEADER:
-            raise ProtocolError("a replication frame is cut short")
-        message = start + HEADER
-        kind = buffer.u8(message)
-    unknown = ~_KNOWN.take(kind)
-    unknown[keepalives] = False
-    if unknown.any():
-        raise buffer.malformed(int(message[int(np.argmax(unknown))]), "unknown kind of message")
-    return _Messages(buffer, kind, message, end, keepalives)
-
-
-def _with_keepalives(buffer: Buffer, start: Ints, keepalives: Ints) -> tuple[Bytes, Ints]:
-    message = start + HEADER
-    message[keepalives] = start[keepalives]
-    kind = buffer.u8(message)
-    kind[keepalives] = 0
-    return kind, message
 
 
 def _groups(oids: Ints) -> Iterator[tuple[int, Ints]]:

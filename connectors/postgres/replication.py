@@ -93,6 +93,7 @@ class Receiver:
         self._asked = False
         self._queue: deque[Blob] = deque()
         self._queued_bytes = 0
+        self._lent_bytes = 0
         self._changed = threading.Condition()
         self._confirmed = 0
         self._sent_confirmed = -1
@@ -124,6 +125,10 @@ class Receiver:
     def confirm(self, end_lsn: int) -> None:
         """What the next status update reports as flushed; never goes back."""
         self._confirmed = max(self._confirmed, end_lsn)
+
+    def lend(self, used_bytes: int) -> None:
+        """So much of `buffer_bytes` is used by whoever takes the blobs: the queue leaves it free."""
+        self._lent_bytes = used_bytes
 
     def close(self) -> None:
         """Send a last status, end the stream, close the connection; idempotent."""
@@ -212,7 +217,9 @@ class Receiver:
         metrics.STAGE_SECONDS.labels("receive").inc(used_s - self._counted_s)
         self._counted_s = used_s
         with self._changed:
-            while self._queue and self._queued_bytes + size > self._buffer_bytes and not self._stop.is_set():
+            while self._queue and not self._stop.is_set():
+                if self._lent_bytes + self._queued_bytes + size <= self._buffer_bytes:
+                    break
                 if not self._changed.wait(1.0):
                     self._send_status(pgconn)
             self._queue.append(blob)
@@ -241,12 +248,13 @@ class Receiver:
         raise SourceUnavailable(f"{self._where}: the server ended the stream")
 
 
-def start_statement(slot: str, start_lsn: int, publications: tuple[str, ...]) -> str:
-    """START_REPLICATION for pgoutput, protocol 1, with logical messages."""
+def start_statement(slot: str, start_lsn: int, publications: tuple[str, ...], *, streaming: bool = False) -> str:
+    """START_REPLICATION for pgoutput with logical messages: protocol 1, or 2 with big transactions while they run."""
     names = ",".join('"' + p.replace('"', '""') + '"' for p in publications)
     quoted = names.replace("'", "''")
     quoted_slot = '"' + slot.replace('"', '""') + '"'
     return (
         f"START_REPLICATION SLOT {quoted_slot} LOGICAL {format_lsn(start_lsn)} "
-        f"(proto_version '1', publication_names '{quoted}', messages 'true')"
+        + ("(proto_version '2', streaming 'on', " if streaming else "(proto_version '1', ")
+        + f"publication_names '{quoted}', messages 'true')"
     )

@@ -11,6 +11,9 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -18,7 +21,15 @@ import psycopg
 from cdc import metrics
 from cdc.batch import Boundary, Portion
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SlotLost, SourceRefused, SourceUnavailable, Standby, Undecodable
+from cdc.errors import (
+    CdcError,
+    SlotLost,
+    SourceRefused,
+    SourceUnavailable,
+    Standby,
+    StreamRestarted,
+    Undecodable,
+)
 from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
@@ -28,20 +39,33 @@ from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.resolution import Resolved, resolve
 from connectors.postgres.snapshot import PostgresSnapshotReader
+from connectors.postgres.spool import Part, Spool
 
 log = logging.getLogger(__name__)
+
+STREAMING_SINCE = 140000
+"""First server that can stream transactions before they commit."""
 
 
 class PostgresSource:
     """One slot's stream. Not thread-safe but for `confirm`."""
 
-    def __init__(self, config: SourceConfig, *, application_name: str = "cdc") -> None:
+    def __init__(self, config: SourceConfig, *, temp_dir: Path | None = None, application_name: str = "cdc") -> None:
+        """Without a `temp_dir` it has the server keep big transactions until their commit."""
         self._config = config
+        self._temp_dir = temp_dir
         self._application_name = application_name
         self._where = describe(config.dsn)
         self._receiver: Receiver | None = None
         self._catalog: psycopg.Connection[Any] | None = None
         self._decoder: Decoder | None = None
+        self._spool: Spool | None = None
+        self._parts: Iterator[Part] = iter(())
+        self._more = False
+        self._ahead: Future[Portion | None] | None = None
+        self._whole = False
+        """Streaming has been given up: until the end of the process the server sends transactions whole."""
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._schemas: Schemas | None = None
         self._published: dict[int, catalog.Published] = {}
         self._shown: dict[int, tuple[Column, ...]] = {}
@@ -57,6 +81,7 @@ class PostgresSource:
         with translated(self._where):
             self._published = catalog.published(self._catalog, self._config)
         publication.require_whole(self._where, self._published.values(), self._config)
+        spool = self._new_spool(self._catalog.info.server_version)
         connection = self._connect(replication=True)
         try:
             self._check_server(connection)
@@ -65,7 +90,10 @@ class PostgresSource:
             self._receiver = Receiver(
                 connection,
                 start=start_statement(
-                    self._config.slot, after.end_lsn if after is not None else 0, self._config.publication
+                    self._config.slot,
+                    after.end_lsn if after is not None else 0,
+                    self._config.publication,
+                    streaming=spool is not None,
                 ),
                 where=f"{self._where} slot {self._config.slot}",
                 buffer_bytes=self._config.buffer_bytes,
@@ -84,24 +112,99 @@ class PostgresSource:
             self._check_start(after)
         lsn, end_lsn = (after.lsn, after.end_lsn) if after is not None else (0, 0)
         self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=lsn, after_end_lsn=end_lsn)
+        # Whatever was held of open transactions is void: the server sends them again from their beginning.
+        self._spool = spool
 
     def read(self, timeout_s: float) -> Portion | None:
         assert self._receiver is not None, "open first"
         assert self._decoder is not None, "open first"
+        portion = self._taken()
+        if portion is not None:
+            return portion
         try:
             blob = self._receiver.take(timeout_s)
         except SourceRefused as e:
-            if not isinstance(e.__cause__, psycopg.errors.UndefinedObject):
-                raise
-            raise Undecodable(
-                f"{e.args[0]}: what was written while it did not exist cannot be decoded",
-                hint="`cdc teardown`, then start again: a new epoch begins and every table is snapshotted anew;"
-                ' on_slot_lost = "resync" does so by itself',
-            ) from e.__cause__
+            raise self._ended(e) from e.__cause__
         if blob is None:
             return None
+        if self._spool is None:
+            self._parts = iter((Part(blob.data, blob.lengths),))
+            return self._decoded()
+        self._parts = self._spool.take(blob.data, blob.lengths, in_transaction=self._decoder.in_transaction)
+        portion = self._taken() or Portion()
+        # What is held is counted when it comes, not when it is decoded.
+        portion.received_bytes, portion.messages = len(blob.data), self._spool.messages
+        portion.head_lsn = max(portion.head_lsn, self._spool.head_lsn)
+        self._receiver.lend(self._spool.held_bytes)
+        return portion
+
+    def _new_spool(self, server_version: int) -> Spool | None:
+        """What holds streamed transactions; None: they are not to be streamed.
+
+        Servers do not always say the origin of a transaction that they stream before it commits (they take it from the
+        first thing in it, which may be no row). So nothing is streamed where origins exist; where one comes to be
+        meanwhile, `_check_origin` notices it.
+        """
+        if self._temp_dir is None or self._config.streaming == "off" or self._whole:
+            return None
+        if server_version < STREAMING_SINCE or self._origins_exist():
+            return None
+        return Spool(self._temp_dir, memory_bytes=self._config.buffer_bytes // 2)
+
+    def _origins_exist(self) -> bool:
+        assert self._catalog is not None
+        with translated(self._where):
+            row = self._catalog.execute("select exists (select from pg_catalog.pg_replication_origin)").fetchone()
+        return bool(row and row[0])
+
+    def _check_origin(self) -> None:
+        """A streamed transaction is about to be decoded, and the server did not say its origin."""
+        if self._origins_exist():
+            self._whole = True
+            raise StreamRestarted(
+                f"{self._where}: a replication origin was created; big transactions come whole from now on"
+            )
+
+    def _ended(self, error: SourceRefused) -> CdcError:
+        """What becomes of an error of the server that ended the stream."""
+        if isinstance(error.__cause__, psycopg.errors.UndefinedObject):
+            return Undecodable(
+                f"{error.args[0]}: what was written while it did not exist cannot be decoded",
+                hint="`cdc teardown`, then start again: a new epoch begins and every table is snapshotted anew;"
+                ' on_slot_lost = "resync" does so by itself',
+            )
+        if self._spool is not None and isinstance(error.__cause__, psycopg.errors.InternalError_):
+            # Servers fail at some transactions only if they stream them: where a table is rewritten in a subtransaction
+            # that is rolled back, with "could not map filenumber".
+            self._whole = True
+            log.warning("the server failed to stream a transaction before its commit", extra={"error": error.args[0]})
+            return StreamRestarted(f"{self._where}: big transactions come whole from now on")
+        return error
+
+    def _taken(self) -> Portion | None:
+        """The next portion of what has been taken from the receiver, None if all of it is decoded. Of a streamed
+        transaction the one behind it is decoded meanwhile: while it arrived, nothing of it could be logged."""
+        ahead, self._ahead = self._ahead, None
+        portion = ahead.result() if ahead is not None else self._decoded()
+        if self._more:
+            self._ahead = self._decoding.submit(self._decoded)
+        elif portion is not None and self._receiver is not None and self._spool is not None:
+            self._receiver.lend(self._spool.held_bytes)
+        return portion
+
+    def _decoded(self) -> Portion | None:
+        assert self._decoder is not None, "open first"
+        part = next(self._parts, None)
+        self._more = part is not None and part.more
+        if part is None:
+            return None
+        if part.anonymous:
+            self._check_origin()
         began = time.perf_counter()
-        portion = self._decoder.feed_blob(blob.data, blob.lengths)
+        if part.aborted is None:
+            portion = self._decoder.feed_blob(part.data, part.lengths)
+        else:
+            portion = self._decoder.feed_spooled(part.data, part.lengths, part.aborted)
         metrics.STAGE_SECONDS.labels("decode").inc(time.perf_counter() - began)
         return portion
 
@@ -132,6 +235,13 @@ class PostgresSource:
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+        if self._ahead is not None:
+            self._ahead.exception()
+            self._ahead = None
+        self._parts, self._more = iter(()), False
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
         if self._catalog is not None:
             self._catalog.close()
             self._catalog = None
@@ -291,8 +401,8 @@ class PostgresKind:
     """Entry point `cdc.sources: postgres`: makes the parts of one configured source."""
 
     @staticmethod
-    def source(config: SourceConfig, *, application_name: str = "cdc") -> Source:
-        return PostgresSource(config, application_name=application_name)
+    def source(config: SourceConfig, *, application_name: str = "cdc", temp_dir: Path | None = None) -> Source:
+        return PostgresSource(config, application_name=application_name, temp_dir=temp_dir)
 
     @staticmethod
     def reader(config: SourceConfig) -> SnapshotReader:

@@ -1,10 +1,10 @@
 """`make bench`: how fast changes get from a slot into the landed changelog, beside Postgres' own receiver and the
 floor.
 
-Three ways over copies of the same slot, three rounds in rotated order: (a) `pg_recvlogical -f /dev/null`; (b) our
-receive loop, throwing everything away; (c) the daemon, from the start of its stream to the Delta commit that holds
-the last change. Prints medians and their ratios, and writes build/bench.json. Figures of one run on one machine
-compare with each other only.
+Ways over copies of the same slot, three rounds in rotated order: (a) `pg_recvlogical -f /dev/null`; (b) our receive
+loop, throwing everything away; (c) the daemon, from the start of its stream to the Delta commit that holds the last
+change; for the big transaction also (d) the same daemon with streaming = "off". Prints medians and their ratios, and
+writes build/bench.json. Figures of one run on one machine compare with each other only.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ metrics_listen = "127.0.0.1:0"
 dsn = "{dsn}"
 slot = "{slot}"
 publication = "{publication}"
+streaming = "{streaming}"
 
 [lake]
 url = "file://{folder}/lake"
@@ -89,16 +90,16 @@ def receive_and_forget(dsn: str, end: int) -> float:
 
 
 class DaemonRun:
-    """(c): one run of the daemon over the backlog, on a copy of the prepared state and lake."""
+    """(c), (d): one run of the daemon over the backlog, on a copy of the prepared state and lake."""
 
-    def __init__(self, log: bl.Backlog, prepared: Path, folder: Path) -> None:
+    def __init__(self, log: bl.Backlog, prepared: Path, folder: Path, streaming: str) -> None:
         bl.rewind(log)
         shutil.copytree(prepared, folder)
         self.peak_rss_mb = 0.0
         self.cpu_s = 0.0
         self.stages: dict[str, float] = {}
         self._state = folder / "state" / "state.db"
-        write_config(folder, log.dsn)
+        write_config(folder, log.dsn, streaming)
         # What `cdc wait` would order: land as soon as the log has everything up to the end, not when the clock says so.
         with closing(State(self._state, create=False)) as state:
             state.post_request("wait", {"source": "bench", "lsn": log.end, "tables": []})
@@ -171,8 +172,8 @@ class DaemonRun:
                     self.stages[name] = float(line.rpartition(" ")[2])
 
 
-def write_config(folder: Path, dsn: str) -> None:
-    text = CONFIG.format(folder=folder, dsn=dsn, slot=bl.SLOT, publication=bl.PUBLICATION)
+def write_config(folder: Path, dsn: str, streaming: str = "on") -> None:
+    text = CONFIG.format(folder=folder, dsn=dsn, slot=bl.SLOT, publication=bl.PUBLICATION, streaming=streaming)
     (folder / "cdc.toml").write_text(text)
 
 
@@ -195,16 +196,24 @@ def measure(workload: str, size: int, rounds: int) -> dict[str, Any]:
         a: list[float] = []
         b: list[float] = []
         c: list[DaemonRun] = []
+        d: list[DaemonRun] = []
         ways = [
             lambda n: a.append(recvlogical(log)),
             lambda n: b.append(floor(log)),
-            lambda n: c.append(DaemonRun(log, prepared, Path(folder) / f"run-{n}")),
+            lambda n: c.append(DaemonRun(log, prepared, Path(folder) / f"on-{n}", "on")),
         ]
+        if workload == "bulk_insert":
+            ways.append(lambda n: d.append(DaemonRun(log, prepared, Path(folder) / f"off-{n}", "off")))
         for number in range(rounds):
-            for way in ways[number % 3 :] + ways[: number % 3]:
+            first = number % len(ways)
+            for way in ways[first:] + ways[:first]:
                 way(number)
-            print(f"  round {number + 1}: a {a[-1]:.2f} s, b {b[-1]:.2f} s, c {c[-1].wall_s:.2f} s", flush=True)
-        return report(workload, log.changes, a, b, c)
+            told = f"  round {number + 1}: a {a[-1]:.2f} s, b {b[-1]:.2f} s, c {c[-1].wall_s:.2f} s"
+            print(told + (f", d {d[-1].wall_s:.2f} s" if d else ""), flush=True)
+        figures = report(workload, log.changes, a, b, c)
+        if d:
+            figures["streaming"] = compare(c, d)
+        return figures
 
 
 def report(workload: str, changes: int, a: list[float], b: list[float], c: list[DaemonRun]) -> dict[str, Any]:
@@ -227,6 +236,18 @@ def report(workload: str, changes: int, a: list[float], b: list[float], c: list[
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in figures["stages_s"].items())
     print(f"  where the time went (receive: CPU, others: wall, side by side): {stages}", flush=True)
     return figures
+
+
+def compare(on: list[DaemonRun], off: list[DaemonRun]) -> dict[str, Any]:
+    """Print what streaming gains; the figures."""
+    wall = {name: statistics.median(run.wall_s for run in runs) for name, runs in (("on", on), ("off", off))}
+    print(
+        f"  streaming on {wall['on']:.2f} s, off {wall['off']:.2f} s: off/on {wall['off'] / wall['on']:.2f},"
+        f" peak {max(run.peak_rss_mb for run in on):.0f} MB and {max(run.peak_rss_mb for run in off):.0f} MB",
+        flush=True,
+    )
+    seconds = {"on": [run.wall_s for run in on], "off": [run.wall_s for run in off]}
+    return {"off_by_on": wall["off"] / wall["on"], "seconds": seconds}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Start:
         self.root = root
         slot = "origin_" + dsn.rpartition("/")[2].partition("?")[0]
         self.config = SourceConfig(name="shop", dsn=dsn, slot=slot, publication=(slot,), tables=("public.*",))
-        self.source = PostgresKind.source(self.config, application_name="test")
+        self.source = PostgresKind.source(self.config, application_name="test", temp_dir=root / "tmp")
         self.admin = PostgresKind.admin(self.config)
         self.store = LocalStore(root / "lake")
         self.disk = 0

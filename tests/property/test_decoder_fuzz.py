@@ -7,60 +7,42 @@ not against what the stream said.
 from __future__ import annotations
 
 import random
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdc.errors import ProtocolError
-from tests.support.decoding import decode
+from tests.support.damage import KINDS, damaged
+from tests.support.decoding import decode, decode_streamed
+from tests.support.streaming import streamed
 from tests.support.wire import random_stream
 
-damage = st.sampled_from(["flip", "cut", "longer", "drop", "repeat", "swap", "length", "insert", "splice"])
+damage = st.sampled_from(KINDS)
 
 
-def broken(seed: int, kinds: list[str]) -> list[bytes]:
+def broken(seed: int, kinds: list[str], *, streaming: bool = False) -> list[bytes]:
     """A random stream with this damage done to random frames."""
     rng = random.Random(seed)
     frames = random_stream(rng, transactions=rng.randint(1, 4)).frames
-    for kind in kinds:
-        at = rng.randrange(len(frames))
-        frame = bytearray(frames[at])
-        place = rng.randrange(len(frame)) if frame else 0
-        match kind:
-            case "flip" if frame:
-                frame[place] ^= 1 << rng.randrange(8)
-            case "cut":
-                del frame[place:]
-            case "longer":
-                frame += bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
-            case "drop" if len(frames) > 1:
-                del frames[at]
-                continue
-            case "repeat":
-                frames.insert(at, frames[at])
-                continue
-            case "swap":
-                other = rng.randrange(len(frames))
-                frames[at], frames[other] = frames[other], frames[at]
-                continue
-            case "length":
-                frame[place : place + 4] = rng.choice(
-                    (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\1")
-                )
-            case "insert":
-                frame[place:place] = bytes([rng.randrange(256)])
-            case "splice":
-                frame[place:] = frames[rng.randrange(len(frames))][place:]
-        frames[at] = bytes(frame)
-    return frames
+    if streaming:
+        frames = streamed(frames, rng) or frames
+    return damaged(frames, kinds, rng)
 
 
-def outcome(frames: list[bytes], plan: str) -> list[list[tuple]] | str:
+def outcome(frames: list[bytes], plan: str, *, spooled: bool = False, memory_bytes: int = 0) -> list[list[tuple]] | str:
     """Batches as lists of buffers' contents, or "refused"."""
     try:
-        portions = decode(frames, row_plan=plan)
+        if spooled:
+            with tempfile.TemporaryDirectory() as folder:
+                cuts = range(0, len(frames), 7)
+                held = {"folder": Path(folder) / "spool", "memory_bytes": memory_bytes}
+                portions = decode_streamed(frames, cuts, **held, row_plan=plan)
+        else:
+            portions = decode(frames, row_plan=plan)
     except ProtocolError as error:
         text = str(error)
         assert text.isprintable()
@@ -90,16 +72,31 @@ def test_a_broken_stream_is_refused_or_decoded_into_valid_batches_by_both_plans_
         assert left[1].equals(right[1]) or left[1].serialize() == right[1].serialize()
 
 
+@settings(max_examples=120)
+@given(st.integers(0, 1 << 32), st.lists(damage, min_size=1, max_size=4), st.sampled_from([0, 1 << 20]))
+def test_a_broken_stream_of_open_transactions_is_refused_or_decoded_into_valid_batches(
+    seed: int, kinds: list[str], memory_bytes: int
+) -> None:
+    frames = broken(seed, kinds, streaming=True)
+
+    by_columns = outcome(frames, "columns", spooled=True, memory_bytes=memory_bytes)
+    by_rows = outcome(frames, "rows", spooled=True, memory_bytes=memory_bytes)
+
+    assert (by_columns == "refused") == (by_rows == "refused")
+
+
 @settings(max_examples=40)
-@given(st.integers(0, 1 << 32), st.lists(damage, min_size=1, max_size=4))
-def test_a_broken_stream_never_makes_the_decoder_ask_for_much_memory(seed: int, kinds: list[str]) -> None:
-    frames = broken(seed, kinds)
+@given(st.integers(0, 1 << 32), st.lists(damage, min_size=1, max_size=4), st.booleans())
+def test_a_broken_stream_never_makes_the_decoder_ask_for_much_memory(
+    seed: int, kinds: list[str], streaming: bool
+) -> None:
+    frames = broken(seed, kinds, streaming=streaming)
     size = sum(map(len, frames))
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
 
     tracemalloc.start()
-    outcome(frames, "auto")
+    outcome(frames, "auto", spooled=streaming)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
@@ -107,6 +104,6 @@ def test_a_broken_stream_never_makes_the_decoder_ask_for_much_memory(seed: int, 
     assert pool.bytes_allocated() - before < 1_000_000
 
 
-@given(st.lists(st.binary(max_size=60), max_size=20))
-def test_noise_is_refused(frames: list[bytes]) -> None:
-    outcome(frames, "auto")
+@given(st.lists(st.binary(max_size=60), max_size=20), st.booleans())
+def test_noise_is_refused(frames: list[bytes], streaming: bool) -> None:
+    outcome(frames, "auto", spooled=streaming)

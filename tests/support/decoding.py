@@ -10,11 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cdc.batch import Batch, Portion
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres.pgoutput import Decoder, Relation
+from connectors.postgres.spool import Spool
 from tests.support.wire import (
     BOOL,
     BYTEA,
@@ -76,6 +80,30 @@ def decode(frames: Sequence[bytes], cuts: Iterable[int] = (), **options: Any) ->
     decoder = Decoder(resolve, epoch=3, **options)
     edges = [0, *sorted(cuts), len(frames)]
     return [decoder.feed(frames[a:b]) for a, b in pairwise(edges)]
+
+
+def decode_streamed(
+    frames: Sequence[bytes], cuts: Iterable[int] = (), *, folder: Path, memory_bytes: int = 1 << 20, **options: Any
+) -> list[Portion]:
+    """The same for a stream of protocol 2: through a new spool, each run between cuts a blob."""
+    decoder = Decoder(resolve, epoch=3, **options)
+    spool = Spool(folder, memory_bytes=memory_bytes)
+    edges = [0, *sorted(cuts), len(frames)]
+    portions = []
+    try:
+        for a, b in pairwise(edges):
+            if a == b:
+                continue
+            lengths = np.fromiter(map(len, frames[a:b]), np.int64, b - a)
+            for part in spool.take(b"".join(frames[a:b]), lengths, in_transaction=decoder.in_transaction):
+                if part.aborted is None:
+                    portions.append(decoder.feed_blob(part.data, part.lengths))
+                else:
+                    portions.append(decoder.feed_spooled(part.data, part.lengths, part.aborted))
+            assert spool.held_bytes <= memory_bytes
+    finally:
+        spool.close()
+    return portions
 
 
 def batches_of(portions: Iterable[Portion]) -> list[Batch]:
