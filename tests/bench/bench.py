@@ -3,8 +3,9 @@ floor.
 
 Ways over copies of the same slot, three rounds in rotated order: (a) `pg_recvlogical -f /dev/null`; (b) our receive
 loop, throwing everything away; (c) the daemon, from the start of its stream to the Delta commit that holds the last
-change; for the big transaction also (d) the same daemon with streaming = "off". Prints medians and their ratios, and
-writes build/bench.json. Figures of one run on one machine compare with each other only.
+change; for the big transaction also (d) the same daemon with streaming = "on", and then the same insert while the
+daemon runs, with and without it (live.py). Prints medians and their ratios, and writes build/bench.json. Figures of
+one run on one machine compare with each other only.
 """
 
 from __future__ import annotations
@@ -172,15 +173,15 @@ class DaemonRun:
                     self.stages[name] = float(line.rpartition(" ")[2])
 
 
-def write_config(folder: Path, dsn: str, streaming: str = "on") -> None:
-    text = CONFIG.format(folder=folder, dsn=dsn, slot=bl.SLOT, publication=bl.PUBLICATION, streaming=streaming)
+def write_config(folder: Path, dsn: str, streaming: str = "off", slot: str = bl.SLOT) -> None:
+    text = CONFIG.format(folder=folder, dsn=dsn, slot=slot, publication=bl.PUBLICATION, streaming=streaming)
     (folder / "cdc.toml").write_text(text)
 
 
-def prepare_daemon(dsn: str, folder: Path) -> None:
+def prepare_daemon(dsn: str, folder: Path, streaming: str = "off", slot: str = bl.SLOT) -> None:
     """First snapshots, before the backlog: what is measured is the stream."""
     folder.mkdir()
-    write_config(folder, dsn)
+    write_config(folder, dsn, streaming, slot)
     command = [sys.executable, "-m", "cdc", "--config", str(folder / "cdc.toml"), "run", "--once"]
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -200,10 +201,10 @@ def measure(workload: str, size: int, rounds: int) -> dict[str, Any]:
         ways = [
             lambda n: a.append(recvlogical(log)),
             lambda n: b.append(floor(log)),
-            lambda n: c.append(DaemonRun(log, prepared, Path(folder) / f"on-{n}", "on")),
+            lambda n: c.append(DaemonRun(log, prepared, Path(folder) / f"off-{n}", "off")),
         ]
         if workload == "bulk_insert":
-            ways.append(lambda n: d.append(DaemonRun(log, prepared, Path(folder) / f"off-{n}", "off")))
+            ways.append(lambda n: d.append(DaemonRun(log, prepared, Path(folder) / f"on-{n}", "on")))
         for number in range(rounds):
             first = number % len(ways)
             for way in ways[first:] + ways[:first]:
@@ -212,7 +213,7 @@ def measure(workload: str, size: int, rounds: int) -> dict[str, Any]:
             print(told + (f", d {d[-1].wall_s:.2f} s" if d else ""), flush=True)
         figures = report(workload, log.changes, a, b, c)
         if d:
-            figures["streaming"] = compare(c, d)
+            figures["streaming"] = compare(d, c)
         return figures
 
 
@@ -261,6 +262,10 @@ def main() -> None:
         print(receive_and_forget(args.floor[0], int(args.floor[1])))
         return
     figures = {w: measure(w, int(SIZES[w] * args.scale), args.rounds) for w in args.workload}
+    if "bulk_insert" in figures:
+        from tests.bench import live
+
+        figures["live_insert"] = live.measure(int(SIZES["bulk_insert"] * args.scale), args.rounds)
     target = ROOT / "build" / "bench.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps({"workloads": figures}, indent=1))

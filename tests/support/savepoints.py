@@ -44,9 +44,10 @@ class _Session:
     """Extra columns of its own table, one entry for each level of savepoints."""
 
 
-def run(dsn: str, rng: random.Random, *, transactions: int, statements: int) -> None:
-    """So many transactions of about so many statements each; some are rolled back, some prepared first."""
-    ids = itertools.count(1)
+def run(dsn: str, rng: random.Random, *, transactions: int, statements: int, first: int = 1) -> None:
+    """So many transactions of about so many statements each; some are rolled back, some prepared first. Programs on
+    the same tables number their statements from different `first` ones, and so have keys of their own."""
+    ids = itertools.count(first)
     names = itertools.count(1)
     sessions = []
     for number in range(SESSIONS):
