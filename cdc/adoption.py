@@ -79,17 +79,21 @@ def examine(
 
 def adopt(identity: SourceIdentity, anchor: Anchor, adoption: Adoption) -> AnchorState:
     """Write what `examine` found into the lake's anchor. Durable on return; a second time changes nothing."""
-    return anchor.change(
-        lambda known: replace(
+
+    def adopted(known: AnchorState) -> AnchorState:
+        # Where the log may hold what has not landed, a lost log must still be known as a loss.
+        landed = max(known.may_confirm_lsn, adoption.at_lsn) if known.mode == "landed" else known.may_confirm_lsn
+        return replace(
             known,
             system_id=identity.system_id,
             timeline=identity.timeline,
             database=identity.database,
-            may_confirm_lsn=max(known.may_confirm_lsn, adoption.at_lsn),
+            may_confirm_lsn=landed,
             adopted_from_lsn=adoption.held_lsn,
             adopted_at_lsn=adoption.at_lsn,
         )
-    )
+
+    return anchor.change(adopted)
 
 
 def _held(config: SourceConfig, known: AnchorState, logged_lsn: int | None) -> int:

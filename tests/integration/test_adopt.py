@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cdc.lake.anchor import Anchor
+from connectors.local.store import LocalStore
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.replication import parse_lsn
 from tests.support.copies import scalar
@@ -65,6 +67,10 @@ def test_after_an_upgrade_the_history_goes_on_once_it_is_adopted(tmp_path: Path,
             assert (done.code, done.document["adopted"]) == (0, True), done
             assert parse_lsn(done.document["held_lsn"]) <= beyond < parse_lsn(done.document["at_lsn"])
             assert done.document["missing"] == []
+            anchor = Anchor(LocalStore(daemon.lake), "shop").load()
+            assert anchor is not None
+            knows_a_lost_log = anchor.may_confirm_lsn < parse_lsn(done.document["at_lsn"])
+            assert knows_a_lost_log == (confirm_after == "log")
             execute(new.dsn(), "insert into t values (21, 'new')", "update t set note = 'new' where id = 3")
             daemon.start().settled().verified()
             assert daemon.source()["epoch"] == 1, "the history goes on"
