@@ -124,7 +124,7 @@ def test_the_demo_ends_equal_and_its_lake_can_be_looked_into_afterwards(
         " count(*) filter (channel is null) from shop.orders",
     )
     assert (old > 30_000, new > 0, unset) == (True, True, 0), "the column's default holds for rows that it never met"
-    runs = query(config, "select count(distinct _run) from shop.orders_changelog where _op = 's'")
+    runs = query(config, "select count(distinct _run) from shop.orders_changelog where _op = 'r'")
     assert runs == [[2]], "a first snapshot and a resync"
     moved = query(
         config,
