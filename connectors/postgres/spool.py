@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -311,23 +311,27 @@ class Spool:
 
     def _read(self, transaction: _Transaction) -> Iterator[tuple[bytes, Ints, bool]]:
         """Portions of the frames, and whether it is the last; at least one."""
-        held = list(_portions(transaction.held)) or [[(b"", _NONE)]]
-        left = len(transaction.written) + len(held)
+        groups = _portions(self._pieces(transaction))
+        group = next(groups, [(b"", _NONE)])
+        for following in groups:
+            yield b"".join(data for data, _ in group), np.concatenate([n for _, n in group]), False
+            group = following
+        yield b"".join(data for data, _ in group), np.concatenate([n for _, n in group]), True
+
+    def _pieces(self, transaction: _Transaction) -> Iterator[tuple[bytes, Ints]]:
+        """What is held of the transaction, in order: first what is on disk, read only when it is asked for."""
         if transaction.written:
             try:
                 file = os.open(self._path(transaction), os.O_RDONLY)
                 try:
                     for at, count, size in transaction.written:
-                        left -= 1
                         lengths = np.frombuffer(_read_all(file, at, 4 * count), "<u4").astype(np.int64)
-                        yield _read_all(file, at + 4 * count, size), lengths, left == 0
+                        yield _read_all(file, at + 4 * count, size), lengths
                 finally:
                     os.close(file)
             except OSError as error:
                 raise self._failed(error, 0) from error
-        for group in held:
-            left -= 1
-            yield b"".join(data for data, _ in group), np.concatenate([n for _, n in group]), left == 0
+        yield from transaction.held
 
     # --- relations ------------------------------------------------------------------------------------------------
 
@@ -388,7 +392,7 @@ def _joined(frames: Frames, lengths: Ints, runs: list[tuple[int, int]]) -> Itera
     yield Part(data, np.concatenate([lengths[begin:end] for begin, end in runs]))
 
 
-def _portions(held: list[tuple[bytes, Ints]]) -> Iterator[list[tuple[bytes, Ints]]]:
+def _portions(held: Iterable[tuple[bytes, Ints]]) -> Iterator[list[tuple[bytes, Ints]]]:
     """The pieces in groups of about PORTION_BYTES."""
     group: list[tuple[bytes, Ints]] = []
     size = 0

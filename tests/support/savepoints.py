@@ -18,7 +18,7 @@ import psycopg
 SESSIONS = 3
 SHARED = ("keyed", "whole")
 TABLES = (*SHARED, *(f"own_{n}" for n in range(SESSIONS)))
-ROWS_MAX = 500
+ROWS_MAX = 300
 KEY_SHIFT = 9_000_000
 """Keys are made below it, so keys that are moved by multiples of it never meet."""
 _LONG = "(select string_agg(md5(g::text || random()), '') from generate_series(1, 90) g)"
