@@ -8,7 +8,6 @@ for what is held as text, by its binary form for the rest.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from psycopg.adapt import Transformer
 from connectors.postgres.catalog import describe
 from connectors.postgres.connection import CANONICAL
 from tests.support.daemon import Daemon
-from tests.support.typecases import EVERY, SETUP, Case
+from tests.support.typecases import EVERY, SETUP, Case, same
 from tests.support.witness import changelog
 
 pytestmark = pytest.mark.matrix
@@ -302,19 +301,6 @@ def _binary(connection: psycopg.Connection[Any], query: str) -> list[Any]:
         loader = Transformer.from_context(connection).get_loader(result.ftype(0), pq.Format.BINARY)
         cells = [result.get_value(row, 0) for row in range(result.ntuples)]
         return [None if cell is None else loader.load(cell) for cell in cells]
-
-
-def same(held: Any, expected: Any) -> bool:
-    """Equal in type and value; of floats, also in the sign of a zero, and NaN to NaN."""
-    if isinstance(held, list | tuple):
-        return isinstance(expected, list | tuple) and len(held) == len(expected) and all(map(same, held, expected))
-    if isinstance(held, float) and isinstance(expected, float):
-        if math.isnan(held):
-            return math.isnan(expected)
-        return held == expected and math.copysign(1, held) == math.copysign(1, expected)
-    if isinstance(held, bool) or isinstance(expected, bool) or held is None or expected is None:
-        return held is expected
-    return type(held) is type(expected) and bool(held == expected)
 
 
 def test_the_missing_value_of_a_new_column_is_what_the_old_rows_show(database: str) -> None:

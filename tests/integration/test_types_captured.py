@@ -135,6 +135,7 @@ def bytes_only(server: EmbeddedPostgres) -> Iterator[SourceConfig]:
     drop_database(server, name)
 
 
+@pytest.mark.matrix
 def test_text_that_is_not_utf8_is_kept_as_hex_by_snapshot_and_stream(bytes_only: SourceConfig) -> None:
     texts = [b"caf\xe9", "café".encode(), b"plain", b"\\xe9"]
     with psycopg.connect(bytes_only.dsn, autocommit=True, client_encoding="SQL_ASCII") as connection:
@@ -147,7 +148,7 @@ def test_text_that_is_not_utf8_is_kept_as_hex_by_snapshot_and_stream(bytes_only:
     reader = PostgresSnapshotReader(bytes_only)
     source = PostgresSource(bytes_only)
     try:
-        schemas = {str(s.table): s for s in reader.tables()}
+        schemas = {str(found.schema.table): found.schema for found in reader.tables().tables}
         reader.begin(schemas["public.mixed"])
         rows = reader.read()
         reader.begin(schemas["public.odd_key"])

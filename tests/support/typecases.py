@@ -7,8 +7,9 @@ the server's catalog, so that no type can be forgotten.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 UTC: Final = "timestamp[us, tz=UTC]"
 ODD_SCALES: Final = 150000
@@ -270,3 +271,16 @@ EVERY: Final[tuple[Case, ...]] = (
     Case("halfvec", "list<item: float>", ("[65504,-6e-08,0.1]",), extension="vector", array="list<item: string>"),
     Case("sparsevec", values=("{1:1.5,3:-2}/5",), extension="vector"),
 )
+
+
+def same(held: Any, expected: Any) -> bool:
+    """Equal in type and value; of floats, also in the sign of a zero, and NaN to NaN."""
+    if isinstance(held, list | tuple):
+        return isinstance(expected, list | tuple) and len(held) == len(expected) and all(map(same, held, expected))
+    if isinstance(held, float) and isinstance(expected, float):
+        if math.isnan(held):
+            return math.isnan(expected)
+        return held == expected and math.copysign(1, held) == math.copysign(1, expected)
+    if isinstance(held, bool) or isinstance(expected, bool) or held is None or expected is None:
+        return held is expected
+    return type(held) is type(expected) and bool(held == expected)
