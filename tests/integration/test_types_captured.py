@@ -119,6 +119,9 @@ class Book:
     def versions(self, table: TableId) -> list[TableSchema]:
         return []
 
+    def held(self, table: TableId) -> TableSchema | None:
+        return None
+
 
 @pytest.fixture
 def bytes_only(server: EmbeddedPostgres) -> Iterator[SourceConfig]:
@@ -180,6 +183,32 @@ def test_text_that_is_not_utf8_is_kept_as_hex_by_snapshot_and_stream(bytes_only:
         for i in range(batch.data.num_rows)
     ] == cells
     assert [_raw(batch, 0) for batch in batches if batch.table.name == "odd_key"] == [{"id": "\\xe9"}]
+
+
+def test_a_byte_that_an_encoding_does_not_define_is_told_with_what_finds_it(server: EmbeddedPostgres) -> None:
+    name = "types_latin"
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(f"create database {name} encoding 'WIN1252' template template0 lc_collate 'C' lc_ctype 'C'")
+    config = SourceConfig(name="latin", dsn=server.dsn(name), slot=name, publication=(name,))
+    reader = PostgresSnapshotReader(config)
+    try:
+        with psycopg.connect(config.dsn, autocommit=True, client_encoding="UTF8") as connection:
+            connection.execute("create table public.notes (id int primary key, note text)")
+            connection.execute("insert into public.notes values (1, 'café €')")
+            connection.execute("create publication types_latin for table public.notes")
+            schema = reader.tables().tables[0].schema
+            reader.begin(schema)
+            assert reader.read().columns[1].to_pylist() == ["café €"]
+            connection.execute("set client_encoding to 'SQL_ASCII'")
+            connection.execute(b"insert into public.notes values (2, E'\\x81')")
+        reader.begin(schema)
+        with pytest.raises(SourceRefused, match="bytes that are no character") as refused:
+            reader.read()
+        assert "convert_to(column, 'UTF8')" in refused.value.hint
+    finally:
+        reader.end()
+        reader.close()
+        drop_database(server, name)
 
 
 def _raw(batch: Batch, row: int) -> dict[str, str]:
