@@ -148,7 +148,7 @@ class Looker:
         try:
             found, seen, new_parts = self._look(connection, only)
         finally:
-            connection.execute("rollback")
+            connection.execute("commit")  # of nothing: it only read
         if not new_parts:
             return found, seen
         empty = self._empty(connection, new_parts)
@@ -256,7 +256,7 @@ class Looker:
             except psycopg.errors.LockNotAvailable:
                 pass
             finally:
-                connection.execute("rollback")
+                connection.execute("commit")  # of nothing: it only read
         return empty
 
 

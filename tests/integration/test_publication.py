@@ -44,12 +44,12 @@ class Asked:
         return self._readers[-1]
 
     def schemas(self, *publications: str, **keys: Any) -> dict[str, Any]:
-        return {str(s.table): s for s in self.reader(*publications, **keys).tables()}
+        return {str(f.schema.table): f.schema for f in self.reader(*publications, **keys).tables().tables}
 
     def rows(self, table: str, *publications: str) -> list[dict[str, Any]]:
         """Every row that a snapshot reads, chunk by chunk."""
         reader = self.reader(*publications)
-        schema = next(s for s in reader.tables() if str(s.table) == table)
+        schema = next(f.schema for f in reader.tables().tables if str(f.schema.table) == table)
         reader.begin(schema)
         found: list[dict[str, Any]] = []
         after = None

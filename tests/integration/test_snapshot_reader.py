@@ -35,7 +35,7 @@ def reader(database: str) -> Iterator[PostgresSnapshotReader]:
 
 def read_all(reader: PostgresSnapshotReader, rows_max: int = 1000) -> Iterator[RowsRead]:
     """Chunks of the one published table, all from one snapshot."""
-    (schema,) = reader.tables()
+    (schema,) = (found.schema for found in reader.tables().tables)
     reader.begin(schema)
     after = None
     while True:
@@ -125,7 +125,7 @@ def test_keys_that_ignore_case_are_walked_once_each(db: psycopg.Connection, read
     ]
     assert sorted(read) == sorted(rows)
     # By key, exactly those: to the type "a" and "A" are one.
-    (schema,) = reader.tables()
+    (schema,) = (found.schema for found in reader.tables().tables)
     reader.end()
     reader.begin(schema)
     some = reader.read(keys=[("a", "0"), ("A", "0"), ("Z", "7"), ("z", "7")])
