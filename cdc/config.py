@@ -47,6 +47,8 @@ class SourceConfig:
     publication: tuple[str, ...] = ()
     partial_operations: tuple[str, ...] = ()
     """Globs of tables whose publication may leave out operations."""
+    messages: tuple[str, ...] = ()
+    """Globs of the prefixes of logical messages that are kept."""
     confirm_after: str = "landed"
     confirm_every_s: float = 1.0
     on_slot_lost: str = "stop"

@@ -215,7 +215,7 @@ class Discovery:
         there = {t.schema.table for t in catalog.tables}
         outside = {u.table: u for u in catalog.unpublished}
         names = {t.schema.oid: t.schema.table for t in catalog.tables}
-        gone = [b for t, b in known.items() if t not in there and b.state != "removed"]
+        gone = [b for t, b in known.items() if t not in there and b.state != "removed" and not t.is_own]
         self._tables.mark([b.table for b in gone], True)
         for before in gone:
             table, left = before.table, outside.get(before.table)

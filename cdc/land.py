@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -343,7 +343,9 @@ class Lander:
         failpoint("land.after_cut")
         with self._state.transaction() as tx:
             for table in tables:
-                last = {"last_change_us": self._changed_us[table]} if table in self._changed_us else {}
+                last: dict[str, Any] = {"last_change_us": self._changed_us[table]} if table in self._changed_us else {}
+                if table.is_own:
+                    last["state"] = "streaming"
                 self._state.update_table(self._source, table, tx=tx, landed_lsn=cut.boundary.lsn, **last)
         self._evolution.commit()
         self._changed_us.clear()

@@ -96,7 +96,7 @@ class Merger:
         worked, whole = False, True
         versions: dict[TableId, int] = {}
         for table, through in cut.versions.items():
-            if self._is_stopped(table):
+            if self._is_stopped(table) or table.is_own:
                 continue
             try:
                 merged = self._merge(table, through, cut.boundary.lsn)

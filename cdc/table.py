@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+OWN_SCHEMA = "cdc"
+"""What cdc keeps itself: in a database the acknowledgements of reverse ETL, in the lake tables that no source has.
+Tables of this schema are never captured, so these names are free."""
+
 
 class TableId(NamedTuple):
     """Schema and name, unquoted, as the catalog stores them."""
@@ -18,6 +22,11 @@ class TableId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether cdc itself writes it: it has a changelog, but no rows at the source, no snapshot and no `current`."""
+        return self.schema == OWN_SCHEMA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

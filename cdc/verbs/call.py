@@ -95,9 +95,10 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> UsageError:
     return UsageError(f"there is no {kind} {name}", hint=hint)
 
 
-def tables_of(state: State, sources: Sequence[str]) -> list[tuple[str, TableId]]:
-    """The tables that the daemon knows, removed ones left out."""
-    return [(s, t.table) for s in sources for t in state.tables(s) if t.state != "removed"]
+def tables_of(state: State, sources: Sequence[str], *, with_own: bool = False) -> list[tuple[str, TableId]]:
+    """The tables that the daemon knows, removed ones left out; `with_own`: also those that only cdc has."""
+    found = [(s, t) for s in sources for t in state.tables(s)]
+    return [(s, t.table) for s, t in found if t.state != "removed" and (with_own or not t.table.is_own)]
 
 
 def resolve_tables(known: Sequence[tuple[str, TableId]], names: Sequence[str]) -> list[tuple[str, TableId]]:

@@ -90,7 +90,7 @@ def _chosen(call: Call, state: State) -> tuple[list[str], TableId | None]:
     sources = call.sources([call.args.source] if call.args.source else [])
     if not call.args.table:
         return sources, None
-    source, table = resolve_tables(tables_of(state, sources), [call.args.table])[0]
+    source, table = resolve_tables(tables_of(state, sources, with_own=True), [call.args.table])[0]
     return [source], table
 
 

@@ -19,9 +19,6 @@ from cdc.errors import ConfigError, SourceRefused
 from cdc.table import Column, TableId, TableSchema
 from cdc.types import overridden
 
-OWN_SCHEMA = "cdc"
-"""Where reverse ETL keeps its acknowledgements."""
-
 COLUMNS = """
 with recursive base(oid, base, typmod) as (
   select oid, oid, -1 from pg_type where typtype <> 'd'
@@ -208,7 +205,7 @@ class Described:
 def selected(config: SourceConfig, table: TableId) -> bool:
     """Whether the configuration's globs want the table. No globs: everything that is published, but what cdc itself
     keeps in a database that is also a target."""
-    if table.schema == OWN_SCHEMA:
+    if table.is_own:
         return False
     name = str(table)
     wanted = not config.tables or any(fnmatchcase(name, pattern) for pattern in config.tables)

@@ -132,14 +132,29 @@ def read_origin(data: bytes) -> str:
     return name
 
 
-def is_ddl(data: bytes) -> bool:
-    """Whether a logical message is the word of our event triggers; of the others only the shape is checked."""
+@dataclass(frozen=True, slots=True)
+class LogicalMessage:
+    """What `pg_logical_emit_message` wrote; `lsn` is its own position."""
+
+    transactional: bool
+    lsn: int
+    prefix: str
+    content: bytes
+
+    @property
+    def is_ddl(self) -> bool:
+        """Whether it is the word of our event triggers."""
+        return self.prefix == "cdc" and self.content.startswith(DDL_MARK)
+
+
+def read_message(data: bytes) -> LogicalMessage:
+    """A Message message; its content is anything."""
     reader = _Reader(data)
-    reader.take(9)  # flags, LSN
+    flags, lsn = reader.u8(), int.from_bytes(reader.take(8))
     prefix = reader.text()
     content = reader.take(reader.u32())
     reader.end()
-    return prefix == "cdc" and content.startswith(DDL_MARK)
+    return LogicalMessage(bool(flags & 1), lsn, prefix, content)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from connectors.postgres.buffer import Bools, Ints
 from connectors.postgres.columns import walk_columns
 from connectors.postgres.frames import XID_BYTES, Frames, kinds, parts, split
 from connectors.postgres.image import UNKNOWN_TIME, Layout, Rows, System, make_batches
+from connectors.postgres.logical_messages import Kept, MessageRow, MessageTable, with_messages
 from connectors.postgres.messages import (
     BEGIN,
     COMMIT,
@@ -45,7 +46,7 @@ from connectors.postgres.messages import (
     UPDATE,
     Relation,
     RelationColumn,
-    is_ddl,
+    read_message,
     read_origin,
     read_relation,
     read_stream_abort,
@@ -126,7 +127,8 @@ class Decoder:
     """Decodes one replication stream. Not thread-safe; `feed` does not block, unless `resolve` does.
 
     Transactions with a commit LSN at or below `after_lsn` are left out completely; a boundary never stands below
-    (`after_lsn`, `after_end_lsn`). `row_plan` "auto" walks groups of fewer than `small_rows` rows one by one.
+    (`after_lsn`, `after_end_lsn`). `messages` makes rows of logical messages (None: they are passed over). `row_plan`
+    "auto" walks groups of fewer than `small_rows` rows one by one.
     """
 
     def __init__(
@@ -138,8 +140,10 @@ class Decoder:
         after_end_lsn: int = 0,
         small_rows: int = 80,
         row_plan: Literal["auto", "columns", "rows"] = "auto",
+        messages: MessageTable | None = None,
     ) -> None:
         self._resolve = resolve
+        self._messages = messages
         self._epoch = epoch
         self._after_lsn = after_lsn
         self._small_rows = {"auto": small_rows, "columns": 0, "rows": 1 << 62}[row_plan]
@@ -202,21 +206,23 @@ class Decoder:
         return portion
 
     def _decode(self, messages: Frames, portion: Portion) -> None:
-        transactions = self._transactions(messages)
+        kept = self._messages.kept(messages) if self._messages is not None else {}
+        transactions = self._transactions(messages, kept)
         changed, truncates = self._rare(messages, transactions)
         portion.ddl |= self._ddl
         self._ddl = False
         tail = int(transactions.commits[-1]) + 1 if len(transactions.commits) else 0
         pieces = self._pieces(messages, transactions, changed, truncates, tail)
         portion.batches += self._batches(messages, transactions, pieces)
-        self._finish(messages, transactions, portion)
+        alone = self._message_rows(messages, transactions, kept, tail, portion) if kept else 0
+        self._finish(messages, transactions, portion, alone)
 
     # --- transactions -------------------------------------------------------------------------------------------
 
-    def _transactions(self, messages: Frames) -> _Transactions:
+    def _transactions(self, messages: Frames, kept: Kept) -> _Transactions:
         """Find Begin and Commit, check that they alternate and agree, and number the changes."""
         kind = messages.kind
-        is_begin, is_commit, is_change = kind == BEGIN, kind == COMMIT, _CHANGE.take(kind)
+        is_begin, is_commit, is_change = kind == BEGIN, kind == COMMIT, with_messages(_CHANGE.take(kind), kept)
         begins, commits = np.flatnonzero(is_begin), np.flatnonzero(is_commit)
         edges = np.flatnonzero(is_begin | is_commit)
         if len(edges):
@@ -256,8 +262,9 @@ class Decoder:
         messages.refuse(commits, end_lsn < begun, "it ends before its commit LSN")
         return end_lsn
 
-    def _finish(self, messages: Frames, transactions: _Transactions, portion: Portion) -> None:
-        """Take over what the part says of complete transactions, of the stream's end, and of the open one."""
+    def _finish(self, messages: Frames, transactions: _Transactions, portion: Portion, alone: int) -> None:
+        """Take over what the part says of complete transactions, of the stream's end, and of the open one; `alone` is
+        the position of the last message that stands outside of transactions."""
         t = transactions
         closed = t.of.take(t.commits)
         lsns = t.lsn.take(closed)
@@ -274,6 +281,8 @@ class Decoder:
             times = times[times != UNKNOWN_TIME]
             if len(times):
                 portion.committed_at_us = int(times[-1])
+        if alone:
+            self._lsn, self._end_lsn, reached = max(self._lsn, alone), max(self._end_lsn, alone), True
         reached |= self._keepalives(messages, t)
         last = np.flatnonzero(messages.kind)[-1:]
         if len(last):
@@ -338,7 +347,7 @@ class Decoder:
                 elif kind == TRUNCATE:
                     truncates += self._truncated(i, read_truncate(data))
                 else:
-                    self._ddl |= is_ddl(data)
+                    self._ddl |= read_message(data).is_ddl
             except ValueError as error:
                 raise messages.malformed(i, _reason(error)) from error
         after = transactions.lsn > self._after_lsn
@@ -367,6 +376,32 @@ class Decoder:
                 raise ValueError("no Relation message before it")
             if known.layout is not None:
                 yield _Piece(i, known.layout, np.array([i]), truncate=True)
+
+    def _message_rows(
+        self, messages: Frames, transactions: _Transactions, kept: Kept, tail: int, portion: Portion
+    ) -> int:
+        """Batches of the logical messages that are kept, those of the transaction that is still open apart. The
+        position of the last one outside of transactions, 0 if none is new."""
+        assert self._messages is not None
+        t, alone = transactions, 0
+        complete: list[MessageRow] = []
+        still_open: list[MessageRow] = []
+        for i, message in kept.items():
+            if not message.transactional:
+                if t.inside[i]:
+                    raise messages.malformed(i, "a message outside of transactions stands inside of one")
+                if message.lsn > self._after_lsn:
+                    # Its own transaction, so to speak: sent in the order of positions, and known by its own.
+                    complete.append(MessageRow(message, message.lsn, 0, 0, UNKNOWN_TIME, None))
+                    alone = message.lsn
+                continue
+            of = int(t.of[i])
+            if t.lsn[of] > self._after_lsn:
+                seq = int(t.counted[i]) - 1 - int(t.first[of])
+                row = MessageRow(message, int(t.lsn[of]), seq, int(t.xid[of]), int(t.committed[of]), t.origins.get(of))
+                (complete if i < tail else still_open).append(row)
+        portion.batches += [self._messages.batch(self._epoch, rows) for rows in (complete, still_open) if rows]
+        return alone
 
     # --- rows ---------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
+from connectors.postgres.logical_messages import MessageTable, messages_schema
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.resolution import Resolved, resolve
@@ -111,7 +112,10 @@ class PostgresSource:
         if after is not None:
             self._check_start(after)
         lsn, end_lsn = (after.lsn, after.end_lsn) if after is not None else (0, 0)
-        self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=lsn, after_end_lsn=end_lsn)
+        messages = None
+        if self._config.messages:
+            messages = MessageTable(schemas.register(messages_schema()), self._config.messages)
+        self._decoder = Decoder(self._resolve, epoch=epoch, after_lsn=lsn, after_end_lsn=end_lsn, messages=messages)
         # Whatever was held of open transactions is void: the server sends them again from their beginning.
         self._spool = spool
 
@@ -143,9 +147,10 @@ class PostgresSource:
 
         Servers do not always say the origin of a transaction that they stream before it commits (they take it from the
         first thing in it, which may be no row). So nothing is streamed where origins exist; where one comes to be
-        meanwhile, `_check_origin` notices it.
+        meanwhile, `_check_origin` notices it. Nor do they say which subtransaction wrote a logical message: one that
+        was rolled back could not be told, so nothing is streamed where messages are kept.
         """
-        if self._temp_dir is None or self._config.streaming == "off" or self._whole:
+        if self._temp_dir is None or self._config.streaming == "off" or self._config.messages or self._whole:
             return None
         if server_version < STREAMING_SINCE or self._origins_exist():
             return None

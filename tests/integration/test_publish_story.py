@@ -1,4 +1,4 @@
-"""What streams of partitions, filters, generated columns, truncations and origins: a real server and daemon.
+"""What streams of partitions, filters, generated columns, truncations, origins and messages: a real server and daemon.
 
 One daemon serves the module, on publications that were made by hand; each test works on tables of its own.
 """
@@ -50,12 +50,13 @@ create table cut_plain (id serial primary key, n int)
 insert into cut_root select generate_series(1, 5)
 insert into cut_plain (n) select generate_series(1, 5)
 create table origins (id int primary key)
+create table beside (id int)
 """
 FILTERED = """
 create table filtered (id int primary key, n int, secret text)
 insert into filtered select g, g, 'xyzzy' || g from generate_series(1, 10) g
 """
-BY_ROOT = "roots, full_root, parent, made, cut_root, cut_plain, origins"
+BY_ROOT = "roots, full_root, parent, made, cut_root, cut_plain, origins, beside"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def daemon(server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -
         f"create publication by_root for table {BY_ROOT}, {filtered} with (publish_via_partition_root = true{sent})",
         "create publication by_leaf for table leaves",
     )
-    source = {"publication": ["by_root", "by_leaf"]}
+    source = {"publication": ["by_root", "by_leaf"], "messages": ["app.*"]}
     with Daemon(tmp_path_factory.mktemp("publish"), dsn, source=source) as running:
         yield running.start().settled()
     drop_database(server, "publish_story")
@@ -281,3 +282,37 @@ def test_every_origin_is_captured_and_a_time_that_its_writer_did_not_set_is_unkn
     assert rows[0]["_committed_at"].year == 2020
     assert [r["_committed_at"] is None for r in rows[:2]] == [False, True]
     daemon.verified("origins")
+
+
+def test_messages_land_once_in_their_own_changelog_whatever_becomes_of_the_daemon(daemon: Daemon) -> None:
+    def emit(transactional: bool, prefix: str, content: str) -> str:
+        return f"select pg_logical_emit_message({transactional}, '{prefix}', '{content}')"
+
+    with psycopg.connect(daemon.dsn) as connection:
+        connection.execute("insert into beside values (1)")
+        connection.execute(emit(True, "app.order", "between"))
+        connection.execute("insert into beside values (2)")
+    with psycopg.connect(daemon.dsn) as connection:
+        connection.execute(emit(True, "app.order", "rolled back"))
+        connection.execute(emit(False, "app.audit", "stays"))
+        connection.rollback()
+    execute(daemon.dsn, emit(True, "unwanted", "x"), emit(True, "cdc", "x"))
+    assert daemon.ask("wait").code == 0
+    daemon.kill()
+    execute(daemon.dsn, emit(False, "app.audit", "while it was down"), emit(True, "app.order", "and this"))
+    daemon.start().settled()
+    execute(daemon.dsn, emit(True, "app.bytes", "last"))
+    assert daemon.ask("wait").code == 0
+    rows = changelog(daemon.lake, "cdc._messages").to_pylist()
+    assert [(r["prefix"], r["content"], r["transactional"], r["_op"]) for r in rows] == [
+        ("app.order", b"between", True, "c"), ("app.audit", b"stays", False, "c"),
+        ("app.audit", b"while it was down", False, "c"), ("app.order", b"and this", True, "c"),
+        ("app.bytes", b"last", True, "c"),
+    ]  # fmt: skip
+    one, two = changes(daemon, "beside")
+    assert (rows[0]["_lsn"], rows[0]["_xid"]) == (one["_lsn"], one["_xid"])
+    assert one["_seq"] < rows[0]["_seq"] < two["_seq"]
+    assert daemon.tables()["cdc._messages"]["state"] == "streaming"
+    query = 'select count(*) from shop."cdc._messages_changelog"'
+    assert held(daemon, query) == [[5]]
+    daemon.verified()
