@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from cdc import metrics
 from cdc.batch import SNAPSHOT_SEQ, Batch
-from cdc.errors import CdcError, InvariantBroken, SourceRefused, Verdict
+from cdc.errors import CdcError, InvariantBroken, Verdict
 from cdc.failpoints import failpoint
 from cdc.log import EventLog
 from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
@@ -229,15 +229,11 @@ class Backfill:
 
     def _start(self, run: Run) -> bool:
         schema = next((t.schema for t in self._reader.tables(run.table).tables), None)
-        known = self._state.table(self._source, run.table).oid
-        if schema is None and known and any(t.schema.oid == known for t in self._reader.tables().tables):
-            # It goes on under its new name, for which the next look at the publication orders a run.
-            self._state.update_run(run.id, state="cancelled", reason="the table was renamed")
-            return True
         if schema is None:
-            raise SourceRefused(
-                f"table {run.table} is not in the publication of source {self._source}", hint="cdc setup"
-            )
+            # What has become of the table is for the next look at the catalog to say.
+            why = f"table {run.table} is not in the publication of source {self._source} (mended by `cdc setup`)"
+            self._state.update_run(run.id, state="failed", reason=why)
+            return True
         if not self._is_covered(run):
             return False
         schema = self._book.register(schema)
@@ -272,7 +268,14 @@ class Backfill:
         return not settles
 
     def _begin(self, run: Run, schema: TableSchema, facts: dict[str, str]) -> None:
-        """The begin row: what it does not touch from here on is an orphan (rules 13, 15). Under the log's lock."""
+        """The begin row: what it does not touch from here on is an orphan (rules 13, 15). Under the log's lock; a table
+        that was stopped meanwhile stays so."""
+        now = self._state.run(run.id)
+        if now is None or now.state != "pending":
+            return
+        if self._state.table(self._source, run.table).state == "stopped":
+            self._state.update_run(run.id, state="failed", reason="the table is stopped")
+            return
         stamp = self._stamp(run.table, run.id, time.time_ns() // 1000)
         facts = {"event": "begin", "kind": run.kind, "oid": str(schema.oid), **facts}
 

@@ -422,11 +422,13 @@ class Pipeline:
         """Let one table stand still; first the lake is told that it needs a resync, then its changes are passed
         over."""
         self.mark([table], True)
-        self._stopped.add(table)
-        self._gone.discard(table)
-        for run in self._state.runs(self.name, table, states=["pending", "running"]):
-            self._state.update_run(run.id, state="failed", reason=error.args[0])
-        self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
+        # Under the log's lock no run of the table begins, goes on or ends: none may take the stop back.
+        with self._log.lock():
+            self._stopped.add(table)
+            self._gone.discard(table)
+            for run in self._state.runs(self.name, table, states=["pending", "running"]):
+                self._state.update_run(run.id, state="failed", reason=error.args[0])
+            self._state.update_table(self.name, table, state="stopped", reason=error.args[0], hint=error.hint)
         log.error(
             error.args[0],
             extra={"source": self.name, "table": str(table), "error": type(error).__name__, "hint": error.hint},
@@ -464,10 +466,11 @@ class Pipeline:
             kind = "first"
         if known.state == "stopped":
             self.evolution.accept(table)
-        run = self.backfill.order(table, kind, "ordered")
-        if known.state == "stopped":
-            self._stopped.discard(table)
-            self._state.update_table(self.name, table, state="new", reason="", hint="")
+        with self._log.lock():
+            run = self.backfill.order(table, kind, "ordered")
+            if known.state == "stopped":
+                self._stopped.discard(table)
+                self._state.update_table(self.name, table, state="new", reason="", hint="")
         return run
 
     # ---- waiting and telling ----

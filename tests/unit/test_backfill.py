@@ -104,6 +104,20 @@ def test_a_chunk_whose_window_had_to_make_room_is_read_again(parts: tuple[State,
     assert (run.state, run.rows) == ("done", 3)
 
 
+def test_a_run_that_was_ordered_does_not_take_back_the_stop_of_its_table(
+    parts: tuple[State, EventLog, Backfill],
+) -> None:
+    """Two parts find out at once that a table's rows are in doubt and that its shape is not to be taken."""
+    state, log, backfill = parts
+    run = backfill.order(ORDERS.table, "resync")
+    state.update_table(SOURCE, ORDERS.table, state="stopped", reason="frozen")
+    wait_until(lambda: ends(backfill), message="the run to be given up")
+    after = state.run(run.id)
+    assert after is not None
+    assert (after.state, state.table(SOURCE, ORDERS.table).state) == ("failed", "stopped")
+    assert read_rows(log) == []
+
+
 def replace_xid(changes: Any, xid: int) -> Any:
     data = changes.data
     index = data.schema.get_field_index("_xid")
