@@ -218,6 +218,8 @@ class Machine:
             else self.through
         )
         self.pending = []
+        # A cut stands between two transactions: what comes later has a later position, also than what was read.
+        self.at |= 1
 
     def merge(self, what: str) -> None:
         if self.through < 0:

@@ -69,7 +69,7 @@ def test_taking_a_lease_that_one_holds_keeps_the_term_number(store: LocalStore) 
 
 
 def test_check_fails_when_the_lease_was_not_renewed_in_time(store: LocalStore) -> None:
-    first = taken(store, "a", ttl_s=0.2)
+    first = taken(store, "a", ttl_s=3.0)
     assert first.held()
     wait_until(lambda: not first.held())
     with pytest.raises(LeaseLost):
