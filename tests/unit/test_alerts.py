@@ -39,10 +39,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         hook.refusals -= 1
         refused = hook.refusals >= 0
+        if not refused:
+            hook.got.append(json.loads(body))  # before the answer, upon which the next one comes
         self.send_response(500 if refused else 204)
         self.end_headers()
-        if not refused:
-            hook.got.append(json.loads(body))
 
     def log_message(self, *args: object) -> None:
         pass
