@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -110,8 +109,3 @@ def time_text(unix_s: float | None) -> str | None:
     if not unix_s:
         return None
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def age_text(unix_s: float | None) -> str:
-    """How long ago, for people."""
-    return f"{seconds_text(max(0.0, time.time() - unix_s))} ago" if unix_s else "-"

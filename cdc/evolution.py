@@ -217,11 +217,6 @@ class Evolution:
 
     # ---- at a cut ----
 
-    @property
-    def dirty(self) -> bool:
-        """Whether anything waits for `announce` and `commit`."""
-        return bool(self._pending or self._changed)
-
     def announce(self, changelog: Callable[[TableId], ChangelogTable]) -> None:
         """Before the rows of a cut: make its changes of shape visible in the lake, and tell of them."""
         for note in self._notes.append(self._pending):

@@ -70,17 +70,6 @@ class TableReport:
         return not self.error and not any(self.counts.values()) and not self.not_compared
 
 
-@dataclass(slots=True)
-class VerifyReport:
-    """All tables of one verify."""
-
-    tables: list[TableReport] = field(default_factory=list)
-
-    @property
-    def equal(self) -> bool:
-        return all(t.equal for t in self.tables)
-
-
 def verify_table(
     source: str,
     table: TableId,
