@@ -17,7 +17,7 @@ from typing import Any
 
 from cdc import registry, status
 from cdc.config import Config
-from cdc.config import load as load_config
+from cdc.config_file import load as load_config
 from cdc.demo.shop import Shop, Traffic
 from cdc.errors import CdcError
 from cdc.lake.delta import DeltaLog

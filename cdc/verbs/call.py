@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cdc import config as configuration
+from cdc import config_file
 from cdc.config import Config
 from cdc.console import Console
 from cdc.errors import CdcError
@@ -41,7 +41,7 @@ class Call:
     @cached_property
     def config(self) -> Config:
         """The configuration; ConfigError if it is missing or wrong."""
-        return configuration.load(self.args.config)
+        return config_file.load(self.args.config)
 
     @cached_property
     def store(self) -> ObjectStore:

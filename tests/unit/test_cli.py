@@ -19,7 +19,8 @@ import pytest
 from cdc import control
 from cdc.batch import Boundary
 from cdc.cli import GROUPS, VERBS, main, parser
-from cdc.config import Config, load
+from cdc.config import Config
+from cdc.config_file import load
 from cdc.console import Console, bytes_text, lsn_text, parse_lsn, seconds_text
 from cdc.control import Control
 from cdc.errors import SourceRefused

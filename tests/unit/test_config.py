@@ -19,10 +19,9 @@ from cdc.config import (
     TableConfig,
     TargetConfig,
     has_inline_password,
-    load,
-    parse,
     password_of,
 )
+from cdc.config_file import load, parse
 from cdc.errors import ConfigError
 from cdc.units import size_bytes, wal_threshold
 
