@@ -56,6 +56,9 @@ class Tables(Protocol):
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""
 
+    def reopen_stream(self, why: str) -> None:
+        """Have the stream opened anew where it stands. No snapshot begins or goes on before that."""
+
 
 class Discovery:
     """The looks of one source."""
@@ -115,7 +118,12 @@ class Discovery:
             older = [stored.schema] if stored is not None else []
             schema = inherited(now.schema, older)
             prints[table] = (now if schema is now.schema else replace(now, schema=schema)).kept()
-        self._answer(found, first)
+        moved = bool(first) or any(f.kind in ("partitions", "publication") for fs in found.values() for f in fs)
+        sticks = catalog.partitions_stick and moved and not anew
+        if sticks:
+            # Before the snapshots that answer it: what follows them must come as the partitions are now.
+            self._tables.reopen_stream("tables or partitions came or went")
+        self._answer(found, first, settle=sticks)
         for now in catalog.tables:
             self._follow_shape(prints[now.schema.table])
         if anew:
@@ -182,13 +190,15 @@ class Discovery:
 
     # ---- findings ----
 
-    def _answer(self, found: dict[TableId, list[CatalogFinding]], first: list[tuple[TableId, str]]) -> None:
+    def _answer(
+        self, found: dict[TableId, list[CatalogFinding]], first: list[tuple[TableId, str]], *, settle: bool
+    ) -> None:
         """Mark in the lake, order, tell: in this order, so that nothing that was told is forgotten."""
         reread = {t: f[0] for t, f in found.items() if f and f[0].answer == "resync"}
         self._tables.mark([*reread, *(t for t, why in first if why)], True)
         for table, why in first:
             reason = reread[table].message if table in reread else why
-            self._backfill.order(table, "first", reason, settle=bool(reason))
+            self._backfill.order(table, "first", reason, settle=settle or bool(reason))
         for table, finding in reread.items():
             if table not in dict(first) and not self._tables.rests(table):
                 self._backfill.order(table, "resync", finding.message, settle=True)

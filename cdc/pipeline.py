@@ -93,6 +93,7 @@ class Pipeline:
         self._built = False
         self._settled = False
         self._let_go = ""
+        self._reopen = ""
         self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
         self._resting = False
         self._stopped: set[TableId] = set()
@@ -190,6 +191,11 @@ class Pipeline:
             # Also of a source that is paused: what the slot keeps is freed now.
             self._settle()
             self._let_go = ""
+        if self._reopen and self._prepared.is_set():
+            log.info("the stream is opened anew", extra={"source": self.name, "why": self._reopen})
+            self._capture.close()
+            self._settled = False
+            self._reopen = ""
         if not self._settled and not (paused and self._prepared.is_set()):
             self._settle()
         if paused:
@@ -374,7 +380,7 @@ class Pipeline:
             self._look_at = now + LOOK_S
             # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
             self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
-        return False if self.guard.pauses_snapshots else self.backfill.step()
+        return False if self.guard.pauses_snapshots or self._reopen else self.backfill.step()
 
     # ---- tables ----
 
@@ -409,6 +415,11 @@ class Pipeline:
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""
         return table in self._stopped
+
+    def reopen_stream(self, why: str) -> None:
+        """Have the capture thread open the stream anew where the log ends; until then no snapshot begins or goes on.
+        Thread-safe."""
+        self._reopen = why
 
     def is_passed_over(self, table: TableId) -> bool:
         """Whether a table's changes do not land. The catalog is ahead of the stream: what was published of a table
