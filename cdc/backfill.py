@@ -120,8 +120,10 @@ class Backfill:
         """A run of the whole table; one that is pending is joined, one that is running is followed by the new one.
 
         `settle`: it answers a change that the stream does not show. It begins only behind everything that was written
-        before the order: what the stream brings after the begin must not be older than that change.
+        before the order: what the stream brings after the begin must not be older than that change. A first snapshot
+        always does: nothing is known of what the table met before it.
         """
+        settle = settle or kind == "first"
         details: dict[str, object] = {"settle": True} if settle else {}
         if reason:
             details["why"] = reason
