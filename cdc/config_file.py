@@ -62,6 +62,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "chunk_rows"): 1,
     ("source", "chunk_bytes"): 1 << 16,
     ("source", "buffer_bytes"): 1 << 20,
+    ("source", "spool_bytes_max"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
     ("source", "heartbeat_every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,

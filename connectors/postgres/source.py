@@ -26,6 +26,7 @@ from cdc.errors import (
     SlotLost,
     SourceRefused,
     SourceUnavailable,
+    SpoolFailed,
     Standby,
     StreamRestarted,
     Undecodable,
@@ -140,6 +141,7 @@ class PostgresSource:
         portion.received_bytes, portion.messages = len(blob.data), self._spool.messages
         portion.head_lsn = max(portion.head_lsn, self._spool.head_lsn)
         self._receiver.lend(self._spool.held_bytes)
+        metrics.SPOOL_BYTES.labels(self._config.name).set(self._spool.written_bytes)
         return portion
 
     def _new_spool(self, server_version: int) -> Spool | None:
@@ -154,7 +156,9 @@ class PostgresSource:
             return None
         if server_version < STREAMING_SINCE or self._origins_exist():
             return None
-        return Spool(self._temp_dir, memory_bytes=self._config.buffer_bytes // 2)
+        return Spool(
+            self._temp_dir, memory_bytes=self._config.buffer_bytes // 2, bytes_max=self._config.spool_bytes_max
+        )
 
     def _origins_exist(self) -> bool:
         assert self._catalog is not None
@@ -199,7 +203,13 @@ class PostgresSource:
 
     def _decoded(self) -> Portion | None:
         assert self._decoder is not None, "open first"
-        part = next(self._parts, None)
+        try:
+            part = next(self._parts, None)
+        except SpoolFailed as error:
+            # Tried again, it would fail again: the server sends the same from its beginning.
+            self._whole = True
+            log.warning("streamed transactions cannot be held", extra={"error": error.args[0], "hint": error.hint})
+            raise StreamRestarted(f"{self._where}: big transactions come whole from now on") from error
         self._more = part is not None and part.more
         if part is None:
             return None
@@ -247,6 +257,7 @@ class PostgresSource:
         if self._spool is not None:
             self._spool.close()
             self._spool = None
+            metrics.SPOOL_BYTES.labels(self._config.name).set(0)
         if self._catalog is not None:
             self._catalog.close()
             self._catalog = None
