@@ -477,6 +477,8 @@ class Pipeline:
             kind = "first"
         if known.state == "stopped":
             self.evolution.accept(table)
+        # Whoever orders it may know of something that the next look would find: what follows it must come right.
+        self._discover_at = min(self._discover_at, time.monotonic())
         with self._log.lock():
             run = self.backfill.order(table, kind, "ordered")
             if known.state == "stopped":
