@@ -1,0 +1,7 @@
+"""x"""
+
+from cdc.inspection import Inspection
+
+
+def page(found: Inspection) -> str:
+    return ""
