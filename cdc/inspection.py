@@ -122,7 +122,7 @@ class KeyCandidate:
     @property
     def is_unique(self) -> bool:
         """Whether an index guarantees it, or every row of the table was compared and told from all others."""
-        return bool(self.index) or (self.exact and self.rows_read > self.extra_rows + self.rows_null == 0)
+        return bool(self.index) or (self.exact and self.rows_read > 0 and self.extra_rows == 0 and self.rows_null == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
