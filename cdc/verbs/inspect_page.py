@@ -53,7 +53,8 @@ b.good { color: var(--good); } .bar1 { fill: var(--bar1); background: var(--bar1
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; font-weight: 500; } th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; } td { overflow-wrap: anywhere; } .number { text-align: right; white-space: nowrap;
-  padding-right: 18px; font-variant-numeric: tabular-nums; } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
+  padding-right: 18px; font-variant-numeric: tabular-nums; }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 """
 
 BARS_MAX = 30

@@ -151,7 +151,7 @@ def _show_plan(call: Call, found: Inspection) -> None:
         speed = f"{bytes_text(sample.bytes / sample.seconds)}/s" if sample and sample.seconds else "-"
         rows.append(
             (printable(str(p.table)), p.strategy, p.chunks, p.chunk_rows, bytes_text(p.bytes), speed,
-             seconds_text(p.seconds))
+             duration_text(p.seconds))
         )  # fmt: skip
     call.console.line()
     call.console.line("first snapshots, from one chunk of each table")

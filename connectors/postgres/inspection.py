@@ -73,13 +73,13 @@ class PostgresInspector:
 
     def inspect(self, request: Request, say: Callable[[str], None]) -> Inspection:
         with self._connected() as connection, translated(self._where):
+            self._deadline = time.monotonic() + request.budget_s
             server = inspection_server.server(connection)
             tables = self._tables(connection)
             oids = [table.described.schema.oid for table in tables]
             before = inspection_server.counters(connection, oids)
             begin, began = inspection_server.mark(connection), time.monotonic()
             say(f"{len(tables)} tables; counting changes for {request.interval_s:g} s, reading samples meanwhile")
-            self._deadline = began + request.budget_s
             for table in sorted(tables, key=lambda t: -(t.readable.heap_bytes if t.readable else 0)):
                 self._read_table(connection, table)
             time.sleep(max(0.0, began + request.interval_s - time.monotonic()))
@@ -171,7 +171,7 @@ class PostgresInspector:
                 facts.not_measured.append(
                     NotMeasured(what="everything that reads rows", why=refusal.message, fix=refusal.fix)
                 )
-            table.readable = _measured(
+            table.readable = self._within_budget(
                 facts, "size", lambda found=found: inspection_rows.readable(connection, found)  # type: ignore[misc]
             )  # fmt: skip
             if table.readable is not None:
