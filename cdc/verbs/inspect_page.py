@@ -133,12 +133,16 @@ def _verdict(found: Inspection) -> Element:
 def _tiles(found: Inspection) -> Element:
     rates = [t.changes.per_second or 0.0 for t in found.tables if t.changes is not None]
     size = sum(t.table_bytes + t.index_bytes for t in found.tables)
+    outage = seconds_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit"
     facts = [
         (str(len(found.tables)), "tables"),
         (bytes_text(size), "with indexes"),
         (f"{sum(rates):.3g}/s", "rows changed"),
         (f"{bytes_text(found.wal.bytes_per_hour)}/h" if found.wal else "-", "WAL, whole server"),
-        (seconds_text(found.outage_s) if found.outage_s is not None else "no limit", "a daemon may be down"),
+        (
+            seconds_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit",
+            "a daemon may be down",
+        ),
         (duration_text(found.plan.seconds) if found.plan else "-", "to read everything once"),
     ]
     return _node("div", *(_node("div", _node("b", n), _node("span", what), kind="tile") for n, what in facts),

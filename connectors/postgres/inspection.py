@@ -41,6 +41,7 @@ STATEMENT_S = 10.0
 LOCK_S = 2.0
 ROUND_TRIPS = 5
 """So many are timed; the shortest counts."""
+ROWS = "everything that reads rows"
 READERS = 1
 """The daemon reads one table after the other."""
 
@@ -168,9 +169,7 @@ class PostgresInspector:
             if refusal := _refusal(connection, found, *access.get(oid, (True, True))) or hidden.get(str(schema.table)):
                 table.may_read = False
                 table.findings.append(refusal)
-                facts.not_measured.append(
-                    NotMeasured(what="everything that reads rows", why=refusal.message, fix=refusal.fix)
-                )
+                facts.not_measured.append(NotMeasured(what=ROWS, why=refusal.message, fix=refusal.fix))
             table.readable = self._within_budget(
                 facts, "size", lambda found=found: inspection_rows.readable(connection, found)  # type: ignore[misc]
             )  # fmt: skip
@@ -185,6 +184,12 @@ class PostgresInspector:
     def _read_table(self, connection: psycopg.Connection[Any], table: _Table) -> None:
         """Everything that rows are read for, but for ages."""
         facts, read, described = table.facts, table.readable, table.described
+        foreign = [leaf.table for leaf in described.leaves if leaf.kind != "r"]
+        if foreign and table.may_read:
+            # Its rows are on another server: how many we would read there nobody can tell.
+            table.may_read = False
+            why = f"partition {foreign[0]} is a foreign table"
+            facts.not_measured.append(NotMeasured(what=ROWS, why=why))
         if read is None or not table.may_read:
             return
         if counted := self._within_budget(facts, "space", lambda: inspection_rows.space(connection, read, described)):
@@ -277,6 +282,7 @@ class PostgresInspector:
                 "statement_timeout": f"{min(STATEMENT_S, config.statement_timeout_s):g}s",
                 "row_security": "off",
                 "max_parallel_workers_per_gather": "0",
+                "idle_session_timeout": "0",  # it is idle while changes are counted
             },
         )
         try:

@@ -21,6 +21,7 @@ from cdc.verbs.inspect_page import page
 from connectors.postgres.source import PostgresKind
 from tests.support.daemon import execute
 from tests.support.postgres import private_server
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.matrix
 
@@ -69,6 +70,13 @@ def findings(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [f for f in found["findings"] if f["name"] == name]
 
 
+def counted(dsn: str, name: str) -> int:
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute("select pg_stat_get_tuples_inserted(%s::regclass)", [name]).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 @pytest.fixture
 def shop(database: str) -> Iterator[str]:
     """Tables with known rows, half of one deleted, two without a key, and a transaction that nobody ends."""
@@ -91,6 +99,8 @@ def shop(database: str) -> Iterator[str]:
         "delete from bloated where id % 2 = 0",
         "vacuum analyze",
     )
+    # Counters come a little later than the changes.
+    wait_until(lambda: counted(database, "orders") == 2000, message="the counters of what was put there")
     with psycopg.connect(database, application_name="forgotten") as forgotten:
         forgotten.execute("insert into open_one values (1)")
         yield database
