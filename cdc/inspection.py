@@ -137,6 +137,21 @@ class SampleRead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What a table takes on the server's disk, partitions added up."""
+
+    heap_bytes: int
+    """Its own file, without TOAST."""
+    table_bytes: int
+    """With TOAST and maps."""
+    index_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        return self.table_bytes + self.index_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """How much of the table's own file live rows fill, counted in a share of its blocks."""
 
@@ -162,12 +177,9 @@ class TableFacts:
     published: bool
     key: tuple[str, ...]
     identity: str
-    rows_estimated: int = 0
-    heap_bytes: int = 0
-    table_bytes: int = 0
-    """With TOAST."""
-    index_bytes: int = 0
-    dead_rows: int = 0
+    rows_estimated: int | None = None
+    size: Size | None = None
+    dead_rows: int | None = None
     vacuumed_at: str | None = None
     analyzed_at: str | None = None
     changes: Changes | None = None
@@ -325,13 +337,13 @@ def plan_snapshots(
         if sample is None:
             unplanned.append(facts.table)
             continue
-        rows = sample.rows if sample.whole else max(facts.rows_estimated, sample.rows)
+        rows = sample.rows if sample.whole else max(facts.rows_estimated or 0, sample.rows)
         row_bytes = sample.bytes / sample.rows if sample.rows else 0.0
         if facts.key:
             per_chunk = max(1, min(chunk_rows, int(chunk_bytes / row_bytes) if row_bytes else chunk_rows))
             chunks = max(1, math.ceil(rows / per_chunk))
         else:
-            chunks = max(1, math.ceil(facts.heap_bytes / CHUNK_HEAP_BYTES))
+            chunks = max(1, math.ceil((facts.size.heap_bytes if facts.size else 0) / CHUNK_HEAP_BYTES))
             per_chunk = math.ceil(rows / chunks)
         reading_s = sample.seconds * (rows / sample.rows if sample.rows else 1.0)
         planned.append(

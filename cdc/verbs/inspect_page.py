@@ -132,17 +132,14 @@ def _verdict(found: Inspection) -> Element:
 
 def _tiles(found: Inspection) -> Element:
     rates = [t.changes.per_second or 0.0 for t in found.tables if t.changes is not None]
-    size = sum(t.table_bytes + t.index_bytes for t in found.tables)
+    size = sum(t.size.all_bytes for t in found.tables if t.size is not None)
     outage = seconds_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit"
     facts = [
         (str(len(found.tables)), "tables"),
         (bytes_text(size), "with indexes"),
         (f"{sum(rates):.3g}/s", "rows changed"),
         (f"{bytes_text(found.wal.bytes_per_hour)}/h" if found.wal else "-", "WAL, whole server"),
-        (
-            seconds_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit",
-            "a daemon may be down",
-        ),
+        (outage, "a daemon may be down"),
         (duration_text(found.plan.seconds) if found.plan else "-", "to read everything once"),
     ]
     return _node("div", *(_node("div", _node("b", n), _node("span", what), kind="tile") for n, what in facts),
@@ -180,8 +177,11 @@ def _plots(found: Inspection) -> list[Element]:
 
 
 def _size_parts(table: TableFacts) -> list[float]:
-    unused = float(min(table.space.unused_bytes, table.heap_bytes)) if table.space is not None else 0.0
-    return [table.heap_bytes - unused, unused, max(0, table.table_bytes - table.heap_bytes), table.index_bytes]
+    size = table.size
+    if size is None:
+        return []
+    unused = min(table.space.unused_bytes, size.heap_bytes) if table.space is not None else 0
+    return [size.heap_bytes - unused, unused, size.table_bytes - size.heap_bytes, size.index_bytes]
 
 
 def _change_parts(table: TableFacts) -> list[float]:
@@ -276,9 +276,9 @@ def _all_tables(found: Inspection) -> list[Element]:
             str(t.table),
             ", ".join(t.key) or "none",
             IDENTITY.get(t.identity, t.identity),
-            f"{t.rows_estimated:,}",
-            bytes_text(t.table_bytes),
-            bytes_text(t.index_bytes),
+            f"{t.rows_estimated:,}" if t.rows_estimated is not None else "-",
+            bytes_text(t.size.table_bytes if t.size else None),
+            bytes_text(t.size.index_bytes if t.size else None),
             f"{t.space.unused_share:.0%}" if t.space is not None else "-",
             rate_text(t.changes),
             changes_text(t.changes),

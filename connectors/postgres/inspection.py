@@ -81,7 +81,7 @@ class PostgresInspector:
             before = inspection_server.counters(connection, oids)
             begin, began = inspection_server.mark(connection), time.monotonic()
             say(f"{len(tables)} tables; counting changes for {request.interval_s:g} s, reading samples meanwhile")
-            for table in sorted(tables, key=lambda t: -(t.readable.heap_bytes if t.readable else 0)):
+            for table in sorted(tables, key=lambda t: -(t.readable.size.heap_bytes if t.readable else 0)):
                 self._read_table(connection, table)
             time.sleep(max(0.0, began + request.interval_s - time.monotonic()))
             after, end = inspection_server.counters(connection, oids), inspection_server.mark(connection)
@@ -146,8 +146,12 @@ class PostgresInspector:
     def _tables(self, connection: psycopg.Connection[Any]) -> list[_Table]:
         """What the configuration wants, published or not, with sizes and what the catalog alone says against it."""
         published = catalog.published(connection, self._config)
-        wanted = sorted({*catalog.candidates(connection, self._config), *published})
-        described = catalog.describe(connection, wanted)
+        described = catalog.describe(connection, sorted({*catalog.candidates(connection, self._config), *published}))
+        # Partitions that are published by their own names are captured as tables of their own, and their root is none.
+        split = {
+            o for o, d in described.items() if o not in published and any(leaf.oid in published for leaf in d.leaves)
+        }
+        wanted = sorted(described.keys() - split)
         access = {
             oid: (may_select, may_use)
             for oid, may_select, may_use in connection.execute(ACCESS, [wanted]).fetchall()
@@ -155,6 +159,8 @@ class PostgresInspector:
         hidden = {f.object: f for f in check.access_findings(connection, self._config, wanted, [])}
         tables = []
         for oid, found in sorted(described.items(), key=lambda item: item[1].schema.table):
+            if oid in split:
+                continue
             shown = published.get(oid)
             schema = found.schema if shown is None else found.sent(shown.columns)
             facts = TableFacts(
@@ -175,9 +181,7 @@ class PostgresInspector:
             )  # fmt: skip
             if table.readable is not None:
                 facts.rows_estimated = table.readable.rows_estimated
-                facts.heap_bytes = table.readable.heap_bytes
-                facts.table_bytes = table.readable.table_bytes
-                facts.index_bytes = table.readable.index_bytes
+                facts.size = table.readable.size
             tables.append(table)
         return tables
 
@@ -201,7 +205,7 @@ class PostgresInspector:
                     facts,
                     "would-be keys",
                     lambda: inspection_keys.would_be_keys(
-                        connection, read, described, facts.rows_estimated, self._has_time
+                        connection, read, described, facts.rows_estimated or 0, self._has_time
                     ),
                 )
                 or []

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cdc.inspection import AGE_BOUNDS_S, Ages, SampleRead, Space
+from cdc.inspection import AGE_BOUNDS_S, Ages, SampleRead, Size, Space
 from connectors.postgres.catalog import Described
 from connectors.postgres.connection import take_any_bytes
 from connectors.postgres.inspection_server import Mark
@@ -41,6 +41,11 @@ select coalesce(sum(pg_relation_size(m.relid)), 0)::int8, coalesce(sum(pg_table_
 from member m join pg_class c on c.oid = m.relid
 """
 
+STORAGE = """
+select attname, attstorage in ('e', 'x') from pg_attribute where attrelid = %s and attnum > 0 and not attisdropped
+"""
+"""Columns; whether their big values are stored apart."""
+
 DATED = """
 select a.attname, coalesce(pg_get_expr(d.adbin, d.adrelid), ''),
        exists (select from pg_index i where i.indrelid = a.attrelid and i.indkey[0] = a.attnum and i.indisvalid),
@@ -59,7 +64,7 @@ OF_CREATION = re.compile(
 OF_CHANGE = re.compile(r"updat|modif|chang|delet|expir|due|last|valid|until|end|synced|process", re.I)
 
 EXTERNAL_BYTES = 2032
-"""A value of a row that is stored apart is at least about this large, and leaves a pointer in the row."""
+"""A row that is larger has values stored apart, where it may, until it is not; each leaves a pointer."""
 POINTER_BYTES = 18
 
 
@@ -69,16 +74,14 @@ class Readable:
 
     relation: sql.Composed
     partitioned: bool
-    heap_bytes: int
-    table_bytes: int
-    index_bytes: int
+    size: Size
     rows_estimated: int
     block_bytes: int
     fillfactor: int
 
     @property
     def blocks(self) -> int:
-        return self.heap_bytes // self.block_bytes
+        return self.size.heap_bytes // self.block_bytes
 
     def share(self, blocks_max: int = SAMPLE_BLOCKS) -> float:
         return min(1.0, blocks_max / self.blocks) if self.blocks else 1.0
@@ -104,9 +107,7 @@ def readable(connection: psycopg.Connection[Any], described: Described) -> Reada
     return Readable(
         relation=sql.SQL("{}" if partitioned else "only {}").format(name),
         partitioned=partitioned,
-        heap_bytes=heap,
-        table_bytes=table,
-        index_bytes=indexes,
+        size=Size(heap_bytes=heap, table_bytes=table, index_bytes=indexes),
         rows_estimated=rows,
         block_bytes=block_bytes,
         fillfactor=fillfactor,
@@ -115,22 +116,36 @@ def readable(connection: psycopg.Connection[Any], described: Described) -> Reada
 
 def space(connection: psycopg.Connection[Any], read: Readable, described: Described) -> tuple[Space, int]:
     """How much of the heap live rows fill, and how many rows there are; exact if the whole table was read."""
-    stored = [*described.schema.columns, *(c for c in described.generated if c.name not in described.virtual)]
-    sizes = [
-        sql.SQL("case when pg_column_size(r.{0}) > {1} then {2} else coalesce(pg_column_size(r.{0}), 0) end").format(
-            sql.Identifier(c.name), sql.Literal(EXTERNAL_BYTES), sql.Literal(POINTER_BYTES)
-        )
-        for c in stored
-    ]
-    # A tuple's header, its columns up to a multiple of 8, and its pointer in the block.
-    row_bytes = sql.SQL("(24 + {} + 7) / 8 * 8 + 4").format(sql.SQL(" + ").join(sizes) if sizes else sql.SQL("0"))
     share = read.share()
-    query = sql.SQL("select count(*), coalesce(sum({}), 0)::int8 from {}").format(row_bytes, read.sampled(share))
+    query = sql.SQL("select count(*), coalesce(sum({}), 0)::int8 from {}").format(
+        _row_bytes(connection, described), read.sampled(share)
+    )
     row = connection.execute(query).fetchone()
     assert row is not None
     live = round(row[1] / share)
     usable = read.blocks * (read.block_bytes - 24) * read.fillfactor // 100
     return Space(live_bytes=live, unused_bytes=max(0, usable - live), read_share=share), round(row[0] / share)
+
+
+def _row_bytes(connection: psycopg.Connection[Any], described: Described) -> sql.Composed:
+    """SQL of what a row takes in its block: header, columns up to a multiple of 8, and its pointer. Values that may be
+    stored apart are, from the largest on, until the row is small: what is larger than a row may be stands elsewhere for
+    certain, and of smaller ones together no more than that stays."""
+    outside = dict(connection.execute(STORAGE, [described.schema.oid]).fetchall())
+    within, apart = [sql.SQL("0").format()], [sql.SQL("0").format()]
+    for column in (*described.schema.columns, *described.generated):
+        if column.name in described.virtual:
+            continue
+        size = sql.SQL("coalesce(pg_column_size(r.{}), 0)").format(sql.Identifier(column.name))
+        if outside.get(column.name):
+            pattern = sql.SQL("case when {0} > {1} then {2} else {0} end")
+            apart.append(pattern.format(size, sql.Literal(EXTERNAL_BYTES), sql.Literal(POINTER_BYTES)))
+        else:
+            within.append(size)
+    return sql.SQL("(24 + ({0}) + least({1}, greatest({2}, {3} - ({0}))) + 7) / 8 * 8 + 4").format(
+        sql.SQL(" + ").join(within), sql.SQL(" + ").join(apart), sql.Literal(POINTER_BYTES * (len(apart) - 1)),
+        sql.Literal(EXTERNAL_BYTES),
+    )  # fmt: skip
 
 
 def sample_read(

@@ -143,7 +143,7 @@ def test_what_is_measured_is_what_is_there(shop: str) -> None:
         size = connection.execute("select pg_relation_size('bloated'), pg_indexes_size('bloated')").fetchone()
         with connection.cursor().copy("copy (select * from bloated order by id limit 4000) to stdout csv") as copy:
             chunk = [len(data) for data in copy]
-    assert (bloated["heap_bytes"], bloated["index_bytes"]) == size
+    assert (bloated["size"]["heap_bytes"], bloated["size"]["index_bytes"]) == size
     assert (bloated["sample"]["rows"], bloated["sample"]["bytes"]) == (4000, sum(chunk))
     [planned] = [t for t in found["plan"]["tables"] if t["table"] == "public.bloated"]
     assert (planned["strategy"], planned["chunks"], planned["chunk_rows"]) == ("key", 3, 4000)
@@ -197,6 +197,7 @@ def test_of_a_big_table_a_share_is_read_and_the_bound_is_said(database: str) -> 
 
     found = table(measured(database, during=write, interval_s=1.5), "big")
     assert found["space"]["read_share"] < 0.3
+    assert found["space"]["unused_share"] < 0.2, "what is left of a block beside its row"
     assert found["rows_estimated"] == pytest.approx(rows, rel=0.1)
     assert found["ages"]["column"] == "at"
     assert found["ages"]["read_share"] < 0.4
@@ -207,6 +208,27 @@ def test_of_a_big_table_a_share_is_read_and_the_bound_is_said(database: str) -> 
     assert candidate["rows_read"] < rows / 2
     assert candidate["pairs_at_most"] >= 3 * (rows / candidate["rows_read"]) ** 2 * 0.8
     assert found["sample"]["rows"] == 4000
+
+
+def test_a_partitioned_table_is_one_unless_its_partitions_are_published_by_their_own_names(database: str) -> None:
+    execute(
+        database,
+        "create table parts (id int primary key, note text) partition by range (id)",
+        "create table low partition of parts for values from (0) to (100)",
+        "create table high partition of parts for values from (100) to (200)",
+        "insert into parts select g, 'note' from generate_series(0, 149) g",
+    )
+    [whole] = measured(database)["tables"]
+    assert (whole["table"], whole["kind"], whole["key"]) == ("public.parts", "partitioned", ["id"])
+    assert (whole["rows_estimated"], whole["sample"]["rows"]) == (150, 150)
+    assert whole["size"]["heap_bytes"] == 2 * 8192
+
+    execute(database, "create publication cdc_inspect for table parts")
+    apart = {t["table"]: (t["kind"], t["rows_estimated"], t["published"]) for t in measured(database)["tables"]}
+    assert apart == {"public.low": ("table", 100, True), "public.high": ("table", 50, True)}
+    execute(database, "alter publication cdc_inspect set (publish_via_partition_root)")
+    [again] = measured(database)["tables"]
+    assert (again["table"], again["published"]) == ("public.parts", True)
 
 
 def test_where_commits_are_dated_the_last_day_is_looked_at(tmp_path: Path) -> None:

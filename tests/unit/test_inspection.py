@@ -18,6 +18,7 @@ from cdc.inspection import (
     OpenTransaction,
     Retention,
     SampleRead,
+    Size,
     SlotFacts,
     TableFacts,
     Wal,
@@ -50,7 +51,7 @@ def test_a_plan_scales_one_chunk_to_the_table_and_shares_the_tables_among_reader
     small = facts("small", rows=7, sample=SampleRead(rows=10, bytes=1000, seconds=4.0, whole=True))
     mute = facts("mute", rows=5, sample=None)
     heap = facts("heap", rows=900, sample=SampleRead(rows=90, bytes=900, seconds=1.0, whole=False), key=())
-    heap.heap_bytes = 2 * CHUNK_HEAP_BYTES + 1
+    heap.size = Size(heap_bytes=2 * CHUNK_HEAP_BYTES + 1, table_bytes=0, index_bytes=0)
     tables = [big, small, mute, heap]
 
     plan = plan_snapshots(tables, chunk_rows=5000, chunk_bytes=250_000, readers=1, round_trip_s=0.01)
