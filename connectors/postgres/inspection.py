@@ -83,7 +83,9 @@ class PostgresInspector:
             say(f"{len(tables)} tables; counting changes for {request.interval_s:g} s, reading samples meanwhile")
             for table in sorted(tables, key=lambda t: -(t.readable.size.heap_bytes if t.readable else 0)):
                 self._read_table(connection, table)
-            time.sleep(max(0.0, began + request.interval_s - time.monotonic()))
+            waited_s = max(0.0, began + request.interval_s - time.monotonic())
+            time.sleep(waited_s)
+            self._deadline += waited_s  # the budget is for reading
             after, end = inspection_server.counters(connection, oids), inspection_server.mark(connection)
             for table in tables:
                 oid, facts = table.described.schema.oid, table.facts

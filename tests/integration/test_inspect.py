@@ -231,6 +231,26 @@ def test_a_partitioned_table_is_one_unless_its_partitions_are_published_by_their
     assert (again["table"], again["published"]) == ("public.parts", True)
 
 
+def test_the_budget_is_for_reading_and_what_does_not_fit_is_said(database: str) -> None:
+    execute(database, "create table orders (id int primary key, created_at date default current_date)",
+            "create table bare (a int)", "insert into bare values (1)")  # fmt: skip
+
+    def write() -> None:
+        execute(database, "insert into orders select g from generate_series(1, 10) g")
+
+    waited = measured(database, during=write, interval_s=1.3, budget_s=1.2)
+    assert table(waited, "orders")["ages"]["rows"] == 10, "the interval is not part of it"
+
+    found = measured(database, budget_s=1e-6)
+    for facts in found["tables"]:
+        assert [n["fix"] for n in facts["not_measured"]] == ["a larger --budget"]
+        unknown = ("size", "rows_estimated", "space", "sample", "ages")
+        assert [facts[what] for what in unknown] == [None] * len(unknown)
+        assert facts["changes"] is not None
+    assert found["plan"]["unplanned"] == ["public.bare", "public.orders"]
+    assert [f["object"] for f in findings(found, "replica identity")] == ["public.bare"]
+
+
 def test_where_commits_are_dated_the_last_day_is_looked_at(tmp_path: Path) -> None:
     with private_server(tmp_path, track_commit_timestamp="on") as server:
         dsn = server.dsn("postgres")
