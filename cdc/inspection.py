@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cdc.console import seconds_text
 from cdc.ports import Finding
 from cdc.table import TableId
 
@@ -388,7 +389,7 @@ def _of_retention(inspection: Inspection) -> list[Finding]:
                 name="retention",
                 severity="warning",
                 message=f"at the measured rate the server writes max_slot_wal_keep_size ({keep >> 20} MB) of WAL in"
-                f" {outage_s / 60:.0f} min: a daemon down for longer loses its slot, and reads every table anew",
+                f" {seconds_text(outage_s)}: a daemon down for longer loses its slot, and reads every table anew",
                 fix="alter system set max_slot_wal_keep_size = '100GB'; select pg_reload_conf();",
                 object=inspection.server,
             )
@@ -413,7 +414,7 @@ def _of_transactions(transactions: Sequence[OpenTransaction]) -> list[Finding]:
         Finding(
             name="open transaction",
             severity="warning",
-            message=f"{t.who} has written and not ended for {t.seconds / 60:.0f} min: as long as it is open no slot"
+            message=f"{t.who} has written and not ended for {seconds_text(t.seconds)}: as long as it is open no slot"
             " can be made, no snapshot begins, and WAL from its begin on is kept",
             fix="have it commit; or select pg_terminate_backend(…), rollback prepared '…'",
             object=t.who,

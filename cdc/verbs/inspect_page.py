@@ -12,7 +12,15 @@ from xml.etree.ElementTree import Element, tostring
 
 from cdc.console import bytes_text, seconds_text
 from cdc.inspection import AGE_LABELS, Inspection, TableFacts
-from cdc.verbs.inspect_text import IDENTITY, ages_row, candidate_row, changes_text, duration_text, rate_text
+from cdc.verbs.inspect_text import (
+    IDENTITY,
+    ages_row,
+    candidate_row,
+    changes_text,
+    duration_text,
+    per_second_text,
+    rate_text,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1c1c1a; --soft: #5d5c57; --line: #e2e1dc;
@@ -34,7 +42,8 @@ p { margin: 6px 0; } .soft, figcaption, th { color: var(--soft); }
 .tile span { color: var(--soft); font-size: 13px; }
 figure { margin: 12px 0; padding: 14px 16px; } figcaption { font-size: 13px; margin-bottom: 8px; }
 figcaption b { color: var(--ink); font-size: 15px; display: block; }
-svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
+svg { display: block; width: 100%; min-width: 680px; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg .value { fill: var(--soft); } svg .track { fill: var(--line); opacity: .45; } svg rect { stroke: var(--card); }
 .key { display: inline-block; font-size: 13px; margin-right: 14px; white-space: nowrap; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
@@ -70,7 +79,7 @@ HOW = (
      " what live rows and the fillfactor leave of the table's own file; indexes are not looked into."),
     ("Changes", "the server's counters at both ends of the interval. Sessions report to them about once a second."),
     ("WAL", "the distance of the server's write position, of all databases together."),
-    ("Ages at change", "rows of now that a snapshot at the interval's begin did not see, by the interval's end minus"
+    ("Ages at change", "rows of now that a snapshot at the interval's begin did not see, by the time of reading minus"
      " the column; where the server dates commits (track_commit_timestamp), rows last changed within a day, by their"
      " commit. A row that changed twice counts once, a deleted one not at all."),
     ("Would-be keys", "rows grouped by the columns: all of a table up to 128 MB, else a share of its blocks."),
@@ -133,11 +142,11 @@ def _verdict(found: Inspection) -> Element:
 def _tiles(found: Inspection) -> Element:
     rates = [t.changes.per_second or 0.0 for t in found.tables if t.changes is not None]
     size = sum(t.size.all_bytes for t in found.tables if t.size is not None)
-    outage = seconds_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit"
+    outage = duration_text(found.outage_s) if found.retention.keep_bytes is not None else "no limit"
     facts = [
         (str(len(found.tables)), "tables"),
         (bytes_text(size), "with indexes"),
-        (f"{sum(rates):.3g}/s", "rows changed"),
+        (per_second_text(sum(rates)), "rows changed"),
         (f"{bytes_text(found.wal.bytes_per_hour)}/h" if found.wal else "-", "WAL, whole server"),
         (outage, "a daemon may be down"),
         (duration_text(found.plan.seconds) if found.plan else "-", "to read everything once"),
@@ -223,7 +232,8 @@ def _figure(title: str, unit: str, parts: Sequence[str], colours: str, bars: lis
         caption = _node("figcaption", _node("b", title), f"{unit}; the {BARS_MAX} largest of {len(bars)}")
     keys = [_node("span", _node("i", kind=kind), part, kind="key") for kind, part in zip(kinds, parts, strict=True)]
     legend = [_node("p", *keys, kind="soft")] if len(parts) > 1 else []
-    return _node("figure", caption, *legend, _plot(title, parts, kinds, bars[:BARS_MAX]))
+    plot = _node("div", _plot(title, parts, kinds, bars[:BARS_MAX]), kind="scroll")
+    return _node("figure", caption, *legend, plot)
 
 
 def _plot(title: str, parts: Sequence[str], kinds: Sequence[str], bars: list[Bar]) -> Element:
@@ -293,7 +303,7 @@ def _all_tables(found: Inspection) -> list[Element]:
         (str(p.table), p.strategy, str(p.chunks), f"{p.chunk_rows:,}", bytes_text(p.bytes), duration_text(p.seconds))
         for p in plans
     ]
-    late = f"Age of rows when they changed (late: older than {seconds_text(found.late_after_s)})"
+    late = f"Age of rows when they changed (late: older than {duration_text(found.late_after_s)})"
     return [
         *_table("Tables", headers, rows, range(3, 9)),
         *_table(late, ("table", "by column", "found", "rows", "late", "oldest", "measured"), ages, (3, 4, 5)),
@@ -310,7 +320,9 @@ def _retention(found: Inspection) -> list[Element]:
         (s.name, s.kind, "active" if s.active else "not active", s.wal_status or "-", bytes_text(s.retained_bytes))
         for s in kept.slots
     ]
-    opened = [(t.who, t.state or "-", seconds_text(t.seconds), "yes" if t.writes else "no") for t in found.transactions]
+    opened = [
+        (t.who, t.state or "-", duration_text(t.seconds), "yes" if t.writes else "no") for t in found.transactions
+    ]
     return [
         *_table("Retention", ("setting", "value"), [*room, *kept.settings.items()]),
         *_table("Slots", ("slot", "kind", "", "wal_status", "retained"), slots, (4,)),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cdc.inspection import Ages, Changes, Inspection, KeyCandidate, TableFacts
     from cdc.verbs.call import Call
 
+DAY_S = 86_400.0
 IDENTITY = {"d": "default", "f": "full", "i": "index", "n": "nothing"}
 
 
@@ -47,7 +48,7 @@ def _show_server(call: Call, found: Inspection) -> None:
         told = f", {bytes_text(before)}/h since the counters were reset" if before is not None else ""
         line(f"WAL      {bytes_text(found.wal.bytes_per_hour)}/h, of the whole server{told}")
     limit = "no limit" if kept.keep_bytes is None else bytes_text(kept.keep_bytes)
-    outage = f": a daemon may be down for {seconds_text(found.outage_s)}" if found.outage_s is not None else ""
+    outage = f": a daemon may be down for {duration_text(found.outage_s)}" if found.outage_s is not None else ""
     line(f"keeps    {limit} per slot{outage}; pg_wal holds {bytes_text(kept.wal_dir_bytes)}")
     line(f"room     {kept.slots_left} slots and {kept.senders_left} senders left")
     line("settings " + ", ".join(f"{name} {value}" for name, value in kept.settings.items()))
@@ -58,19 +59,26 @@ def _show_server(call: Call, found: Inspection) -> None:
     for t in found.transactions:
         writes = ", has written" if t.writes else ""
         state = f", {t.state}" if t.state else ""
-        line(f"open     {printable(t.who)}: {seconds_text(t.seconds)}{state}{writes}")
+        line(f"open     {printable(t.who)}: {duration_text(t.seconds)}{state}{writes}")
 
 
-def duration_text(seconds: float) -> str:
-    """A duration for people, in milliseconds if it is short."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else seconds_text(seconds)
+def duration_text(seconds: float | None) -> str:
+    """A duration for people, from milliseconds to days; `-` if it is not known."""
+    if seconds is None or 1 <= abs(seconds) < 2 * DAY_S:
+        return seconds_text(seconds)
+    return f"{seconds * 1000:.0f} ms" if abs(seconds) < 1 else f"{seconds / DAY_S:,.0f} days"
 
 
 def rate_text(changes: Changes | None) -> str:
     """Changes per second for people."""
     if changes is None or changes.per_second is None:
         return "-"
-    return f"{changes.per_second:.3g}/s"
+    return per_second_text(changes.per_second)
+
+
+def per_second_text(rate: float) -> str:
+    """A rate for people."""
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
 def _show_tables(call: Call, tables: list[TableFacts]) -> None:
@@ -103,7 +111,7 @@ def _show_ages(call: Call, found: Inspection) -> None:
     aged = [(t, t.ages) for t in found.tables if t.ages is not None]
     if aged:
         call.console.line()
-        call.console.line(f"age of rows when they changed; late is older than {seconds_text(found.late_after_s)}")
+        call.console.line(f"age of rows when they changed; late is older than {duration_text(found.late_after_s)}")
         rows = [(printable(str(t.table)), *ages_row(ages)) for t, ages in aged]
         call.console.table(("table", "by column", "found", "rows", "late", "oldest", "measured"), rows, indent="  ")
 
@@ -112,7 +120,7 @@ def ages_row(ages: Ages) -> tuple[str, ...]:
     """Column, how it was found, rows, late share, oldest, how it was measured."""
     share = f"{ages.late_share:.1%}" if ages.late_share is not None else "-"
     how = f"{ages.rows_seen} rows in {ages.read_share:.0%} of the table, by {ages.changed_at}"
-    return printable(ages.column), ages.found_by, f"{ages.rows:.0f}", share, seconds_text(ages.oldest_s), how
+    return printable(ages.column), ages.found_by, f"{ages.rows:.0f}", share, duration_text(ages.oldest_s), how
 
 
 def _show_candidates(call: Call, tables: list[TableFacts]) -> None:

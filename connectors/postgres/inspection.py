@@ -89,7 +89,7 @@ class PostgresInspector:
             after, end = inspection_server.counters(connection, oids), inspection_server.mark(connection)
             for table in tables:
                 oid, facts = table.described.schema.oid, table.facts
-                if oid in before and oid in after:
+                if oid in before and oid in after and not server.standby:
                     _count(facts, before[oid], after[oid], end.at_s - begin.at_s, server.counted_s)
             say("looking at the rows that changed")
             self._read_ages(connection, tables, request, begin, end)
@@ -107,7 +107,10 @@ class PostgresInspector:
         not_measured = inspection_server.missing_rights(server, connection.info.user)
         wal = None
         if server.standby:
-            not_measured.append(NotMeasured(what="WAL", why="the server is a standby: it writes none of its own"))
+            why = "the server is a standby: it writes none of its own, and does not count what it replays"
+            not_measured.append(
+                NotMeasured(what="WAL and changes", why=why, fix="point the source's dsn at the primary")
+            )
         else:
             so_far, since_s = inspection_server.wal_before(connection)
             wal = Wal(

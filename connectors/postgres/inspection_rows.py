@@ -225,7 +225,8 @@ def ages(
     when: sql.Composable = sql.SQL("pg_xact_commit_timestamp(r.xmin)")
     which: sql.Composable = sql.SQL("{} >= to_timestamp({})").format(when, sql.Literal(until.at_s - RECENT_S))
     if not commits_dated:
-        when = sql.SQL("to_timestamp({})").format(sql.Literal(until.at_s))
+        # Not the interval's end: by now there are rows from behind it.
+        when = sql.SQL("clock_timestamp()")
         which = _unseen(since.snapshot)
     sums = [0.0] * (3 + len(AGE_BOUNDS_S) + 1)
     seen, oldest = 0, None

@@ -26,7 +26,7 @@ from cdc.inspection import (
     plan_snapshots,
 )
 from cdc.table import TableId
-from cdc.verbs.inspect_text import candidate_row, duration_text, printable
+from cdc.verbs.inspect_text import candidate_row, duration_text, per_second_text, printable
 
 
 def facts(name: str, *, rows: int, sample: SampleRead | None, key: tuple[str, ...] = ("id",)) -> TableFacts:
@@ -143,7 +143,9 @@ def test_late_is_a_share_of_the_rows_that_have_the_column() -> None:
     assert len(AGE_LABELS) == len(AGE_BOUNDS_S) + 1
 
 
-def test_names_cannot_move_a_terminals_cursor() -> None:
+def test_names_cannot_move_a_terminals_cursor_and_numbers_are_short() -> None:
     assert printable("naïve 表 'x'") == "naïve 表 'x'"
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
-    assert (duration_text(0.0123), duration_text(12.0)) == ("12 ms", "12.0 s")
+    shown = [duration_text(s) for s in (0.0123, 12.0, 86_400.0, 20_000_000.0, None)]
+    assert shown == ["12 ms", "12.0 s", "24 h 00 min", "231 days", "-"]
+    assert [per_second_text(r) for r in (0.0, 1.2345, 1320.7)] == ["0/s", "1.23/s", "1,321/s"]
