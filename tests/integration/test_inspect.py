@@ -120,7 +120,7 @@ def test_what_is_measured_is_what_is_there(shop: str) -> None:
             connection.execute("delete from orders where id between 51 and 100")
             written.append(connection.execute(position).fetchone()[0])
 
-    found = measured(shop, during=write, interval_s=1.5, late_after_s=86_400.0)
+    found = measured(shop, during=write, interval_s=1.0, late_after_s=86_400.0)
 
     orders = table(found, "orders")
     assert (orders["key"], orders["identity"], orders["published"]) == (["id"], "default", False)
@@ -153,7 +153,7 @@ def test_what_is_measured_is_what_is_there(shop: str) -> None:
 
     [forgotten] = [t for t in found["transactions"] if "forgotten" in t["who"]]
     assert forgotten["writes"]
-    assert forgotten["seconds"] > 1.5
+    assert forgotten["seconds"] > 1.0
     with psycopg.connect(shop) as connection:
         assert connection.execute("select count(*) from pg_publication").fetchone() == (0,)
         assert connection.execute("select count(*) from pg_replication_slots").fetchone() == (0,)
@@ -195,7 +195,7 @@ def test_of_a_big_table_a_share_is_read_and_the_bound_is_said(database: str) -> 
     def write() -> None:
         execute(database, "insert into big select g, now(), repeat('x', 7000) from generate_series(20001, 20100) g")
 
-    found = table(measured(database, during=write, interval_s=1.5), "big")
+    found = table(measured(database, during=write, interval_s=1.0), "big")
     assert found["space"]["read_share"] < 0.3
     assert found["space"]["unused_share"] < 0.2, "what is left of a block beside its row"
     assert found["rows_estimated"] == pytest.approx(rows, rel=0.1)
@@ -238,7 +238,7 @@ def test_the_budget_is_for_reading_and_what_does_not_fit_is_said(database: str) 
     def write() -> None:
         execute(database, "insert into orders select g from generate_series(1, 10) g")
 
-    waited = measured(database, during=write, interval_s=1.3, budget_s=1.2)
+    waited = measured(database, during=write, interval_s=1.0, budget_s=0.9)
     assert table(waited, "orders")["ages"]["rows"] == 10, "the interval is not part of it"
 
     found = measured(database, budget_s=1e-6)
