@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -21,6 +22,7 @@ from psycopg import sql
 from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError
 from cdc.inspection import (
+    Ages,
     Inspection,
     NotMeasured,
     Request,
@@ -181,9 +183,7 @@ class PostgresInspector:
                 table.may_read = False
                 table.findings.append(refusal)
                 facts.not_measured.append(NotMeasured(what=ROWS, why=refusal.message, fix=refusal.fix))
-            table.readable = self._within_budget(
-                facts, "size", lambda found=found: inspection_rows.readable(connection, found)  # type: ignore[misc]
-            )  # fmt: skip
+            table.readable = self._within_budget(facts, "size", partial(inspection_rows.readable, connection, found))
             if table.readable is not None:
                 facts.rows_estimated = table.readable.rows_estimated
                 facts.size = table.readable.size
@@ -233,38 +233,40 @@ class PostgresInspector:
         row = connection.execute("select current_setting('track_commit_timestamp')::bool").fetchone()
         commits_dated = bool(row and row[0])
         for table in tables:
-            facts, described = table.facts, table.described
-            changed = facts.changes is None or facts.changes.inserts + facts.changes.updates > 0
+            facts = table.facts
             if table.readable is None or not table.may_read:
                 continue
             column = inspection_rows.age_column(connection, facts.oid, request.age_column)
+            why, fix = "", ""
             if column is None:
-                why = "no column says when a row came to be" if not request.age_column else (
-                    f"it has no date or timestamp named {request.age_column!r}"
-                )  # fmt: skip
-                facts.not_measured.append(NotMeasured(what="ages", why=why, fix="--age-column NAME"))
-                continue
-            if not changed and not commits_dated:
-                facts.not_measured.append(
-                    NotMeasured(
-                        what="ages", why="no row was inserted or updated within the interval", fix="a longer --interval"
-                    )
+                why, fix = "no column says when a row came to be", "--age-column NAME"
+                if request.age_column:
+                    why = f"it has no date or timestamp named {request.age_column!r}"
+            elif facts.changes is not None and not (facts.changes.inserts or facts.changes.updates or commits_dated):
+                why, fix = "no row was inserted or updated within the interval", "a longer --interval"
+            else:
+                measure = partial(
+                    self._ages_of, connection, table, column, begin, end, request.late_after_s, commits_dated
                 )
-                continue
-            # It may have grown: new rows stand at its end.
-            facts.ages = self._within_budget(
-                facts,
-                "ages",
-                lambda described=described, column=column: inspection_rows.ages(  # type: ignore[misc]
-                    connection,
-                    inspection_rows.readable(connection, described),
-                    column,
-                    since=begin,
-                    until=end,
-                    late_after_s=request.late_after_s,
-                    commits_dated=commits_dated,
-                ),
-            )
+                facts.ages = self._within_budget(facts, "ages", measure)
+            if why:
+                facts.not_measured.append(NotMeasured(what="ages", why=why, fix=fix))
+
+    def _ages_of(
+        self,
+        connection: psycopg.Connection[Any],
+        table: _Table,
+        column: tuple[str, str],
+        begin: inspection_server.Mark,
+        end: inspection_server.Mark,
+        late_after_s: float,
+        commits_dated: bool,
+    ) -> Ages:
+        # It may have grown: new rows stand at its end.
+        read = inspection_rows.readable(connection, table.described)
+        return inspection_rows.ages(
+            connection, read, column, since=begin, until=end, late_after_s=late_after_s, commits_dated=commits_dated
+        )
 
     def _has_time(self) -> bool:
         return time.monotonic() < self._deadline
@@ -307,7 +309,7 @@ def _measured(facts: TableFacts, what: str, measure: Callable[[], T]) -> T | Non
     except CdcError as e:
         why, fix = e.args[0], e.hint
     except psycopg.errors.QueryCanceled:
-        why, fix = f"it takes longer than {STATEMENT_S:g} s", ""
+        why, fix = "it takes longer than statement_timeout allows, or was cancelled", ""
     except psycopg.errors.LockNotAvailable:
         why, fix = "another session holds a lock that shuts readers out", "when it has ended"
     except psycopg.errors.InsufficientPrivilege as e:

@@ -275,11 +275,11 @@ def _age_query(
 
 def _unseen(snapshot: str) -> sql.Composed:
     """Rows whose last writer the snapshot did not see. A row carries 32 bits of its writer's id: ages of ids are
-    compared first, which passes over old rows, then the whole id is put together from the snapshot's."""
-    xmin, xmax, _ = (int(part or 0) if i < 2 else 0 for i, part in enumerate(snapshot.split(":")))
+    compared first, which passes over old rows, and only then is the whole id put together from the snapshot's."""
+    xmin, xmax = map(int, snapshot.split(":")[:2])
     return sql.SQL(
-        "age(r.xmin) between 1 and age({low}::xid) and not pg_visible_in_snapshot("
-        "({high}::int8 + age({high32}::xid) - age(r.xmin))::text::xid8, {snapshot}::pg_snapshot)"
+        "case when age(r.xmin) between 1 and age({low}::xid) then not pg_visible_in_snapshot("
+        "({high}::int8 + age({high32}::xid) - age(r.xmin))::text::xid8, {snapshot}::pg_snapshot) else false end"
     ).format(
         low=sql.Literal(str(xmin & 0xFFFFFFFF)), high=sql.Literal(xmax), high32=sql.Literal(str(xmax & 0xFFFFFFFF)),
         snapshot=sql.Literal(snapshot),
