@@ -370,11 +370,12 @@ CHUNK_HEAP_BYTES = 32 << 20
 """A table without a key is read in ranges of as many bytes of its file."""
 
 
-def judge(inspection: Inspection) -> list[Finding]:
-    """What the measured numbers mean for capture, beside what the server's settings say by themselves."""
+def judge(inspection: Inspection, *, streams: bool = True) -> list[Finding]:
+    """What the measured numbers mean for capture, beside what the server's settings say by themselves. A source that is
+    only read now and then (`streams` false) has no slot that could be lost."""
     return [
-        *_of_retention(inspection),
-        *_of_transactions(inspection.transactions),
+        *(_of_retention(inspection) if streams else ()),
+        *(_of_transactions(inspection.transactions) if streams else ()),
         *(finding for facts in inspection.tables for finding in _of_table(facts)),
     ]
 

@@ -72,6 +72,8 @@ class PostgresInspector:
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._where = describe(config.dsn)
+        self._streams = config.mode == "stream"
+        """Whether slot, WAL and identities matter to it."""
         self._deadline = 0.0
 
     def inspect(self, request: Request, say: Callable[[str], None]) -> Inspection:
@@ -144,9 +146,9 @@ class PostgresInspector:
             not_measured=not_measured,
         )
         inspection.findings = [
-            *check.server_findings(connection, self._config, self._where),
+            *(check.server_findings(connection, self._config, self._where) if self._streams else ()),
             *(finding for table in tables for finding in table.findings),
-            *judge(inspection),
+            *judge(inspection, streams=self._streams),
         ]
         return inspection
 
@@ -178,7 +180,7 @@ class PostgresInspector:
                 key=schema.key,
                 identity=schema.identity,
             )
-            table = _Table(facts, found, findings=identity_findings(shown, found))
+            table = _Table(facts, found, findings=identity_findings(shown, found) if self._streams else [])
             if refusal := _refusal(connection, found, *access.get(oid, (True, True))) or hidden.get(str(schema.table)):
                 table.may_read = False
                 table.findings.append(refusal)

@@ -90,6 +90,7 @@ def test_retention_that_lasts_less_than_an_hour_endangers() -> None:
     assert found.outage_s == pytest.approx(1000.0), "the busier of the two rates counts"
     found.findings = judge(found)
     assert [f.name for f in found.findings] == ["retention"]
+    assert judge(found, streams=False) == [], "it has no slot"
     assert found.is_endangered
 
 
