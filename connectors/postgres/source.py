@@ -31,11 +31,13 @@ from cdc.errors import (
     StreamRestarted,
     Undecodable,
 )
+from cdc.inspection import SourceInspector
 from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
+from connectors.postgres.inspection import PostgresInspector
 from connectors.postgres.logical_messages import MessageTable, messages_schema
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
@@ -427,3 +429,7 @@ class PostgresKind:
     @staticmethod
     def admin(config: SourceConfig) -> SourceAdmin:
         return PostgresAdmin(config)
+
+    @staticmethod
+    def inspector(config: SourceConfig) -> SourceInspector:
+        return PostgresInspector(config)
