@@ -108,6 +108,7 @@ class Stepped:
             "confirm_every_s": 0.0,
             **source,
         }
+        self.rounds_max = ROUNDS_MAX
         self._sockets: list[psycopg.Connection[Any]] = []
         self._inside = False
         self._disks = 0
@@ -191,12 +192,12 @@ class Stepped:
 
     def until(self, condition: Callable[[], object], what: str, *, parts: tuple[str, ...] = PARTS) -> None:
         """Let some parts step in turn until a condition holds."""
-        for _ in range(ROUNDS_MAX):
+        for _ in range(self.rounds_max):
             if self.state is not None and condition():
                 return
             for part in parts:
                 self.step(part)
-        raise NotSettled(f"not within {ROUNDS_MAX} rounds: {what}; {self.told()}")
+        raise NotSettled(f"not within {self.rounds_max} rounds: {what}; {self.told()}")
 
     def prepared(self) -> None:
         """Until the stream has begun and the tables are known."""
@@ -246,7 +247,8 @@ class Stepped:
 
     # ---- inside of steps ----
 
-    def _pass(self, place: str) -> None:
+    def pass_by(self, place: str) -> None:
+        """The product is at a place."""
         # What is called in between passes places of its own; and the turn of another thread is not ours.
         if self.state is None or self._inside or threading.current_thread() is not threading.main_thread():
             return
@@ -257,7 +259,7 @@ class Stepped:
             self._inside = False
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
-        replaced(patch, failpoints.failpoint, self._pass)
+        replaced(patch, failpoints.failpoint, self.pass_by)
         for module in _modules("cdc"):
             if vars(module).get("time") is time:
                 patch.setattr(module, "time", self.clock)
@@ -272,15 +274,15 @@ class Stepped:
             return self._sockets[-1]
 
         def begun(reader: PostgresSnapshotReader, schema: TableSchema) -> TableSnapshot:
-            self._pass("reader.before_begin")
+            self.pass_by("reader.before_begin")
             snapshot = begin(reader, schema)
-            self._pass("reader.begun")
+            self.pass_by("reader.begun")
             return snapshot
 
         def has_read(reader: PostgresSnapshotReader, **what: Any) -> RowsRead:
-            self._pass("reader.before_read")
+            self.pass_by("reader.before_read")
             rows = read(reader, **what)
-            self._pass("reader.read")
+            self.pass_by("reader.read")
             return rows
 
         replaced(patch, connect, connected)
