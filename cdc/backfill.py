@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from cdc import metrics
 from cdc.batch import SNAPSHOT_SEQ, Batch
-from cdc.errors import CdcError, InvariantBroken, Verdict
+from cdc.errors import CdcError, InvariantBroken, NotPublished, Verdict
 from cdc.failpoints import failpoint
 from cdc.log import EventLog
 from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
@@ -214,6 +214,12 @@ class Backfill:
     def _guarded(self, table: TableId, work: Callable[[], bool], run: Run | None = None) -> bool:
         try:
             return work()
+        except NotPublished as e:
+            # As in `_start`: no error of the table. It may come back, and is read anew then.
+            self._chunk = None
+            if run is not None:
+                self._state.update_run(run.id, state="failed", reason=e.args[0])
+            return True
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise

@@ -52,6 +52,11 @@ class SourceRefused(CdcError):
     """The source answers, but does not let us do what we need (privilege, setting, missing object)."""
 
 
+class NotPublished(SourceRefused):
+    """The table that is to be read is not in the publication any more, or is gone: the next look at the catalog tells
+    what has become of it."""
+
+
 class SlotLost(CdcError):
     """The slot is gone, invalidated, or not where the lake says that it must be."""
 

@@ -392,3 +392,41 @@ def watch_locks(patch: pytest.MonkeyPatch, stepped: Stepped) -> None:
         return execute(connection, query, *args, **words)
 
     patch.setattr(psycopg.Connection, "execute", executed)
+
+
+# ---- what random programs have found ----
+
+
+@pytest.fixture
+def scene(server: EmbeddedPostgres, tmp_path: Path) -> Iterator[Scene]:
+    dsn = create_database(server, "scene")
+    with pytest.MonkeyPatch.context() as patch, Stepped(tmp_path, dsn, patch) as stepped:
+        yield Scene(stepped, *KEYED, "create table zebra (id int primary key)", published="t, zebra")
+    drop_database(server, "scene")
+
+
+def test_an_order_that_joins_one_that_waits_takes_the_mark_away_when_it_is_done(scene: Scene) -> None:
+    """The lake would ask for another snapshot for ever, and get one from every daemon that loses its disk."""
+    stepped = scene.stepped
+    stepped.settled()
+    scene.resync()
+    scene.run(f"alter publication {stepped.slot} drop table t", "delete from t where id < 5")
+    scene.run(f"alter publication {stepped.slot} add table t")
+    stepped.settled()  # with no table marked
+    runs = [r for r in stepped.state.runs("shop") if r.table.name == "t"] if stepped.state else []
+    assert [r.state for r in runs] == ["done", "done"], "the order of the finding has joined the operator's"
+    assert scene.told() == []
+
+
+def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is_back(scene: Scene) -> None:
+    stepped = scene.stepped
+    stepped.prepared()
+    scene.once("reader.read", lambda: scene.run(f"alter publication {stepped.slot} drop table t"))
+    stepped.until(
+        lambda: any(r.state == "failed" for r in stepped.state.runs("shop")) if stepped.state else False,
+        "the run to end",
+        parts=("capture", "backfill"),
+    )
+    scene.run("delete from t where id < 5", f"alter publication {stepped.slot} add table t")
+    stepped.settled()
+    assert scene.told() == []
