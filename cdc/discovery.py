@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from typing import Protocol
 
 from cdc import metrics
-from cdc.backfill import Backfill, shape_fact
+from cdc.appending import shape_fact
+from cdc.backfill import Backfill
 from cdc.errors import CdcError, Verdict
 from cdc.fingerprint import Catalog, Fingerprint, Unpublished
 from cdc.lake.changelog import ChangelogTable
@@ -240,8 +241,8 @@ class Discovery:
             prints[table] = replace(prints[table], membership=())
 
     def _clear_marks(self) -> None:
-        """Take the mark from tables whose whole run, begun after the mark, has landed to its end. It may have been ordered
-        before: an order joins one that is pending."""
+        """Take the mark from tables whose whole run, begun after the mark, has landed to its end. It may have been
+        ordered before: an order joins one that is pending."""
         done = []
         for table, since in self._marked():
             runs = [r for r in self._state.runs(self._source, table) if r.kind in FULL_RUNS]

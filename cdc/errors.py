@@ -57,6 +57,10 @@ class NotPublished(SourceRefused):
     what has become of it."""
 
 
+class FilterRefused(CdcError):
+    """The source does not run the filter of a resync. It is the filter's fault, so its table goes on."""
+
+
 class SlotLost(CdcError):
     """The slot is gone, invalidated, or not where the lake says that it must be."""
 

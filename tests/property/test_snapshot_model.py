@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,32 +32,39 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgre
 
 
 def play(server: EmbeddedPostgres, directory: Path, number: int) -> None:
+    """Program `number` of this run's seed, from its first transaction to the comparison at its end."""
     name = f"model_{number}"
     rng = random.Random(f"{os.environ['CDC_TEST_SEED']}/{number}")
     dsn = create_database(server, name)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            stepped = Stepped(directory, dsn, patch, chunk_rows=rng.choice([3, 5, 9, 20]))
-            program = Program(stepped, rng)
-            try:
-                with stepped:
-                    began = time.time()
-                    program.play(rng.choice([60, 150, 300]))
+    with pytest.MonkeyPatch.context() as patch:
+        stepped = Stepped(directory, dsn, patch, chunk_rows=rng.choice([3, 5, 9, 20]))
+        program = Program(stepped, rng)
+        try:
+            with stepped:
+                program.play(rng.choice([60, 150, 300]))
+                program.finish()
+                assert_equal(program)
+                if rng.random() < 0.4 and program.injure():
+                    program.play(60)
                     program.finish()
-                    print(time.time() - began, stepped.lives, len(program.journal))
-                    found = [
-                        line
-                        for shape in program.shapes
-                        for line in differences(dsn, stepped.lake, shape.name, where=program.filters[shape.name])
-                    ]
-                    assert not found, "\n".join(found[:20])
-            except BaseException:
-                print("\n".join(program.journal))
-                raise
-            finally:
-                program.close()
-    finally:
-        drop_database(server, name)
+                    assert_equal(program)
+        except BaseException:
+            print("\n".join(program.journal))
+            raise
+        finally:
+            program.close()
+    drop_database(server, name)
+
+
+def assert_equal(program: Program) -> None:
+    found = [
+        line
+        for shape in program.shapes
+        for line in differences(
+            program.stepped.dsn, program.stepped.lake, shape.name, where=program.filters[shape.name]
+        )
+    ]
+    assert not found, "\n".join(found[:20])
 
 
 @pytest.mark.parametrize("number", range(QUICK))

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from deltalake import DeltaTable
 
-from cdc import window
+from cdc import candidates, filtered, window
 from cdc.backfill import Backfill
 from cdc.batch import SNAPSHOT_SEQ, Batch
 from cdc.errors import InvariantBroken
@@ -70,12 +69,9 @@ class Scene:
         for _ in range(TURNS):
             self.stepped.turn()
 
-    def spoil(self, updates: dict[str, str], predicate: str, table: str = "t") -> None:
+    def spoil(self, updates: dict[str, str], predicate: str) -> None:
         """Make rows of `current` wrong, as a lost change would."""
-        self.stepped.kill()
-        DeltaTable(str(self.stepped.lake / "shop" / f"public.{table}" / "current")).update(
-            updates=updates, predicate=predicate
-        )
+        self.stepped.spoil("t", updates, predicate)
         self.stepped.prepared()
 
     def told(self, *tables: str) -> list[str]:
@@ -173,7 +169,9 @@ def big_value_left_alone(stepped: Stepped) -> list[str]:
     scene = Scene(stepped, *KEYED)
     stepped.settled()
     scene.spoil({"big": "'wrong'"}, "id <= 3")
-    scene.once("reader.begun", lambda: scene.run("update t set n = 1 where id = 1", "update t set id = 102 where id = 2"))
+    scene.once(
+        "reader.begun", lambda: scene.run("update t set n = 1 where id = 1", "update t set id = 102 where id = 2")
+    )
     scene.once("reader.read", stepped.captured)
     scene.resync()
     stepped.settled()
@@ -206,6 +204,18 @@ def ghosts(stepped: Stepped) -> list[str]:
     stepped.settled()
     scene.spoil({"id": "id + 1000"}, "id <= 3")
     scene.resync()
+    stepped.settled()
+    return scene.told()
+
+
+def wrong_by_the_filter(stepped: Stepped) -> list[str]:
+    """Rows that a filter would name are wrong in the lake: by it they are there and should not be, or the other way."""
+    scene = Scene(stepped, *KEYED, "update t set n = id % 3")
+    stepped.settled()
+    stepped.spoil("t", {"n": "1"}, "id = 3")
+    stepped.spoil("t", {"id": "id + 1000"}, "id = 4")
+    scene.spoil({"n": "5"}, "id = 7")
+    stepped.resync_rows("t", "n = 1")
     stepped.settled()
     return scene.told()
 
@@ -301,6 +311,19 @@ def orphans_stay(patch: pytest.MonkeyPatch) -> None:
     replaced(patch, scan.barriers_of, barriers_of)
 
 
+def deleted_by_the_filter(patch: pytest.MonkeyPatch) -> None:
+    kept = filtered.FilteredRun._some
+
+    def some(self: filtered.FilteredRun, *args: Any, **words: Any) -> filtered.Piece:
+        return filtered.Piece({"keys": []}, kept(self, *args, **words).step)
+
+    patch.setattr(filtered.FilteredRun, "_some", some)
+
+
+def nobody_is_asked_for(patch: pytest.MonkeyPatch) -> None:
+    replaced(patch, candidates.candidates, lambda *_, **__: candidates.Candidates())
+
+
 def nothing_was_seen(patch: pytest.MonkeyPatch) -> None:
     kept = keyless.swap_of
 
@@ -329,6 +352,8 @@ CASES = [
     Case("10", spoilt_on_a_quiet_source, counter_begins_again, {}),
     Case("10-position", spoilt_on_a_quiet_source, position_of_the_beginning, {}),
     Case("13", ghosts, orphans_stay, {}),
+    Case("14", wrong_by_the_filter, deleted_by_the_filter, {}),
+    Case("14-candidates", wrong_by_the_filter, nobody_is_asked_for, {}),
     Case("16", keyless_before, nothing_was_seen, {}),
     Case("16-unseen", keyless_unseen, nothing_is_hidden, {}),
 ]

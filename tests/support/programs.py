@@ -40,7 +40,7 @@ ID = "id int primary key, n int, text text, big text"
 SHAPES = (
     Shape("plain", ID, ("id",)),
     Shape("whole", ID, ("id",), identity="full"),
-    Shape("pair", "a text collate \"C\", b int, n int, text text, big text, primary key (a, b)", ("a", "b")),
+    Shape("pair", 'a text collate "C", b int, n int, text text, big text, primary key (a, b)', ("a", "b")),
     Shape("local", "a text, b int, n int, text text, big text, primary key (b, a)", ("b", "a")),
     Shape("bare", "id int, n int, text text, big text", (), identity="full"),
     Shape("chosen", ID, ("id",), filters=("(id % 3 <> 0)", "(id % 2 = 0)", "(id > 20)")),
@@ -125,6 +125,7 @@ class Program:
         self.filters = {s.name: rng.choice(s.filters) for s in self.shapes}
         self.unpublished: set[str] = set()
         self.kills = rng.choice([0, 1, 2, 4])
+        self.keeps_its_disk = False
         self.count = 0
         for shape in self.shapes:
             self._create(shape)
@@ -182,6 +183,29 @@ class Program:
             self._add(name)
         self.stepped.settled()
 
+    def injure(self) -> bool:
+        """Make rows wrong that one filter names (here or there), and order that just these are read anew; what follows
+        must not lose the order. False if no table can be treated so."""
+        shapes = [s for s in self.shapes if s.key]
+        if not shapes:
+            return False
+        shape = self.rng.choice(shapes)
+        number = "b" if "b" in shape.key else "id"
+        low = self.rng.randrange(70)
+        where = f"n between {low} and {low + 30}"
+        for updates, predicate in (
+            ({number: f"{number} + 5000"}, f"{where} and {number} % 5 = 0"),
+            ({"n": "n + 1000"}, f"{where} and {number} % 5 = 1"),
+            ({"n": f"{low + 1}"}, f"{number} % 5 = 2"),
+        ):
+            self.stepped.spoil(shape.name, updates, predicate)
+        self.keeps_its_disk = True
+        self.stepped.prepared()
+        self._note(f"{shape.name} is injured where {where}")
+        self.stepped.resync_rows(shape.name, where)
+        self.stepped.between = self._between
+        return True
+
     def _note(self, what: str) -> None:
         self.journal.append(what)
 
@@ -209,15 +233,24 @@ class Program:
     def _kill(self) -> None:
         if self.kills:
             self.kills -= 1
-            lost = self.rng.random() < 0.4
+            lost = not self.keeps_its_disk and self.rng.random() < 0.4
             self._note("killed, and the disk is lost" if lost else "killed")
             self.stepped.kill(disk_lost=lost)
 
     def _order(self) -> None:
-        name = self.rng.choice(self.shapes).name
-        if name not in self.unpublished:
-            self._note(f"resync {name}")
-            self.stepped.resync(name)
+        shape = self.rng.choice(self.shapes)
+        if shape.name in self.unpublished:
+            return
+        if not shape.key or self.rng.random() < 0.5:
+            self._note(f"resync {shape.name}")
+            self.stepped.resync(shape.name)
+            return
+        low = self.rng.randrange(100)
+        where = f"n between {low} and {low + 40}"
+        values = self._key(shape, self.rng.choice)
+        keys = [tuple(plain(values[column]) for column in shape.key)]
+        self._note(f"resync {shape.name} where {where}, and {keys}")
+        self.stepped.resync_rows(shape.name, where, keys)
 
     def _publish(self) -> None:
         """A table leaves the publication, or comes back; a filter changes."""
@@ -365,3 +398,8 @@ class Program:
 
 def quoted(text: str) -> str:
     return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def plain(literal: str) -> str:
+    """The text of a key's literal, as `_key` makes them."""
+    return literal.removeprefix("E'").removesuffix("'")

@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +20,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from deltalake import DeltaTable
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc import failpoints, pipeline
 from cdc.config import Config, LakeConfig, SourceConfig
-from cdc.errors import CdcError, Verdict
+from cdc.errors import CdcError, SourceRefused, Verdict
 from cdc.lake import lease
 from cdc.log import EventLog
 from cdc.pipeline import Pipeline
@@ -231,10 +232,21 @@ class Stepped:
             return False
         return all(t.state in ("streaming", "removed") for t in self.state.tables(SOURCE) if not t.table.is_own)
 
-    def resync(self, table: str, **order: Any) -> None:
+    def resync(self, table: str) -> None:
         """Order a snapshot, if the pipeline is there to take the order."""
         if self.state is not None and self.pipeline.prepared:
-            self.pipeline.resync(TableId("public", table), **order)
+            self.pipeline.resync(TableId("public", table))
+
+    def resync_rows(self, table: str, where: str, keys: Sequence[tuple[str, ...]] = ()) -> None:
+        """Order that some rows are read anew, if the pipeline is there to take the order."""
+        if self.state is not None and self.pipeline.prepared:
+            with suppress(SourceRefused):
+                self.pipeline.resync_rows(TableId("public", table), where, keys)
+
+    def spoil(self, table: str, updates: dict[str, str], predicate: str) -> None:
+        """Make rows of `current` wrong, as a lost change would, while no process runs."""
+        self.kill()
+        DeltaTable(str(self.lake / SOURCE / f"public.{table}" / "current")).update(updates=updates, predicate=predicate)
 
     def told(self) -> str:
         """How things stand, for messages."""
