@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def play(server: EmbeddedPostgres, directory: Path, number: int) -> None:
                     program.finish()
                     assert_equal(program)
         except BaseException:
-            print("\n".join(program.journal))
+            sys.stderr.write("\n".join([*program.journal, ""]))
             raise
         finally:
             program.close()

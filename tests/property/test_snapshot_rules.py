@@ -6,8 +6,6 @@ place of the function that keeps the rule. The product has no switches for any o
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +31,7 @@ from tests.support.programs import Writer
 from tests.support.stepped import NotSettled, Stepped, replaced
 
 BIG = "repeat(md5({}::text), 90)"
-TURNS = 60
+TURNS = 30
 """Enough for any snapshot here to come to its end, if nothing holds it up."""
 
 
@@ -394,7 +392,7 @@ def outcome(case: Case, server: EmbeddedPostgres, directory: Path, *, mutated: b
             watch_locks(patch, stepped)
             if mutated:
                 case.mutant(patch)
-                stepped.rounds_max = 100
+                stepped.rounds_max = 40
             with stepped:
                 try:
                     return case.scene(stepped)

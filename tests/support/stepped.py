@@ -8,6 +8,7 @@ on a clock that moves with the steps. Nothing in the product knows of any of thi
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -33,9 +34,9 @@ from cdc.ports import RowsRead, TableSnapshot
 from cdc.registry import lake_store
 from cdc.state import State, open_state
 from cdc.table import TableId, TableSchema
-from connectors.local import store  # noqa: F401  (what is patched must have been loaded before)
+from connectors.local import store as _store  # noqa: F401  (what is patched must have been loaded before)
 from connectors.postgres import connection as connections
-from connectors.postgres import source  # noqa: F401
+from connectors.postgres import source as _source  # noqa: F401
 from connectors.postgres.snapshot import PostgresSnapshotReader
 
 SOURCE = "shop"
@@ -69,7 +70,7 @@ class Clock:
 
 
 def replaced(patch: pytest.MonkeyPatch, original: object, substitute: object) -> None:
-    """Put `substitute` wherever a module of the product names `original`, however it was imported. At least one does."""
+    """Put `substitute` wherever a module of the product names `original`, however it was imported."""
     places = [
         (module, name)
         for module in _modules("cdc", "connectors")
@@ -131,6 +132,7 @@ class Stepped:
         config = Config(path=None, state_dir=directory, sources={SOURCE: source}, lake=lake)
         self.stop = threading.Event()
         self.state = open_state(directory)
+        self.state._connection.execute("pragma synchronous = off")
         self.log = EventLog(config.log_dir, self.state, bytes_max=1 << 30)
         self.pipeline = Pipeline(
             config, source, self.state, self.log, lake_store(lake),
@@ -277,6 +279,8 @@ class Stepped:
                 patch.setattr(module, "time", self.clock)
         patch.setattr(pipeline, "READ_S", 0.01)
         patch.setattr(pipeline, "LAND_S", 0.0)
+        # A process is killed here, never the machine: what was written is there.
+        patch.setattr(os, "fsync", lambda fd: None)
         # Of a process that was killed the start time is not found any more: each life has its own.
         patch.setattr(lease, "_started", lambda pid: str(self.lives))
         connect, begin, read = connections.connect, PostgresSnapshotReader.begin, PostgresSnapshotReader.read
