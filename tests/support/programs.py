@@ -114,8 +114,10 @@ class Writer:
 class Program:
     """One random program against one `Stepped`. `journal` is what was done, for whoever has to find a fault."""
 
-    def __init__(self, stepped: Stepped, rng: random.Random, *, writers: int = 3) -> None:
+    def __init__(self, stepped: Stepped, rng: random.Random, *, writers: int = 3, readers: int = 1) -> None:
+        """`readers`: as `stepped` is configured."""
         self.stepped = stepped
+        self.readers = readers
         self.rng = rng
         self.journal: list[str] = []
         self.admin = psycopg.connect(stepped.dsn, autocommit=True, application_name="program")
@@ -210,8 +212,9 @@ class Program:
         self.journal.append(what)
 
     def _step(self, part: str) -> None:
-        self._note(part)
-        self.stepped.step(part)
+        place = self.rng.randrange(self.stepped.lanes(part))
+        self._note(f"{part} {place}")
+        self.stepped.step(part, place)
 
     def _between(self, place: str) -> None:
         """In the middle of a step. Seldom at places that are passed often, often while a chunk is read."""
@@ -222,9 +225,12 @@ class Program:
             for _ in range(rng.choice([1, 2, 4])):
                 self._write()
         if safe and rng.random() < 0.3:
-            part = rng.choice(["capture", "capture", "land", "merge"])
-            self._note(f"  at {place}: {part}")
-            self.stepped.step(part)
+            part = rng.choice(["capture", "capture", "land", "merge", "backfill"])
+            lane = rng.randrange(self.stepped.lanes(part))
+            # Another reader may read meanwhile, if there is one: one of them always waits for its turn.
+            if part != "backfill" or (self.readers > 1 and self.stepped.at_work != (part, lane)):
+                self._note(f"  at {place}: {part} {lane}")
+                self.stepped.step(part, lane)
         if self.kills and rng.random() < 0.01:
             self.kills -= 1
             self._note(f"  killed at {place}")

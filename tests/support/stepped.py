@@ -100,6 +100,8 @@ class Stepped:
         self.killed_at: list[str] = []
         self.errors: dict[str, CdcError] = {}
         """The last one of each part."""
+        self.at_work: tuple[str, int] | None = None
+        """The part, and which of its threads, whose step is under way."""
         self.between: Callable[[str], None] = lambda place: None
         self._source = {
             "tables": ("public.*",),
@@ -174,9 +176,10 @@ class Stepped:
         if self.state is None:
             self.start()
         self.clock.now += STEP_S
-        steps = self._steps[part]
+        place %= len(self._steps[part])
+        outer, self.at_work = self.at_work, (part, place)
         try:
-            return steps[place % len(steps)]()
+            return self._steps[part][place]()
         except CdcError as error:
             if error.verdict is Verdict.FATAL:
                 raise
@@ -186,11 +189,17 @@ class Stepped:
             self.killed_at.append(str(end))
             self.kill()
             return False
+        finally:
+            self.at_work = outer
 
-    def turn(self) -> None:
+    def lanes(self, part: str) -> int:
+        """How many threads a part has."""
+        return len(self._steps[part]) if self.state is not None else 1
+
+    def turn(self, parts: tuple[str, ...] = PARTS) -> None:
         """One step of each."""
-        for part in PARTS:
-            for place in range(len(self._steps[part]) if self.state is not None else 1):
+        for part in parts:
+            for place in range(self.lanes(part)):
                 self.step(part, place)
 
     def until(self, condition: Callable[[], object], what: str, *, parts: tuple[str, ...] = PARTS) -> None:
@@ -198,8 +207,7 @@ class Stepped:
         for _ in range(self.rounds_max):
             if self.state is not None and condition():
                 return
-            for part in parts:
-                self.step(part)
+            self.turn(parts)
         raise NotSettled(f"not within {self.rounds_max} rounds: {what}; {self.told()}")
 
     def prepared(self) -> None:
