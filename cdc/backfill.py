@@ -19,7 +19,7 @@ from typing import Any
 
 from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
 from cdc.candidates import Candidates
-from cdc.errors import CdcError, FilterRefused, InvariantBroken, SourceRefused, Verdict
+from cdc.errors import CdcError, FilterRefused, InvariantBroken, NotPublished, SourceRefused, Verdict
 from cdc.failpoints import failpoint
 from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
 from cdc.log import EventLog
@@ -256,6 +256,12 @@ class Backfill:
             assert run is not None
             lane.chunk = None
             return self._start_anew(run, str(e))
+        except NotPublished as e:
+            # As in `_start`: no error of the table. It may come back, and is read anew then.
+            lane.chunk = None
+            if run is not None:
+                self._state.update_run(run.id, state="failed", reason=e.args[0])
+            return True
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise

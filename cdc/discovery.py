@@ -3,7 +3,7 @@
 Each look compares the catalog with the fingerprints that the lake keeps, so what happened while no daemon ran, or while
 its disk was lost, is found like everything else. A finding is answered before it is forgotten: the lake is told that
 the table needs a resync, the resync is ordered, and only then are the fingerprints of now saved; a look that dies
-in between finds the same again. The mark goes when a whole run that was ordered after it has landed. What a change
+in between finds the same again. The mark goes when a whole run that began after it has landed. What a change
 means is decided in cdc.watch, how a table is read in cdc.backfill. Looks belong to one thread.
 """
 
@@ -251,11 +251,12 @@ class Discovery:
             prints[table] = replace(prints[table], membership=())
 
     def _clear_marks(self) -> None:
-        """Take the mark from tables whose whole run, ordered after the mark, has landed to its end."""
+        """Take the mark from tables whose whole run, begun after the mark, has landed to its end. It may have been
+        ordered before: an order joins one that is pending."""
         done = []
         for table, since in self._marked():
             runs = [r for r in self._state.runs(self._source, table) if r.kind in FULL_RUNS]
-            if self._tables.rests(table) or not runs or runs[-1].state != "done" or runs[-1].created_at < since:
+            if self._tables.rests(table) or not runs or runs[-1].state != "done" or runs[-1].started_at < since:
                 continue
             changelog = ChangelogTable(self._store, self._source, table)
             if changelog.tokens().run(runs[-1].id) >= runs[-1].chunk_no:
