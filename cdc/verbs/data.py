@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cdc import control
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
-from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, UsageError, pick, resolve_tables, tables_of
+from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, pick, resolve_tables, tables_of
 from cdc.verbs.lake import lake_tables
 from cdc.verbs.orders import Named, follow, order_resync, standing_still, wait_lake
 
@@ -31,8 +31,6 @@ SHOWN_ROWS, WRITTEN_ROWS = 1_000, 1_000_000
 
 def verify(call: Call) -> int:
     """Compare source and current; 0 equal, 3 different or not compared, 1 if a table could not be read."""
-    if call.args.sample is not None:
-        raise UsageError("verify --sample is not supported yet", hint="leave it out: all rows are compared")
     with call.state() as state:
         control.require_daemon(state)
         known = tables_of(state, call.sources())
@@ -153,10 +151,17 @@ def _ask_run(call: Call, verb: str, name: str) -> int:
 def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[TableReport], bool]:
     """A report per table, and whether time ran out."""
     from cdc import registry
-    from cdc.verify import verify_table
+    from cdc.verify import Asked, held_shape, verify_table
 
     deadline = time.monotonic() + call.args.timeout
     reports, timed_out = [], False
+
+    def pace(took_s: float) -> None:
+        nonlocal timed_out
+        if time.monotonic() > deadline:
+            timed_out = True
+            raise TimedOut("the time was over before the table was compared", hint="give it more: --timeout")
+
     with tempfile.TemporaryDirectory(prefix="cdc-verify-") as folder:
         for source, table in tables:
 
@@ -175,18 +180,14 @@ def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[
                 return lsn
 
             section = call.config.sources[source]
-            reader = registry.source_kind(section.type).reader(section)
+            reader = registry.source_kind(section.type).comparer(section)
             call.console.note(f"comparing {source}.{table}")
+            asked = Asked(
+                sample=call.args.sample or 100.0, seed=time.time_ns() & 0x7FFFFFFF,
+                show_values=call.args.show_values, held=held_shape(call.config, state, source, table), pace=pace,
+            )  # fmt: skip
             reports.append(
-                verify_table(
-                    source,
-                    table,
-                    reader,
-                    call.store,
-                    await_lake,
-                    temp_dir=Path(folder),
-                    show_values=call.args.show_values,
-                )
+                verify_table(source, table, reader, call.store, await_lake, temp_dir=Path(folder), asked=asked)
             )
     return reports, timed_out
 
@@ -200,7 +201,9 @@ def _repair(call: Call, state: State, tables: list[Named]) -> None:
 
 
 def _report(report: TableReport) -> dict[str, Any]:
-    return {**asdict(report), "table": str(report.table), "equal": report.equal}
+    told = asdict(report)
+    del told["repair"]
+    return {**told, "table": str(report.table), "equal": report.equal}
 
 
 def _show_report(call: Call, report: TableReport) -> None:

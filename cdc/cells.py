@@ -1,0 +1,195 @@
+"""Two heaps of rows, compared cell by cell: spilled to Parquet files and joined by DuckDB under a memory limit.
+
+So size does not matter. A long value is compared by its digest. Knows neither source nor lake; keys come as canonical
+strings, beside the texts by which a server knows them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+KEY = "__cdc_key"
+TEXTS = "__cdc_texts"
+RAW = "__cdc_raw"
+KINDS = ("missing", "extra", "different")
+LONG = 256
+"""A longer text is compared by its digest."""
+MEMORY = "128MB"
+
+
+@dataclass(slots=True)
+class Found:
+    """What differs. `keys`: per kind the first canonical keys, and `texts` the same as a server knows them; `counts`
+    and `columns` count all. `values` only on request."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    keys: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    texts: list[tuple[str, ...]] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
+    values: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Cells:
+    """The two sides of one comparison, in files of `folder`. Tables have KEY, TEXTS (a struct; or neither: multisets),
+    RAW, and the columns `c0`, `c1`, … under these positions."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, show_values: bool = False) -> None:
+        self._folder = folder
+        self._names = names
+        self._show_values = show_values
+        self._files: dict[str, Path] = {}
+
+    def write(self, side: str, tables: Iterable[pa.Table]) -> int:
+        """Spill one side (`theirs`, `ours`, and of multisets `later`, `gone`); the rows written."""
+        path = self._folder / f"{side}.parquet"
+        path.unlink(missing_ok=True)
+        writer: pq.ParquetWriter | None = None
+        rows = 0
+        try:
+            for table in tables:
+                if writer is None:
+                    writer = pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
+                    self._files[side] = path
+                table = table.cast(writer.schema)
+                writer.write_table(table if self._show_values else _digested(table))
+                rows += table.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+        return rows
+
+    def compare(self, unseen: Iterable[str], *, shown_max: int, texts_max: int) -> Found:
+        """Full outer join on the key; keys of `unseen` are left out. Raises duckdb.Error, whose text may hold
+        values."""
+        found = Found()
+        if not self._files:
+            return found
+        with self._database() as database:
+            database.register("unseen", pa.table({KEY: pa.array(list(unseen), pa.string())}))
+            differs = " or ".join(f"t.{c} is distinct from o.{c}" for c in self._columns())
+            database.execute(
+                f"create temp table found as select coalesce(t.{KEY}, o.{KEY}) as key,"
+                f" coalesce(t.{TEXTS}, o.{TEXTS}) as texts,"
+                f" case when o.{KEY} is null then 'missing' when t.{KEY} is null then 'extra' else 'different' end"
+                f" as kind from theirs t full outer join ours o on t.{KEY} = o.{KEY}"
+                f" where (t.{KEY} is null or o.{KEY} is null or {differs})"
+                f" and coalesce(t.{KEY}, o.{KEY}) not in (select {KEY} from unseen)"
+            )
+            for kind in KINDS:
+                (count,) = database.execute("select count(*) from found where kind = ?", [kind]).fetchone()
+                found.counts[kind] = int(count)
+                query = f"select key from found where kind = ? order by key limit {shown_max}"
+                found.keys[kind] = [k for (k,) in database.execute(query, [kind]).fetchall()]
+            rows = database.execute(f"select texts from found order by key limit {texts_max}").fetchall()
+            found.texts = [tuple(texts.values()) for (texts,) in rows]
+            if self._show_values and any(found.counts.values()):
+                query = (
+                    f"select f.kind, f.key, t.* exclude ({KEY}, {TEXTS}), o.* exclude ({KEY}, {TEXTS}) from found f"
+                    f" left join theirs t on t.{KEY} = f.key left join ours o on o.{KEY} = f.key limit {shown_max}"
+                )
+                found.values = database.execute(query).to_arrow_table().to_pylist()
+            self._count_columns(database, found)
+        return found
+
+    def compare_multisets(self) -> Found:
+        """Rows without a key, equal ones several times. What `ours` has got since (`later`) is taken off, and what it
+        has lost (`gone`) put back."""
+        found = Found()
+        if not self._files:
+            return found
+        with self._database() as database:
+            columns = ", ".join(self._columns())
+
+            def side(name: str) -> str:
+                return f"select {columns} from read_parquet('{self._files[name]}')"
+
+            plus = f" union all {side('gone')}" if "gone" in self._files else ""
+            minus = f" except all {side('later')}" if "later" in self._files else ""
+            lake, source = f"((select {columns} from ours{plus}){minus})", f"select {columns} from theirs"
+            for kind, one, other in (("missing", source, lake), ("extra", lake, source)):
+                (count,) = database.execute(f"select count(*) from ({one} except all {other})").fetchone()
+                found.counts[kind] = int(count)
+        return found
+
+    def _count_columns(self, database: Any, found: Found) -> None:
+        if not self._names or not found.counts["different"]:
+            return
+        counts = ", ".join(f"count(*) filter (where t.c{i} is distinct from o.c{i})" for i in range(len(self._names)))
+        row = database.execute(
+            f"select {counts} from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
+            " where f.kind = 'different'"
+        ).fetchone()
+        found.columns = {name: int(count) for name, count in zip(self._names, row, strict=True) if count}
+
+    def _columns(self) -> list[str]:
+        return [*(f"c{i}" for i in range(len(self._names))), RAW]
+
+    def _database(self) -> Any:
+        import duckdb
+
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": MEMORY,
+            "threads": 2,
+            "temp_directory": str(self._folder),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "preserve_insertion_order": False,
+        }
+        database = duckdb.connect(":memory:", config=settings)
+        for name in ("theirs", "ours"):
+            # A side without rows has no file: it has another side's columns.
+            path = self._files.get(name)
+            where = "" if path is not None else " limit 0"
+            database.execute(
+                f"create view {name} as select * from read_parquet('{path or next(iter(self._files.values()))}'){where}"
+            )
+        return database
+
+
+def raw_texts(raw: pa.Array | None, rows: int, names: Sequence[str], held: Sequence[str], prefix: str = "") -> pa.Array:
+    """`_raw` as one comparable text per row: only of the columns `names`, which are called `held` there."""
+    if raw is None or raw.null_count == rows:
+        return pa.nulls(rows, pa.string())
+    kept = {prefix + one: name for one, name in zip(held, names, strict=True)}
+    texts = []
+    for entries in raw.to_pylist():
+        known = sorted((kept[k], v) for k, v in entries or () if k in kept)
+        texts.append(repr(known) if known else None)
+    return pa.array(texts, pa.string())
+
+
+def positional(columns: Sequence[pa.Array]) -> dict[str, pa.Array]:
+    """Columns under names that no source column can clash with."""
+    return {f"c{i}": column for i, column in enumerate(columns)}
+
+
+def pieces(keys: Sequence[tuple[str, ...]], size: int) -> Iterator[list[tuple[str, ...]]]:
+    """The keys, so many at a time."""
+    for start in range(0, len(keys), size):
+        yield list(keys[start : start + size])
+
+
+def _digested(table: pa.Table) -> pa.Table:
+    """The rows with long texts and bytes as digests: what is joined must fit into memory, whatever the rows hold."""
+    for i, name in enumerate(table.column_names):
+        kind = table.schema.field(i).type
+        if name == KEY or not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+            continue
+        column = table.column(i).combine_chunks()
+        mask = pc.fill_null(pc.greater(pc.binary_length(column), LONG), False)
+        if pc.any(mask).as_py():
+            values = column.cast(pa.binary())
+            long = values.filter(mask)
+            # No text of Postgres begins with a zero byte, so no value is taken for another's digest.
+            digests = [b"\0" + hashlib.sha256(value.as_buffer()).hexdigest().encode() for value in long]
+            short = pc.replace_with_mask(values, mask, pa.array(digests, pa.binary()))
+            table = table.set_column(i, name, short.cast(kind))
+    return table
