@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ class Cells:
         return rows
 
     def compare(self, unseen: Iterable[str], *, shown_max: int, texts_max: int) -> Found:
-        """Full outer join on the key; keys of `unseen` are left out. Raises duckdb.Error, whose text may hold
-        values."""
+        """Full outer join on the key; keys of `unseen` are left out."""
         found = Found()
         if not self._files:
             return found
@@ -132,8 +132,9 @@ class Cells:
     def _columns(self) -> list[str]:
         return [*(f"c{i}" for i in range(len(self._names))), RAW]
 
-    def _database(self) -> Any:
-        import duckdb
+    @contextmanager
+    def _database(self) -> Iterator[Any]:
+        import duckdb  # not before something differs
 
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
@@ -143,15 +144,20 @@ class Cells:
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
         }
-        database = duckdb.connect(":memory:", config=settings)
-        for name in ("theirs", "ours"):
-            # A side without rows has no file: it has another side's columns.
-            path = self._files.get(name)
-            where = "" if path is not None else " limit 0"
-            database.execute(
-                f"create view {name} as select * from read_parquet('{path or next(iter(self._files.values()))}'){where}"
-            )
-        return database
+        try:
+            with duckdb.connect(":memory:", config=settings) as database:
+                for name in ("theirs", "ours"):
+                    # A side without rows has no file: it has another side's columns.
+                    path = self._files.get(name) or next(iter(self._files.values()))
+                    where = "" if name in self._files else " limit 0"
+                    database.execute(f"create view {name} as select * from read_parquet('{path}'){where}")
+                yield database
+        except duckdb.Error as e:
+            # Its text may quote values.
+            raise CdcError(
+                f"the cells could not be compared: {type(e).__name__}",
+                hint="verify without --show-values: long values are compared by digests then",
+            ) from e
 
 
 def raw_texts(raw: pa.Array | None, rows: int, names: Sequence[str], held: Sequence[str], prefix: str = "") -> pa.Array:

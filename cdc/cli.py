@@ -177,6 +177,7 @@ def _verify(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="*", metavar="TABLE", help="tables; none: all")
     p.add_argument("--repair", action="store_true", help="order a resync of what differs, and verify again")
     p.add_argument("--show-values", action="store_true", help="show differing values too (they may be personal data)")
+    p.add_argument("--cells", action="store_true", help="compare the cells of all rows, not checksums first")
     p.add_argument("--sample", type=_percent, metavar="N", help="compare only N percent of the keys, others each time")
     p.add_argument("--timeout", type=_seconds, default=3600.0, metavar="S", help="exit 4 after this (default 3600)")
 

@@ -209,6 +209,9 @@ class ChecksumReader(SnapshotReader, Protocol):
         """The rows of the next piece that are in these buckets (None: all, of the sample), typed; `last_key` is where
         to go on."""
 
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+
 
 class SourceAdmin(Protocol):
     """What an operator's command does at a source, each on a connection of its own."""

@@ -213,6 +213,7 @@ def _table(state: State, table: TableState) -> dict[str, Any]:
         "landed_lsn": lsn_text(table.landed_lsn) or None,
         "current_lsn": lsn_text(table.current_lsn) or None,
         "snapshot": _snapshot(runs[-1]) if runs else None,
+        "verified": _last(state, "verify", f"{table.source}.{table.table}"),
         "finding": _finding(state.get(finding_fact(table.source, table.table))),
     }
 

@@ -31,6 +31,9 @@ SHOWN_ROWS, WRITTEN_ROWS = 1_000, 1_000_000
 
 def verify(call: Call) -> int:
     """Compare source and current; 0 equal, 3 different or not compared, 1 if a table could not be read."""
+    from cdc.memory import keep_memory_low
+
+    keep_memory_low()
     with call.state() as state:
         control.require_daemon(state)
         known = tables_of(state, call.sources())
@@ -184,11 +187,13 @@ def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[
             call.console.note(f"comparing {source}.{table}")
             asked = Asked(
                 sample=call.args.sample or 100.0, seed=time.time_ns() & 0x7FFFFFFF,
-                show_values=call.args.show_values, held=held_shape(call.config, state, source, table), pace=pace,
+                show_values=call.args.show_values, by_cells=call.args.cells,
+                held=held_shape(call.config, state, source, table), pace=pace,
             )  # fmt: skip
             reports.append(
                 verify_table(source, table, reader, call.store, await_lake, temp_dir=Path(folder), asked=asked)
             )
+            reader.close()
     return reports, timed_out
 
 

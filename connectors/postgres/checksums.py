@@ -39,6 +39,8 @@ _TEXTS = frozenset({25, 1042, 1043})
 class PostgresChecksumReader(PostgresSnapshotReader):
     """Implements `ChecksumReader`."""
 
+    application_name = "cdc verify"
+
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
         self._blocks = BLOCKS

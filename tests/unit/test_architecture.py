@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
         "cdc.ports", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file", "cdc.failpoints", "cdc.metrics",
-        "cdc.registry", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
+        "cdc.registry", "cdc.memory", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
         "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync",
-        "cdc.cells", "cdc.verify",
+        "cdc.cells", "cdc.verify", "cdc.audit",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
