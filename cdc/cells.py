@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cdc.errors import CdcError
+
 KEY = "__cdc_key"
 TEXTS = "__cdc_texts"
 RAW = "__cdc_raw"
