@@ -11,28 +11,27 @@ exist.
 from __future__ import annotations
 
 import logging
-import secrets
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdc import metrics
-from cdc.batch import SNAPSHOT_SEQ, Batch
-from cdc.errors import CdcError, InvariantBroken, Verdict
+from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
+from cdc.candidates import Candidates
+from cdc.errors import CdcError, FilterRefused, InvariantBroken, SourceRefused, Verdict
 from cdc.failpoints import failpoint
+from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
 from cdc.log import EventLog
 from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.state import State
 from cdc.table import TableId, TableSchema
-from cdc.window import Stamp, control_batch, fill_batch, must_read_again, read_batch, reconcile, unseen
+from cdc.window import must_read_again, unseen
 
 log = logging.getLogger(__name__)
 
-KEYS_PER_CHUNK = 1000
 NUDGE_S = 0.3
 """So long the stream may take to reach what a chunk has seen before a quiet server is asked to flush."""
 NUDGE_AGAIN_S = 5.0
@@ -41,17 +40,12 @@ RETRY_S = 0.05
 """Pause before a snapshot is taken again because something logged is not visible yet."""
 
 
-def shape_fact(source: str, table: TableId) -> str:
-    """Name of the fact that holds the schema version that the lake was last told of by a control row."""
-    return f"shape:{source}/{table}"
-
-
 @dataclass(slots=True)
 class Wish:
     """Keys of a table to read once more (rule 9)."""
 
     table: TableId
-    keys: list[tuple[str, ...]]
+    keys: list[Key]
 
 
 @dataclass(slots=True)
@@ -63,6 +57,7 @@ class _Chunk:
     snapshot: TableSnapshot
     rows: RowsRead
     mark: _Mark
+    step: Step
     wish: Wish | None
     since: float
     nudge_at: float
@@ -92,10 +87,10 @@ class Backfill:
         landed_lsn: Callable[[TableId], int],
         stop_table: Callable[[TableId, CdcError], None],
         nudge: Callable[[], int],
+        candidates: Callable[[Run, TableSchema], Candidates | None] = lambda run, schema: Candidates(),
     ) -> None:
         """`landed_lsn` gives the highest position that the lake holds for a table (rule 0); `nudge` makes a quiet
-        server
-        flush and send what it has written."""
+        server flush and send what it has written; `candidates` looks through the lake for a filtered run."""
         self._source = source
         self._reader = reader
         self._log = event_log
@@ -105,6 +100,9 @@ class Backfill:
         self._landed_lsn = landed_lsn
         self._stop_table = stop_table
         self._nudge = nudge
+        self._candidates = candidates
+        self._appender = Appender(source, event_log, state)
+        self._filtered: dict[str, FilteredRun] = {}
         self._chunk: _Chunk | None = None
         self._wishes: list[Wish] = []
         self._lock = threading.Lock()
@@ -126,7 +124,7 @@ class Backfill:
         if reason:
             details["why"] = reason
         for run in self._state.runs(self._source, table, states=["pending"]):
-            if run.kind in ("first", "resync"):
+            if run.kind in WHOLE_KINDS:
                 if not settle:
                     return run
                 # Who had written before is asked again, and the stream waited for.
@@ -138,37 +136,45 @@ class Backfill:
     def is_ordered(self, table: TableId) -> bool:
         """Whether a run of the whole table is pending or under way."""
         runs = self._state.runs(self._source, table, states=["pending", "running"])
-        return any(r.kind in ("first", "resync") for r in runs)
+        return any(r.kind in WHOLE_KINDS for r in runs)
+
+    def order_filtered(self, table: TableId, where: str, keys: Sequence[Key], reason: str = "") -> tuple[Run, bool]:
+        """A run of the rows that meet `where` (the source's SQL; empty: none) and of those that have one of `keys`
+        (texts of the key's columns), and whether it was ordered before: an identical one that is pending is joined.
+        SourceRefused for a table without a key."""
+        schema = self._book.latest(table)
+        if schema is not None and not schema.key:
+            raise keyless(table)
+        named = [list(key) for key in keys]
+        if schema is not None and any(len(key) != len(schema.key) for key in named):
+            raise SourceRefused(
+                f"the key of table {table} has {len(schema.key)} columns ({', '.join(schema.key)})",
+                hint="name all of them, in this order",
+            )
+        with self._lock:
+            for run in self._state.runs(self._source, table, states=["pending"]):
+                if run.kind == "filtered" and (run.where_sql, run.details.get("keys", [])) == (where, named):
+                    return run, True
+            details: dict[str, object] = {"keys": named} if named else {}
+            if reason:
+                details["why"] = reason
+            run = self._state.create_run(
+                self._source, table, "filtered", where_sql=where, reason=reason, details=details
+            )
+        return run, False
 
     def tell_shape(self, schema: TableSchema) -> None:
-        """Append a control row in the table's newest schema version: the lake follows, though no change comes. Durable
-        on return; done again it is another such row, which changes nothing. By the thread of `step` only."""
-        table, at_us = schema.table, time.time_ns() // 1000
-        with self._log.lock():
-            if self._log.position(self._source) is None:
-                return
-            run = f"{at_us:014x}{secrets.token_hex(3)}"
-            stamp = self._stamp(table, run, at_us)
-
-            def note(tx: sqlite3.Connection) -> None:
-                self._state.create_run(self._source, table, "shape", id=run, state="done", tx=tx)
-                self._state.update_table(self._source, table, tx=tx, snapshot_seq=stamp.seq - SNAPSHOT_SEQ + 1)
-                self._state.set(shape_fact(self._source, table), schema.version, tx)
-
-            facts = {"event": "shape", "kind": "shape", "oid": str(schema.oid)}
-            self._log.append_chunk(
-                self._source, [control_batch(schema, facts, stamp)], run=run, chunk=0, kind="control", within=note
-            )
-        log.info("the catalog's shape is told to the lake", extra={"source": self._source, "table": str(table)})
+        """Append a control row in the table's newest schema version (cdc.appending). By the thread of `step` only."""
+        self._appender.tell_shape(schema)
 
     def cancel(self, table: TableId) -> list[str]:
         """Take back the table's pending and running resyncs; a first snapshot is needed and stays, and so does what
         answers a change that the stream did not show."""
         cancelled = []
         for run in self._state.runs(self._source, table, states=["pending", "running"]):
-            if run.kind == "resync" and not run.details.get("settle"):
+            if run.kind in ("resync", "filtered") and not run.details.get("settle"):
                 self._state.update_run(run.id, state="cancelled")
-                if run.state == "running":
+                if run.state == "running" and run.kind == "resync":
                     # What it has read so far is as good as what was there: the table goes on as before.
                     self._state.update_table(self._source, table, state="streaming", reason="", hint="")
                 cancelled.append(run.id)
@@ -220,7 +226,10 @@ class Backfill:
             self._chunk = None
             if run is not None:
                 self._state.update_run(run.id, state="failed", reason=e.args[0])
-            self._stop_table(table, e)
+            if isinstance(e, FilterRefused):
+                log.warning(e.args[0], extra={"source": self._source, "table": str(table), "hint": e.hint})
+            else:
+                self._stop_table(table, e)
             return True
         finally:
             self._reader.end()
@@ -237,10 +246,13 @@ class Backfill:
         if not self._is_covered(run):
             return False
         schema = self._book.register(schema)
+        if not schema.key and run.kind == "filtered":
+            self._state.update_run(run.id, state="failed", reason=keyless(run.table).args[0])
+            return True
         if not schema.key:
             return self._read_keyless(run, schema)
         with self._log.lock():
-            self._begin(run, schema, {})
+            self._appender.begin(run, schema, {})
         return True
 
     def _is_covered(self, run: Run) -> bool:
@@ -267,37 +279,6 @@ class Backfill:
         self._state.set(covered, position.epoch)
         return not settles
 
-    def _begin(self, run: Run, schema: TableSchema, facts: dict[str, str]) -> None:
-        """The begin row: what it does not touch from here on is an orphan (rules 13, 15). Under the log's lock; a table
-        that was stopped meanwhile stays so."""
-        now = self._state.run(run.id)
-        if now is None or now.state != "pending":
-            return
-        if self._state.table(self._source, run.table).state == "stopped":
-            self._state.update_run(run.id, state="failed", reason="the table is stopped")
-            return
-        stamp = self._stamp(run.table, run.id, time.time_ns() // 1000)
-        facts = {"event": "begin", "kind": run.kind, "oid": str(schema.oid), **facts}
-
-        def progress(tx: sqlite3.Connection) -> None:
-            self._state.update_run(
-                run.id, tx=tx, state="running", first_lsn=stamp.lsn, chunk_no=0, reason="",
-                details={
-                    "oid": schema.oid, "version": schema.version, "epoch": stamp.epoch,
-                    **{k: run.details[k] for k in ("settle", "why") if k in run.details},
-                },
-            )  # fmt: skip
-            self._state.set(shape_fact(self._source, run.table), schema.version, tx)
-            self._state.update_table(
-                self._source, run.table, tx=tx, state="snapshotting", oid=schema.oid, reason="", hint="",
-                snapshot_seq=stamp.seq - SNAPSHOT_SEQ + 1,
-            )  # fmt: skip
-
-        self._log.append_chunk(
-            self._source, [control_batch(schema, facts, stamp)], run=run.id, chunk=0, kind="control", within=progress
-        )
-        log.info("snapshot run began", extra={"source": self._source, "table": str(run.table), "run": run.id})
-
     def _go_on(self, run: Run) -> bool:
         schema = self._book.get(run.table, int(run.details["version"]))
         position = self._log.position(self._source)
@@ -305,6 +286,9 @@ class Backfill:
         if not schema.key or run.details.get("epoch") != position.epoch:
             # The one snapshot of a keyless table ended with the process; another epoch is another history.
             return self._start_anew(run, "the run was interrupted")
+        piece = self._next(run, schema)
+        if piece is None:
+            return self._wait(run, "waits for the lake to hold what it has read")
         began = time.perf_counter()
         mark = self._mark()
         snapshot = self._reader.begin(schema)
@@ -318,11 +302,18 @@ class Backfill:
         if not self._sees_all(run, snapshot, mark):
             return False
         failpoint("backfill.after_snapshot")
-        after = tuple(run.last_key) if run.last_key else None
-        rows = self._reader.read(after=after, rows_max=self._chunk_rows)
+        rows = self._reader.read(**piece.read)
         self._reader.end()
         metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(time.perf_counter() - began)
-        return self._hold(run, schema, snapshot, rows, mark)
+        return self._hold(run, schema, snapshot, rows, mark, piece.step(rows))
+
+    def _next(self, run: Run, schema: TableSchema) -> Piece | None:
+        """What the run reads next; None if it must wait."""
+        if run.kind == "filtered":
+            way = self._filtered.setdefault(run.id, FilteredRun())
+            return way.next(run, lambda: self._candidates(run, schema), self._chunk_rows)
+        after = tuple(run.last_key) if run.last_key else None
+        return Piece({"after": after, "rows_max": self._chunk_rows}, whole_step)
 
     def _hold(
         self,
@@ -331,10 +322,11 @@ class Backfill:
         snapshot: TableSnapshot,
         rows: RowsRead,
         mark: _Mark,
+        step: Step,
         wish: Wish | None = None,
     ) -> bool:
         now = time.monotonic()
-        self._chunk = _Chunk(run, schema, snapshot, rows, mark, wish, now, now + NUDGE_S)
+        self._chunk = _Chunk(run, schema, snapshot, rows, mark, step, wish, now, now + NUDGE_S)
         return self._settle_chunk()
 
     def _settle_chunk(self) -> bool:
@@ -357,9 +349,7 @@ class Backfill:
             self._not_before = now + SETTLE_S
             return False
         self._chunk = None
-        appended = position.epoch == chunk.mark.epoch and self._append_chunk(
-            chunk.run, chunk.schema, chunk.snapshot, chunk.rows, chunk.mark
-        )
+        appended = position.epoch == chunk.mark.epoch and self._append_chunk(chunk)
         if appended:
             failpoint("backfill.after_chunk")
         elif chunk.wish is not None:
@@ -385,14 +375,14 @@ class Backfill:
             return True
         return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
 
-    def _append_chunk(
-        self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, mark: _Mark
-    ) -> bool:
+    def _append_chunk(self, chunk: _Chunk) -> bool:
         """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
+        run, schema, snapshot = chunk.run, chunk.schema, chunk.snapshot
         with self._log.lock():
             if not self._log.let_go(self._source):
                 return self._wait(run, "the log had no room for what a chunk waited for; it is read again", RETRY_S)
-            records = [r for r in self._log.records(self._source, mark.offset, table=run.table) if r.kind == "change"]
+            behind = self._log.records(self._source, chunk.mark.offset, table=run.table)
+            records = [r for r in behind if r.kind == "change"]
             if not schema.key:
                 # Its one snapshot stands at the begin row, whatever has come since.
                 records = []
@@ -400,64 +390,9 @@ class Backfill:
                 return self._wait(run, "the table changed while a chunk was read; it is read again", RETRY_S)
             window = [unseen(self._log.read(r, schema), snapshot.visibility) for r in records]
             current = self._state.run(run.id)
-            if current is None or current.state != "running":
-                return True
-            return self._append_rows(current, schema, snapshot, rows, window)
-
-    def _append_rows(
-        self, run: Run, schema: TableSchema, snapshot: TableSnapshot, rows: RowsRead, window: list[Batch]
-    ) -> bool:
-        done = reconcile(schema, rows, window)
-        stamp = self._stamp(run.table, run.id, snapshot.taken_at_us)
-        batches: list[Batch] = []
-        next_seq = stamp.seq
-        if len(done.keep):
-            kept = done.keep
-            whole = len(kept) == rows.rows
-            columns = rows.columns if whole else [c.take(kept) for c in rows.columns]
-            raw = rows.raw if whole or rows.raw is None else rows.raw.take(kept)
-            batches.append(read_batch(schema, columns, raw, stamp, len(kept)))
-            next_seq += len(kept)
-        if done.fills is not None:
-            later = Stamp(epoch=stamp.epoch, lsn=stamp.lsn, seq=next_seq, run=run.id, at_us=stamp.at_us)
-            batches.append(fill_batch(schema, done.fills, later))
-            next_seq += done.fills.rows
-        if rows.done and run.kind != "keys":
-            last = Stamp(epoch=stamp.epoch, lsn=stamp.lsn, seq=next_seq, run=run.id, at_us=stamp.at_us)
-            facts = {"event": "end", "kind": run.kind, "oid": str(schema.oid)}
-            batches.append(control_batch(schema, facts, last))
-            next_seq += 1
-        read = sum(b.data.num_rows for b in batches)
-        total = run.rows + rows.rows
-
-        def progress(tx: sqlite3.Connection) -> None:
-            self._state.update_run(
-                run.id, tx=tx, chunk_no=run.chunk_no + 1, rows=total, reason="",
-                last_key=list(rows.last_key) if rows.last_key else run.last_key,
-                details={**run.details, "relfilenode": snapshot.relfilenode},
-                state="done" if rows.done else "running",
-            )  # fmt: skip
-            changed: dict[str, object] = {"snapshot_seq": next_seq - SNAPSHOT_SEQ}
-            if rows.done and run.kind != "keys":
-                changed.update(state="streaming", reason="", hint="", rows=total)
-            self._state.update_table(self._source, run.table, tx=tx, **changed)
-
-        if batches:
-            self._log.append_chunk(
-                self._source, batches, run=run.id, chunk=run.chunk_no + 1, kind="chunk", within=progress
-            )
-        else:
-            with self._state.transaction() as tx:
-                progress(tx)
-        metrics.SNAPSHOT_ROWS.labels(self._source, metrics.table_label(self._source, run.table)).inc(read)
-        for batch in batches:
-            metrics.count_kept_as_text(self._source, run.table, batch.kept_as_text())
-        if rows.done:
-            log.info(
-                "snapshot run ended",
-                extra={"source": self._source, "table": str(run.table), "run": run.id, "rows": total},
-            )
-        return True
+            if current is not None and current.state == "running":
+                self._appender.append(current, schema, snapshot, chunk.rows, window, chunk.step)
+            return True
 
     def _read_keyless(self, run: Run, schema: TableSchema) -> bool:
         """Rule 16: one snapshot of the whole table, its visibility in the begin row."""
@@ -470,7 +405,7 @@ class Backfill:
             if self._log.hidden(self._source, seen, through_lsn=None):
                 return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
             running = ",".join(map(str, sorted(seen.in_progress)))
-            self._begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
+            self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
         after: tuple[str, ...] | None = None
         while True:
             current = self._state.run(run.id)
@@ -480,9 +415,9 @@ class Backfill:
             if rows.done:
                 # Its end waits for what the snapshot saw: behind it the key holds that the table was read by.
                 self._reader.end()
-                return self._hold(current, schema, snapshot, rows, self._mark())
+                return self._hold(current, schema, snapshot, rows, self._mark(), whole_step(rows))
             with self._log.lock():
-                self._append_rows(current, schema, snapshot, rows, [])
+                self._appender.append(current, schema, snapshot, rows, [], whole_step(rows))
             failpoint("backfill.after_chunk")
             after = rows.last_key
 
@@ -509,7 +444,7 @@ class Backfill:
             self._source, wish.table, "keys", state="running", reason="values that no message carried",
             details={"oid": schema.oid, "version": under_lock.version, "epoch": mark.epoch},
         )  # fmt: skip
-        return self._hold(run, under_lock, snapshot, rows, mark, wish)
+        return self._hold(run, under_lock, snapshot, rows, mark, Step(done=True, asked=keys), wish)
 
     def _start_anew(self, run: Run, why: str) -> bool:
         """Rule 2: what was read is of another table by now. The new run's begin row makes the old rows orphans."""
@@ -517,19 +452,26 @@ class Backfill:
         with self._state.transaction() as tx:
             self._state.update_run(run.id, tx=tx, state="cancelled", reason=why)
             # What it answers holds for the new run, which is asked to wait for it once more.
-            kept = {k: v for k, v in run.details.items() if k in ("settle", "why")}
-            self._state.create_run(self._source, run.table, run.kind, reason=why, details=kept, tx=tx)
+            kept = {k: v for k, v in run.details.items() if k in KEPT_DETAILS}
+            self._state.create_run(
+                self._source, run.table, run.kind, where_sql=run.where_sql, reason=why, details=kept, tx=tx
+            )
         return True
-
-    def _stamp(self, table: TableId, run: str, at_us: int) -> Stamp:
-        """Rule 10: right after what is in the log, with a counter that never starts again. Under the log's lock."""
-        position = self._log.position(self._source)
-        assert position is not None
-        seq = SNAPSHOT_SEQ + self._state.table(self._source, table).snapshot_seq
-        return Stamp(epoch=position.epoch, lsn=position.lsn, seq=seq, run=run, at_us=at_us)
 
     def _wait(self, run: Run, why: str, seconds: float = 0.5) -> bool:
         if run.reason != why:
             self._state.update_run(run.id, reason=why)
         self._not_before = time.monotonic() + seconds
         return False
+
+
+def whole_step(rows: RowsRead) -> Step:
+    """The step that a chunk of a whole table is."""
+    return Step(done=rows.done, last_key=rows.last_key)
+
+
+def keyless(table: TableId) -> SourceRefused:
+    """A table whose rows cannot be told apart cannot be read in part."""
+    return SourceRefused(
+        f"table {table} has no key, so a part of it cannot be read anew", hint=f"read all of it: `cdc resync {table}`"
+    )

@@ -153,7 +153,7 @@ def _adopt(p: argparse.ArgumentParser) -> None:
 
 def _resync(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="+", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
-    p.add_argument("--where", metavar="SQL", help="not supported yet: only the rows that this filter names")
+    p.add_argument("--where", metavar="SQL", help="only the rows that this condition (the source's SQL) names")
     p.add_argument("--wait", action="store_true", help="follow it, and return when `current` holds the result")
     p.add_argument("--timeout", type=_seconds, default=86400.0, metavar="S", help="bound of --wait (default: a day)")
 

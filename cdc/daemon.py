@@ -278,8 +278,15 @@ class Daemon:
     def _resync(self, args: dict[str, Any]) -> dict[str, Any] | Pending:
         pipeline, table = self._pipeline(args), _table(args["table"])
 
+        where, keys = str(args.get("where") or ""), [tuple(map(str, key)) for key in args.get("keys") or ()]
+
         def order() -> dict[str, Any] | None:
-            return {"run": pipeline.resync(table).id} if pipeline.prepared else None
+            if not pipeline.prepared:
+                return None
+            if where or "keys" in args:
+                run, joined = pipeline.resync_rows(table, where, keys)
+                return {"run": run.id, "kind": run.kind, "joined": joined}
+            return {"run": pipeline.resync(table).id}
 
         return order() or order
 

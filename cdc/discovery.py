@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from typing import Protocol
 
 from cdc import metrics
-from cdc.backfill import Backfill, shape_fact
+from cdc.appending import shape_fact
+from cdc.backfill import Backfill
 from cdc.errors import CdcError, Verdict
 from cdc.fingerprint import Catalog, Fingerprint, Unpublished
 from cdc.lake.changelog import ChangelogTable

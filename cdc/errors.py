@@ -52,6 +52,10 @@ class SourceRefused(CdcError):
     """The source answers, but does not let us do what we need (privilege, setting, missing object)."""
 
 
+class FilterRefused(CdcError):
+    """The source does not run the filter of a resync. It is the filter's fault, so its table goes on."""
+
+
 class SlotLost(CdcError):
     """The slot is gone, invalidated, or not where the lake says that it must be."""
 

@@ -20,15 +20,26 @@ from typing import Any
 from cdc import metrics, registry
 from cdc.backfill import Backfill
 from cdc.batch import Boundary, Portion
+from cdc.candidates import Candidates, candidates
 from cdc.capture import ConfirmGate, LogEnd, SourceStream
 from cdc.config import Config, SourceConfig
 from cdc.discovery import Discovery
-from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict, Undecodable, Verdict
+from cdc.errors import (
+    CdcError,
+    LeaseLost,
+    SourceRefused,
+    SourceUnavailable,
+    Standby,
+    StoreConflict,
+    Undecodable,
+    Verdict,
+)  # fmt: skip
 from cdc.evolution import Evolution
 from cdc.guard import Guard
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
+from cdc.lake.reduce import Order
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
@@ -39,7 +50,7 @@ from cdc.schema import SchemaBook
 from cdc.stage import Stage
 from cdc.state import State
 from cdc.status import history_fact, progress_fact
-from cdc.table import TableId
+from cdc.table import TableId, TableSchema
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -314,7 +325,7 @@ class Pipeline:
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
             chunk_rows=self._source_config.chunk_rows, landed_lsn=self._landed_lsn, stop_table=self.stop_table,
-            nudge=self.admin.barrier,
+            nudge=self.admin.barrier, candidates=self._candidates,
         )  # fmt: skip
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
@@ -472,6 +483,25 @@ class Pipeline:
                 self._stopped.discard(table)
                 self._state.update_table(self.name, table, state="new", reason="", hint="")
         return run
+
+    def resync_rows(self, table: TableId, where: str, keys: Sequence[tuple[str, ...]]) -> tuple[Run, bool]:
+        """Order that some rows are read anew, and whether that was ordered before. SourceRefused for a table that
+        stands still or has no key."""
+        if self._state.table(self.name, table).state == "stopped":
+            raise SourceRefused(f"table {table} is stopped", hint=f"read all of it: `cdc resync {table}`")
+        return self.backfill.order_filtered(table, where, keys, "ordered")
+
+    def _candidates(self, run: Run, schema: TableSchema) -> Candidates | None:
+        """Rows of the lake that a filtered run has to ask for; None, with a word to whom it waits for, if too early."""
+        begin = Order(run.details["epoch"], run.first_lsn, run.details["begin_seq"])
+        found = candidates(
+            self._store, self.name, schema,
+            where=run.where_sql, run=run.id, chunk_no=run.chunk_no, begin=begin, temp_dir=self._temp / "land",
+        )  # fmt: skip
+        if found is None:
+            self.lander.ask()
+            self.merger.ask()
+        return found
 
     # ---- waiting and telling ----
 

@@ -173,10 +173,16 @@ class SnapshotReader(Protocol):
         SourceUnavailable if the lock is not to be had within `lock_timeout`, SourceRefused if the table is gone."""
 
     def read(
-        self, *, after: tuple[str, ...] | None = None, keys: Sequence[tuple[str, ...]] | None = None, rows_max: int = 0
+        self,
+        *,
+        after: tuple[str, ...] | None = None,
+        keys: Sequence[tuple[str, ...]] | None = None,
+        rows_max: int = 0,
+        where: str = "",
     ) -> RowsRead:
         """Rows of the open snapshot in key order: those after the key `after`, at most `rows_max` (0: no bound), or
-        exactly those with one of `keys` (texts). A table without a key is read in the order it has."""
+        exactly those with one of `keys` (texts). A table without a key is read in the order it has. `where` is a
+        condition in the source's own SQL that rows must meet too: FilterRefused if the source does not run it."""
 
     def end(self) -> None:
         """Close the open snapshot, if any; the connection stays."""

@@ -20,6 +20,7 @@ from cdc.keys import key_of, key_texts
 from cdc.lake.reduce import CLEAR, KNOWN, SET, UNCHANGED, Events, Orders, Reduced, Targets, reduce
 from cdc.ports import RowsRead, Visibility
 from cdc.table import TableSchema
+from cdc.types import build_raw, cast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,34 @@ def reconcile(schema: TableSchema, rows: RowsRead, window: Sequence[Batch]) -> R
     if not any(b.has("_unchanged") for b in window):
         return Reconciled(keep, None)
     return Reconciled(keep, _fills(schema, rows, window, chunk_keys, new, old, np.flatnonzero(left_out)))
+
+
+def absent(
+    schema: TableSchema, asked: Sequence[tuple[str, ...]], rows: RowsRead, window: Sequence[Batch]
+) -> tuple[list[pa.Array], pa.Array | None, int] | None:
+    """Of the keys that were `asked` for those that the snapshot does not have, as the columns and `_raw` of rows that
+    carry only their key, and how many; None if there are none. A key that the `unseen` changes of the window touch is
+    left out: what they make of it is newer (rules 6, 14)."""
+    indexes = [next(i for i, c in enumerate(schema.columns) if c.name == k) for k in schema.key]
+    texts = [pa.array([key[i] for key in asked], pa.string()) for i in range(len(schema.key))]
+    cast_keys = [cast(schema.columns[i], text) for i, text in zip(indexes, texts, strict=True)]
+    raw = build_raw(list(schema.key), texts, [mask for _, mask in cast_keys])
+    keys = key_of([typed for typed, _ in cast_keys], raw, schema.key)
+    found = key_of([rows.columns[i] for i in indexes], rows.raw, schema.key)
+    met = [found, *(key_texts(b, schema.key) for b in window), *(key_texts(b, schema.key, before=True) for b in window)]
+    gone = ~pc.is_in(keys, value_set=pa.chunked_array(met, pa.string()).drop_null().combine_chunks()).to_numpy(
+        zero_copy_only=False
+    )
+    _, first = np.unique(keys.to_numpy(zero_copy_only=False), return_index=True)
+    once = np.zeros(len(keys), np.bool_)
+    once[first] = True
+    index = pa.array(np.flatnonzero(gone & once))
+    if not len(index):
+        return None
+    columns = [pa.nulls(len(index), column.type) for column in rows.columns]
+    for i, (typed, _) in zip(indexes, cast_keys, strict=True):
+        columns[i] = typed.take(index)
+    return columns, raw.take(index) if raw is not None else None, len(index)
 
 
 def _fills(
@@ -178,6 +207,11 @@ def read_batch(
 def fill_batch(schema: TableSchema, fills: Fills, stamp: Stamp) -> Batch:
     """An `r` batch of rows that carry only some columns."""
     return _batch(schema, "r", fills.columns, fills.raw, fills.unchanged, stamp, fills.rows)
+
+
+def absent_batch(schema: TableSchema, columns: list[pa.Array], raw: pa.Array | None, stamp: Stamp, rows: int) -> Batch:
+    """A `d` batch of keys that a filtered run found absent; `_run` tells them from deletes of the stream."""
+    return _batch(schema, "d", columns, raw, None, stamp, rows)
 
 
 def control_batch(schema: TableSchema, facts: dict[str, str], stamp: Stamp) -> Batch:

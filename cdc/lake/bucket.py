@@ -36,6 +36,7 @@ from cdc.ports import ObjectStore
 SLICE_ROWS = 1 << 15
 GROUP_ROWS = 1 << 16
 GROUP_BYTES = 16 << 20
+OLDEST = Order(0, 0, -1)
 
 _SYSTEM_TYPES = {
     "_epoch": pa.int64(),
@@ -143,14 +144,30 @@ class Found:
 
 
 class OldFile:
-    """One file of `current` with its shape under the newest layout."""
+    """One file of `current` with its shape under the newest layout. `newest`: the highest order that a row merged so
+    far can have; one that says more was not written by us."""
 
-    def __init__(self, parquet: pq.ParquetFile, layout: Layout, part: Part | None) -> None:
+    def __init__(self, parquet: pq.ParquetFile, layout: Layout, part: Part | None, newest: Order | None = None) -> None:
         self.parquet = parquet
+        self._newest = newest
         self.shape = FileShape(parquet.schema_arrow, layout)
         self.part = part
         self.states = np.zeros(len(layout.names), np.uint8)
         """What the slice that was read last knows of each column: KNOWN, or UNCHANGED where its values do not fit."""
+
+    def orders(self, data: pa.RecordBatch) -> Orders:
+        """Orders of rows of the file. One that cannot be true counts as the oldest of all: whatever a snapshot or the
+        stream says of its key then holds, and a whole run that does not meet it removes it."""
+        found = orders_of(data, self.shape)
+        if self._newest is None:
+            return found
+        n = len(found)
+        wrong = Orders(*(np.full(n, part) for part in self._newest)).older_than(found)
+        if not wrong.any():
+            return found
+        return Orders(
+            *(np.where(wrong, old, part) for old, part in zip(OLDEST, (found.epoch, found.lsn, found.seq), strict=True))
+        )
 
     def require(self, rows: bool) -> None:
         """SchemaConflict if `rows` of the slice that was read last are needed and some of their values do not fit."""
@@ -187,7 +204,7 @@ class OldFile:
         first = 0
         for data in self.parquet.iter_batches(GROUP_ROWS, columns=names, use_threads=False):
             keys = file_keys(data, shape)
-            yield first, keys, orders_of(data, shape), self._mine(keys)
+            yield first, keys, self.orders(data), self._mine(keys)
             first += data.num_rows
 
     def slices(
@@ -222,8 +239,10 @@ class OldFile:
 
 def orders_of(data: pa.RecordBatch, shape: FileShape) -> Orders:
     """Orders of rows of a file."""
-    arrays = [data.column(shape.system[name]).to_numpy(zero_copy_only=False) for name in ("_epoch", "_lsn", "_seq")]
-    return Orders(*arrays)
+    arrays = [data.column(shape.system[name]) for name in ("_epoch", "_lsn", "_seq")]
+    # Where another writer left none it counts as none.
+    arrays = [pc.fill_null(a, -1) if a.null_count else a for a in arrays]
+    return Orders(*(a.to_numpy(zero_copy_only=False) for a in arrays))
 
 
 def slice_rows(metadata: pq.FileMetaData) -> int:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from cdc.batch import SNAPSHOT_SEQ
 from cdc.errors import InvariantBroken, KeyChanged
 from cdc.failpoints import failpoint
 from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
@@ -256,9 +257,18 @@ class _Attempt:
             open_changelog=self._changelog.open,
             store_file=self._store_file,
             known_fresh=self._table._fresh_files(self._layout),
+            newest=self._newest(),
             bucket_rows=self._table._bucket_rows,
         )
         return merge.run(path for _, path in added)
+
+    def _newest(self) -> Order | None:
+        """The highest order that a row of `current` can have; None if that is not known."""
+        if self._merged < 0:
+            return None
+        epoch, lsn = self._table._position(self._merged)
+        counter = self._table._changes.token("snapshot_seq", self._merged)
+        return None if lsn < 0 or counter is None else Order(epoch, lsn, SNAPSHOT_SEQ + counter)
 
     def _keyless(self, scan: Scan, added: list[tuple[int, str]]) -> Rewritten:
         ends = sorted(scan.ends(), key=lambda c: c.order)

@@ -30,13 +30,12 @@ from cdc.lake.bucket import (
     find,
     key_fingerprint,
     layout_fingerprint,
-    orders_of,
     parse_name,
     slice_rows,
 )
 from cdc.lake.delta import AddedFile, LiveFile
 from cdc.lake.events import FIRST_COLUMN, FileShape, Layout, Patterns, clear_events, events_of
-from cdc.lake.reduce import SET, Barrier, Events, Orders, Reduced, Targets, final_threshold, reduce
+from cdc.lake.reduce import SET, Barrier, Events, Order, Orders, Reduced, Targets, final_threshold, reduce
 from cdc.lake.scan import Scan
 from cdc.lake.spill import Spill
 from cdc.types import pg_text
@@ -64,7 +63,7 @@ class Rewritten:
 
 class KeyedMerge:
     """One merge. `store_file` uploads a local file under a path of the table; `known_fresh` remembers, between merges,
-    files that the newest layout does not make stale."""
+    files that the newest layout does not make stale; `newest` is the highest order that has been merged."""
 
     def __init__(
         self,
@@ -79,9 +78,11 @@ class KeyedMerge:
         open_changelog: OpenParquet,
         store_file: Callable[[Path, str], None],
         known_fresh: set[str],
+        newest: Order | None = None,
         bucket_rows: int = BUCKET_ROWS,
     ) -> None:
         self._layout = layout
+        self._newest = newest
         self._patterns = patterns
         self._scan = scan
         self._missing = Missing(layout)
@@ -145,10 +146,11 @@ class KeyedMerge:
         layout = self._layout
         names = [layout.names[i] for i in layout.key_index]
         for live in self._live:
-            old = OldFile(self._open_current(live.path), layout, None)
+            old = OldFile(self._open_current(live.path), layout, None, self._newest)
             for _, data, columns, raw in old.slices(self._missing, lenient=True):
                 n = data.num_rows
-                system = [data.column(old.shape.system[name]) for name in ("_epoch", "_lsn", "_seq")]
+                orders = old.orders(data)
+                system = [pa.array(part) for part in (orders.epoch, orders.lsn, orders.seq)]
                 arrays = [
                     key_of([columns[i] for i in layout.key_index], raw, names),
                     pa.array(np.full(n, SET, np.uint8)),
@@ -197,7 +199,7 @@ class KeyedMerge:
         wanted = pc.unique(pa.chunked_array([*events.column("key").chunks, *moved.chunks], pa.string()))
         buckets = set(np.unique(hash_of(wanted) % np.uint64(self._n)).tolist())
         old = [
-            OldFile(self._open_current(path), self._layout, None)
+            OldFile(self._open_current(path), self._layout, None, self._newest)
             for path, name in self._names.items()
             if not self._rebuilt and any(b % name.of == name.bucket for b in buckets)
         ]
@@ -281,7 +283,9 @@ class KeyedMerge:
             fresh = name.layout == self._layout_print or path in self._known_fresh
             if not (touched or doubled or not fresh or self._threshold is not None):
                 continue
-            file = OldFile(self._open_current(path), self._layout, Part(bucket, self._n) if doubled else None)
+            file = OldFile(
+                self._open_current(path), self._layout, Part(bucket, self._n) if doubled else None, self._newest
+            )
             if not fresh:
                 fresh = not file.stale(self._missing)
                 if fresh:
@@ -369,7 +373,7 @@ class KeyedMerge:
         if file.part is not None:
             keep &= file.mine(columns, raw)
         if self._threshold is not None:
-            doomed = keep & orders_of(data, file.shape).older_than(self._threshold)
+            doomed = keep & file.orders(data).older_than(self._threshold)
             self._done.deleted += int(np.count_nonzero(doomed))
             keep &= ~doomed
         return keep

