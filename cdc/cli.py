@@ -152,7 +152,8 @@ def _adopt(p: argparse.ArgumentParser) -> None:
 
 
 def _resync(p: argparse.ArgumentParser) -> None:
-    p.add_argument("table", nargs="+", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
+    p.add_argument("table", nargs="*", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
+    p.add_argument("--all", action="store_true", help="all tables of all sources")
     p.add_argument("--where", metavar="SQL", help="only the rows that this condition (the source's SQL) names")
     p.add_argument("--wait", action="store_true", help="follow it, and return when `current` holds the result")
     p.add_argument("--timeout", type=_seconds, default=86400.0, metavar="S", help="bound of --wait (default: a day)")
@@ -175,7 +176,7 @@ def _wait(p: argparse.ArgumentParser) -> None:
 
 def _verify(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="*", metavar="TABLE", help="tables; none: all")
-    p.add_argument("--repair", action="store_true", help="order a resync of what differs, and verify again")
+    p.add_argument("--repair", action="store_true", help="have what differs read anew, row by row, and verify again")
     p.add_argument("--show-values", action="store_true", help="show differing values too (they may be personal data)")
     p.add_argument("--cells", action="store_true", help="compare the cells of all rows, not checksums first")
     p.add_argument("--sample", type=_percent, metavar="N", help="compare only N percent of the keys, others each time")

@@ -102,7 +102,7 @@ class Daemon:
         self._control = Control(state)
         self._control.serve(
             {
-                "resync": self._resync,
+                "resync": lambda args: self._resync(state, args),
                 "cancel_resync": self._cancel_resync,
                 "pause": lambda args: self._pause(state, args, True),
                 "resume": lambda args: self._pause(state, args, False),
@@ -275,18 +275,23 @@ class Daemon:
             raise ConfigError(f"the running daemon has no source {name!r}", hint="restart it with this configuration")
         return self._pipelines[name]
 
-    def _resync(self, args: dict[str, Any]) -> dict[str, Any] | Pending:
+    def _resync(self, state: State, args: dict[str, Any]) -> dict[str, Any] | Pending:
         pipeline, table = self._pipeline(args), _table(args["table"])
-
         where, keys = str(args.get("where") or ""), [tuple(map(str, key)) for key in args.get("keys") or ()]
 
         def order() -> dict[str, Any] | None:
             if not pipeline.prepared:
                 return None
+            before = [r.id for r in state.runs(pipeline.name, table, states=["pending", "running"]) if r.kind != "keys"]
             if where or "keys" in args:
-                run, joined = pipeline.resync_rows(table, where, keys)
-                return {"run": run.id, "kind": run.kind, "joined": joined}
-            return {"run": pipeline.resync(table).id}
+                run, _ = pipeline.resync_rows(table, where, keys)
+            else:
+                run = pipeline.resync(table)
+            joined, behind = run.id in before, before[-1] if before else None
+            return {
+                "run": run.id, "kind": run.kind, "joined": joined, "behind": None if joined else behind,
+                "order": "joined" if joined else "queued" if behind else "new",
+            }  # fmt: skip
 
         return order() or order
 

@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,6 +84,8 @@ class SourceStatus:
     """WAL on the server's disk; None: our role may not ask."""
     oldest_writer: str = ""
     """Who has had a writing transaction open for longest; empty if nobody has one."""
+    rows_estimated: Mapping[str, int] = field(default_factory=dict)
+    """Rows of tables (`schema.table`) as the server estimates them; those that it has no word of are not there."""
 
 
 class Source(Protocol):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = "1GB"
 """Memory of one `cdc query`; what does not fit spills to temporary files."""
+KEYS_PER_ORDER = 5_000
+"""Keys that one order of a repair names."""
 SHOWN_ROWS, WRITTEN_ROWS = 1_000, 1_000_000
 """Rows of a query at most, as a table and in other formats, unless --limit says otherwise."""
 
@@ -39,16 +41,14 @@ def verify(call: Call) -> int:
         known = tables_of(state, call.sources())
         tables = resolve_tables(known, call.args.table) if call.args.table else known
         reports, timed_out = _verify_tables(call, state, tables)
-        repaired: list[Named] = []
-        if call.args.repair:
-            repaired = [(r.source, r.table) for r in reports if any(r.counts.values())]
-            if repaired:
-                _repair(call, state, repaired)
-                again, timed_out = _verify_tables(call, state, repaired)
-                fresh = {(r.source, r.table): r for r in again}
-                reports = [fresh.get((r.source, r.table), r) for r in reports]
+        repaired = [r for r in reports if r.differs] if call.args.repair else []
+        if repaired:
+            _repair(call, state, repaired)
+            again, timed_out = _verify_tables(call, state, [(r.source, r.table) for r in repaired])
+            fresh = {(r.source, r.table): r for r in again}
+            reports = [fresh.get((r.source, r.table), r) for r in reports]
     equal = all(r.equal for r in reports)
-    names = [f"{source}.{table}" for source, table in repaired]
+    names = [f"{r.source}.{r.table}" for r in repaired]
     call.console.document({"equal": equal, "repaired": names, "tables": [_report(r) for r in reports]})
     for report in reports:
         _show_report(call, report)
@@ -197,11 +197,23 @@ def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[
     return reports, timed_out
 
 
-def _repair(call: Call, state: State, tables: list[Named]) -> None:
-    """Order a resync of each table and follow it to its end."""
-    call.console.note("resyncing " + ", ".join(f"{source}.{table}" for source, table in tables))
-    ordered = [order_resync(state, named) or {} for named in tables]
-    if follow(call, state, tables, ordered, time.monotonic() + call.args.timeout) != OK:
+def _repair(call: Call, state: State, reports: list[TableReport]) -> None:
+    """Have the rows that differ read anew, by their keys; where there are no keys, or too many, the whole table. Blocks
+    to the end."""
+    from cdc.cells import pieces
+
+    runs: list[tuple[Named, str | None]] = []
+    for report in reports:
+        named = (report.source, report.table)
+        count = sum(report.counts.values())
+        if report.repair is None:
+            call.console.note(f"reading {report.source}.{report.table} anew: {count} rows differ")
+            runs.append((named, order_resync(state, named)))
+            continue
+        call.console.note(f"reading {count} rows of {report.source}.{report.table} anew")
+        # One after the other: the log and the source are to serve others too.
+        runs += [(named, order_resync(state, named, keys)) for keys in pieces(report.repair, KEYS_PER_ORDER)]
+    if follow(call, state, runs, time.monotonic() + call.args.timeout) != OK:
         raise CdcError("the repairing resync did not end well", hint="cdc status shows why")
 
 
