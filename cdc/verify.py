@@ -228,7 +228,7 @@ class Comparison:
         rows = self._lake.pin()
         how = self._how(rows)
         if how is None:
-            return self._by_cells(snapshot)
+            return self._by_cells(snapshot, rows)
         with ThreadPoolExecutor(1, thread_name_prefix="verify-source") as pool:
             future = pool.submit(self._source_sums, how)
             try:
@@ -331,7 +331,8 @@ class Comparison:
         fetched = wanted if len(wanted) <= MOST * how.buckets else None
         if fetched is None:
             mask[:] = True
-        cells = self._cells()
+        share = len(wanted) / how.buckets if fetched is not None else 1.0
+        cells = self._cells(int(self._report.rows * share))
         self._report.fetched += cells.write("theirs", self._fetch(how, fetched))
 
         def ours() -> Iterator[pa.Table]:
@@ -362,9 +363,9 @@ class Comparison:
                 return
             after = rows.last_key or ()
 
-    def _by_cells(self, snapshot: TableSnapshot) -> dict[str, tuple[str, ...]]:
+    def _by_cells(self, snapshot: TableSnapshot, rows: int) -> dict[str, tuple[str, ...]]:
         """Compare all rows of an open snapshot, which ends when they are read."""
-        cells = self._cells()
+        cells = self._cells(rows)
         self._report.rows = cells.write("theirs", self._read(None))
         self._report.fetched += self._report.rows
         self._reader.end()
@@ -382,7 +383,7 @@ class Comparison:
     def _round(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         """Compare the rows of `keys` (canonical → texts) in a snapshot of their own; those that could not be."""
         snapshot = self._begin()
-        cells = self._cells()
+        cells = self._cells(len(keys))
         self._report.fetched += cells.write("theirs", self._read(list(keys.values())))
         self._reader.end()
         unseen = self._pin(snapshot)
@@ -446,8 +447,8 @@ class Comparison:
         self._lake.pin()
         return self._lake.unseen_keys(snapshot.visibility, HOT_KEYS) if self._schema.key else {}
 
-    def _cells(self) -> Cells:
-        return Cells(self._folder, self._names, show_values=self._asked.show_values)
+    def _cells(self, rows: int) -> Cells:
+        return Cells(self._folder, self._names, rows=rows, show_values=self._asked.show_values)
 
     def _source_table(self, rows: RowsRead) -> pa.Table:
         if len(self._names) == len(rows.columns):

@@ -31,7 +31,7 @@ def resync(call: Call) -> int:
     if call.args.where is not None and (cancel or not call.args.where.strip()):
         raise UsageError("--where takes a condition, and no `cancel`", hint='cdc resync TABLE --where "id > 1000"')
     if call.args.all == bool(names):
-        raise UsageError("name tables, or --all of them", hint="cdc resync public.orders, or cdc resync --all")
+        raise UsageError("name tables, or --all of them", hint="example: cdc resync public.orders")
     more = {"where": call.args.where} if call.args.where is not None else {}
     with call.state() as state:
         known = tables_of(state, call.sources())
