@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers lock clean
+.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers bench-verify lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -52,6 +52,9 @@ bench: $(INSTALLED_DEV) ## speed against pg_recvlogical; writes build/bench.json
 
 bench-peers: $(INSTALLED_DEV) $(INSTALLED_BENCH) ## the same backlog through the Debezium engine (needs a JDK)
 	$(BIN)/python -m tests.bench.peers $(ARGS)
+
+bench-verify: $(INSTALLED_DEV) ## verify of 5,000,000 equal rows against a full copy; writes build/bench-verify.json
+	$(BIN)/python -m tests.bench.verify $(ARGS)
 
 lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lock

@@ -152,7 +152,8 @@ def _adopt(p: argparse.ArgumentParser) -> None:
 
 
 def _resync(p: argparse.ArgumentParser) -> None:
-    p.add_argument("table", nargs="+", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
+    p.add_argument("table", nargs="*", metavar="TABLE", help="tables; `cancel TABLE…` takes the order back")
+    p.add_argument("--all", action="store_true", help="all tables of all sources")
     p.add_argument("--where", metavar="SQL", help="only the rows that this condition (the source's SQL) names")
     p.add_argument("--wait", action="store_true", help="follow it, and return when `current` holds the result")
     p.add_argument("--timeout", type=_seconds, default=86400.0, metavar="S", help="bound of --wait (default: a day)")
@@ -175,10 +176,11 @@ def _wait(p: argparse.ArgumentParser) -> None:
 
 def _verify(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="*", metavar="TABLE", help="tables; none: all")
-    p.add_argument("--repair", action="store_true", help="order a resync of what differs, and verify again")
+    p.add_argument("--repair", action="store_true", help="have what differs read anew, row by row, and verify again")
     p.add_argument("--show-values", action="store_true", help="show differing values too (they may be personal data)")
-    p.add_argument("--sample", type=int, metavar="N", help="not supported yet: compare only a share of the rows")
-    p.add_argument("--timeout", type=_seconds, default=300.0, metavar="S", help="exit 4 after this long (default 300)")
+    p.add_argument("--cells", action="store_true", help="compare the cells of all rows, not checksums first")
+    p.add_argument("--sample", type=_percent, metavar="N", help="compare only N percent of the keys, others each time")
+    p.add_argument("--timeout", type=_seconds, default=3600.0, metavar="S", help="exit 4 after this (default 3600)")
 
 
 def _query(p: argparse.ArgumentParser) -> None:
@@ -249,6 +251,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds greater than 0")
+    return value
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no percentage above 0, up to 100")
     return value
 
 

@@ -106,6 +106,20 @@ class AlertsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyConfig:
+    """`[verify]`: tables compared with their sources in the background."""
+
+    every_s: float = 0.0
+    """0: never. How often each table is compared."""
+    sample_percent: float = 100.0
+    """Percent of a table's keys that one comparison looks at, others each time."""
+    time_share: float = 0.25
+    """Share of the time that it works; it rests between pieces of about a second."""
+    table_timeout_s: float = 3600.0
+    """After which a table is given up. Its snapshot is open no longer than that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -172,6 +186,7 @@ class Config:
     targets: dict[str, TargetConfig] = field(default_factory=dict)
     syncs: dict[str, SyncConfig] = field(default_factory=dict)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     log_bytes_max: int = 10 << 30
     log_segment_bytes: int = 64 << 20
     metrics_listen: str = "127.0.0.1:9187"

@@ -25,6 +25,7 @@ from cdc.config import (
     SyncConfig,
     TableConfig,
     TargetConfig,
+    VerifyConfig,
     has_inline_password,
 )
 from cdc.errors import ConfigError
@@ -68,6 +69,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "spool_bytes_max"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
     ("source", "heartbeat_every_s"): 0,
+    ("verify", "every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,
     ("lake", "lease_ttl_s"): 5,
     ("sync", "batch_rows"): 1,
@@ -77,7 +79,7 @@ _LEAST: dict[tuple[str, str], float] = {
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
-_SECTIONS = ("source", "lake", "model", "target", "sync", "alerts")
+_SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
 
 
 def find(path: Path | str | None = None) -> Path:
@@ -134,9 +136,12 @@ class _Reader:
         targets = self._named("target", TargetConfig, document)
         syncs = self._named("sync", SyncConfig, document)
         alerts = self._alerts(document.get("alerts", {}))
+        verify = self._verify(document.get("verify", {}))
         given = self._values(
-            Config, "", "", top, hidden=("path", "sources", "lake", "models", "targets", "syncs", "alerts", "extra")
-        )
+            Config, "", "", top, hidden=(
+                "path", "sources", "lake", "models", "targets", "syncs", "alerts", "verify", "extra",
+            )
+        )  # fmt: skip
         if "source" not in document:
             self.problems.append("no source: write a [source.NAME] section")
         sources = {name: self._finish_source(source) for name, source in sources.items()}
@@ -146,11 +151,12 @@ class _Reader:
             self._check_model(model)
         for sync in syncs.values():
             self._check_sync(sync, document)
-        if given is None or lake is None or alerts is None:
+        if given is None or lake is None or alerts is None or verify is None:
             return None
         config = Config(
-            path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, alerts=alerts, **given
-        )
+            path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, alerts=alerts,
+            verify=verify, **given,
+        )  # fmt: skip
         self._check_top(config)
         return config
 
@@ -283,6 +289,17 @@ class _Reader:
         if alerts.webhook and not re.match(r"https?://[^/]", alerts.webhook):
             self.problems.append("alerts.webhook: write a URL that begins with https:// or http://")
         return alerts
+
+    def _verify(self, table: Any) -> VerifyConfig | None:
+        if not isinstance(table, Mapping):
+            self.problems.append("verify: write a [verify] section")
+            return None
+        values = self._values(VerifyConfig, "verify", "verify", table, hidden=())
+        if values is None:
+            return None
+        if not 0 < values.get("sample_percent", 100) <= 100:
+            self.problems.append("verify.sample_percent: is a percentage above 0, up to 100")
+        return VerifyConfig(**values)
 
     def _lake(self, table: Any) -> LakeConfig | None:
         if not isinstance(table, Mapping):

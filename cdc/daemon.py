@@ -7,7 +7,6 @@ next start); a second signal ends it at once. Nothing is decided here about data
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
 import os
@@ -17,19 +16,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
-
-import pyarrow as pa
 
 from cdc import __version__, control, metrics, registry
 from cdc.alerts import Alerts
+from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, TimedOut
 from cdc.log import EventLog
+from cdc.memory import keep_memory_low
 from cdc.notify import Notifier
 from cdc.pipeline import Pipeline
+from cdc.ports import ObjectStore
 from cdc.serving import Serving
 from cdc.state import State, open_state
 from cdc.table import TableId
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 SWITCH_S = 0.0005
 """The receiving thread wakes for every burst; at Python's default of 5 ms it would wait that long behind the others."""
-M_ARENA_MAX = -8
-"""glibc's mallopt parameter (malloc.h)."""
 ONCE_TIMEOUT_S = 24 * 3600.0
 
 
@@ -59,7 +57,7 @@ class Daemon:
         """Until a signal, or with `once` until everything committed before now has landed and due syncs have run.
         0 fine, 1 failed. Blocks; installs signal handlers when called in the main thread."""
         config = self._config
-        _keep_memory_low()
+        keep_memory_low()
         sys.setswitchinterval(SWITCH_S)
         config.state_dir.mkdir(parents=True, exist_ok=True)
         with self._only_one(), self._signals_handled():
@@ -104,7 +102,7 @@ class Daemon:
         self._control = Control(state)
         self._control.serve(
             {
-                "resync": self._resync,
+                "resync": lambda args: self._resync(state, args),
                 "cancel_resync": self._cancel_resync,
                 "pause": lambda args: self._pause(state, args, True),
                 "resume": lambda args: self._pause(state, args, False),
@@ -116,9 +114,31 @@ class Daemon:
         self._serving_worker = Worker(
             "serving", self._serving.step, stop=self._stop, idle_s=0.2, on_fatal=self._on_fatal
         )
+        self._audit_worker = Worker("verify", self._audit(state, store).step, stop=self._stop, idle_s=1.0)
         for pipeline in self._pipelines.values():
             pipeline.start()
         self._serving_worker.start()
+        self._audit_worker.start()
+
+    def _audit(self, state: State, store: ObjectStore) -> Audit:
+        def await_lake(source: str, table: TableId, lsn: int, deadline: float) -> int:
+            pipeline = self._pipelines[source]
+            # On a quiet server nothing flushes what a read itself has written; the barrier's commit does.
+            lsn = max(lsn, pipeline.admin.barrier())
+            while not pipeline.has_reached(lsn):
+                error = pipeline.operator_error()
+                if error is not None:
+                    raise error
+                if self._stop.wait(TICK_S):
+                    raise Stopping("the daemon stops")
+                if time.monotonic() > deadline or not pipeline.streaming:
+                    raise TimedOut(f"the lake has not come to what the source shows of {table}", hint="cdc status")
+            return lsn
+
+        return Audit(
+            self._config, state, store, temp_dir=self._config.state_dir / "tmp" / "verify", stop=self._stop,
+            streams=lambda name: self._pipelines[name].streaming, await_lake=await_lake, alert=self._alerts.tell,
+        )  # fmt: skip
 
     def _changed_by_others(self) -> dict[tuple[str, TableId], int]:
         """Per table, the cut's position at which a change that is not our own write was last merged."""
@@ -135,7 +155,8 @@ class Daemon:
         deadline = time.monotonic() + self._config.shutdown_timeout_s
         for pipeline in self._pipelines.values():
             pipeline.close(deadline)
-        self._serving_worker.join(max(0.1, deadline - time.monotonic()))
+        for worker in (self._serving_worker, self._audit_worker):
+            worker.join(max(0.1, deadline - time.monotonic()))
         self._serving.close()
         self._alerts.close()
         self._control.close()
@@ -254,18 +275,23 @@ class Daemon:
             raise ConfigError(f"the running daemon has no source {name!r}", hint="restart it with this configuration")
         return self._pipelines[name]
 
-    def _resync(self, args: dict[str, Any]) -> dict[str, Any] | Pending:
+    def _resync(self, state: State, args: dict[str, Any]) -> dict[str, Any] | Pending:
         pipeline, table = self._pipeline(args), _table(args["table"])
-
         where, keys = str(args.get("where") or ""), [tuple(map(str, key)) for key in args.get("keys") or ()]
 
         def order() -> dict[str, Any] | None:
             if not pipeline.prepared:
                 return None
+            before = [r.id for r in state.runs(pipeline.name, table, states=["pending", "running"]) if r.kind != "keys"]
             if where or "keys" in args:
-                run, joined = pipeline.resync_rows(table, where, keys)
-                return {"run": run.id, "kind": run.kind, "joined": joined}
-            return {"run": pipeline.resync(table).id}
+                run, _ = pipeline.resync_rows(table, where, keys)
+            else:
+                run = pipeline.resync(table)
+            joined, behind = run.id in before, before[-1] if before else None
+            return {
+                "run": run.id, "kind": run.kind, "joined": joined, "behind": None if joined else behind,
+                "order": "joined" if joined else "queued" if behind else "new",
+            }  # fmt: skip
 
         return order() or order
 
@@ -302,14 +328,6 @@ class Daemon:
             return pipeline.reached()
 
         return reached
-
-
-def _keep_memory_low() -> None:
-    """Few arenas, and Arrow in the same ones: with one per thread, each keeps its own peak. Peak memory of a small
-    daemon fell from 305 to 208 MB (docs/benchmarks.md); where the C library is not glibc, nothing happens."""
-    pa.set_memory_pool(pa.system_memory_pool())
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _table(text: str) -> TableId:

@@ -111,6 +111,22 @@ MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from curre
 MERGE_SECONDS = _histogram("cdc_merge_seconds", "Time of one merge of a table.", "source")
 TABLES = _gauge("cdc_tables", "Tables by state (new, snapshotting, streaming, stopped, removed).", "source", "state")
 
+# Verify in the background
+VERIFY_RUNS = _counter(
+    "cdc_verify_runs", "Comparisons of tables (equal, different, not fully compared, failed).", "source", "outcome"
+)
+VERIFY_TIME_SECONDS = _gauge(
+    "cdc_verify_time_seconds", "When a table was last compared (Unix time).", "source", "table"
+)
+VERIFY_SECONDS = _gauge("cdc_verify_seconds", "Time that the last comparison took, pauses included.", "source", "table")
+VERIFY_ROWS = _gauge("cdc_verify_rows", "Rows that the last comparison looked at.", "source", "table")
+VERIFY_DIFFERENT_ROWS = _gauge(
+    "cdc_verify_different_rows", "Rows that differed in the last comparison, by kind.", "source", "table", "kind"
+)
+VERIFY_NOT_COMPARED = _gauge(
+    "cdc_verify_not_compared", "Keys that changed too often to be compared.", "source", "table"
+)
+
 # Models and syncs
 MODEL_RUNS = _counter("cdc_model_runs", "Runs of models by outcome.", "model", "outcome")
 MODEL_SECONDS = _histogram("cdc_model_seconds", "Time of one run of a model.", "model")

@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from cdc.batch import Boundary, Portion
 from cdc.fingerprint import Catalog
+from cdc.rowhash import Ints, RowHash, Sums
 from cdc.table import TableId, TableSchema
 
 
@@ -85,6 +86,8 @@ class SourceStatus:
     """Client sessions, ours left out, that run a statement now, as far as our role may see."""
     oldest_writer: str = ""
     """Who has had a writing transaction open for longest; empty if nobody has one."""
+    rows_estimated: Mapping[str, int] = field(default_factory=dict)
+    """Rows of tables (`schema.table`) as the server estimates them; those that it has no word of are not there."""
 
 
 class Source(Protocol):
@@ -212,6 +215,37 @@ class SnapshotReader(Protocol):
         """Close the open snapshot, if any; the connection stays."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumsRead:
+    """Checksums of a piece of a table. `last` says where the next piece begins; `done`: there is none."""
+
+    sums: Sums
+    last: tuple[str, ...]
+    done: bool
+
+
+class ChecksumReader(SnapshotReader, Protocol):
+    """A reader that can also hash rows where they are, for `verify`. All of the open snapshot; each call is one
+    statement of about a second, so whoever calls can stop in between."""
+
+    def hashes(self) -> bool | None:
+        """How lines are hashed at this server: as they are (False) or in hexadecimal (True); None: rows of this table
+        cannot be hashed as cdc.rowhash does it."""
+
+    def sums(self, how: RowHash, *, after: tuple[str, ...] = ()) -> SumsRead:
+        """Checksums of the rows of the next piece, from the beginning or behind `after` (a `last`)."""
+
+    def sums_of(self, how: RowHash, keys: Sequence[tuple[str, ...]]) -> Sums:
+        """Checksums of the rows with these keys (texts, a few thousand at most)."""
+
+    def rows_in(self, how: RowHash, wanted: Ints | None, *, after: tuple[str, ...] = ()) -> RowsRead:
+        """The rows of the next piece that are in these buckets (None: all, of the sample), typed; `last_key` is where
+        to go on."""
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+
+
 class SourceAdmin(Protocol):
     """What an operator's command does at a source, each on a connection of its own."""
 
@@ -297,6 +331,7 @@ class ObjectStore(Protocol):
 
 __all__ = [
     "Boundary",
+    "ChecksumReader",
     "Finding",
     "ObjectStore",
     "Plan",
@@ -311,6 +346,7 @@ __all__ = [
     "SourceIdentity",
     "SourceStatus",
     "StoredObject",
+    "SumsRead",
     "TableSnapshot",
     "Visibility",
 ]

@@ -153,7 +153,7 @@ def _source(
             {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
             for step in ladder(known, server, progress, now)
         ],
-        "tables": [_table(state, table) for table in state.tables(name)] if state else [],
+        "tables": [_table(state, table, server, now) for table in state.tables(name)] if state else [],
         "unpublished": [
             {"table": table, "fix": fix} for table, fix in (state.get(unpublished_fact(name)) or [] if state else [])
         ],
@@ -200,7 +200,7 @@ def _guard(state: State | None, name: str) -> dict[str, Any]:
     }
 
 
-def _table(state: State, table: TableState) -> dict[str, Any]:
+def _table(state: State, table: TableState, server: SourceStatus | None, now: float) -> dict[str, Any]:
     runs = state.runs(table.source, table.table, states=RUNS_OPEN)
     return {
         "table": str(table.table),
@@ -212,7 +212,8 @@ def _table(state: State, table: TableState) -> dict[str, Any]:
         "last_change_at": time_text(table.last_change_us / 1e6),
         "landed_lsn": lsn_text(table.landed_lsn) or None,
         "current_lsn": lsn_text(table.current_lsn) or None,
-        "snapshot": _snapshot(runs[-1]) if runs else None,
+        "snapshot": snapshot_progress(runs[-1], estimate_of(runs[-1], table, server), now) if runs else None,
+        "verified": _last(state, "verify", f"{table.source}.{table.table}"),
         "finding": _finding(state.get(finding_fact(table.source, table.table))),
     }
 
@@ -224,7 +225,20 @@ def _finding(fact: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**{k: fact[k] for k in ("kind", "message", "answer")}, "at": time_text(fact["at_us"] / 1e6)}
 
 
-def _snapshot(run: Run) -> dict[str, Any]:
+def estimate_of(run: Run, table: TableState, server: SourceStatus | None) -> int | None:
+    """How many rows the run will read: by its own word, the server's, or what the last run read. None for a part of a
+    table."""
+    if run.kind not in ("first", "resync"):
+        return len(run.details["keys"]) if run.details.get("keys") and not run.where_sql else None
+    own = run.details.get("rows_estimated") or (server.rows_estimated.get(str(table.table)) if server else None)
+    return max(int(own or table.rows), run.rows) or None
+
+
+def snapshot_progress(run: Run, estimated: int | None, now: float) -> dict[str, Any]:
+    """A run that has not ended. Rates are means since it began; what is not known is null."""
+    took = now - run.started_at / 1e6 if run.started_at else 0.0
+    rate = run.rows / took if took > 0 and run.rows else None
+    left = (estimated - run.rows) / rate if rate and estimated is not None else None
     return {
         "run": run.id,
         "kind": run.kind,
@@ -235,6 +249,11 @@ def _snapshot(run: Run) -> dict[str, Any]:
         "chosen": run.details.get("chosen", ""),
         "ranges": len(run.details["ranges"]) if "ranges" in run.details else None,
         "ranges_done": sum(r[2] for r in run.details.get("ranges") or ()),
+        "rows_estimated": estimated,
+        "rows_per_second": _rounded(rate),
+        "remaining_seconds": _rounded(left),
+        "bytes": run.details.get("bytes"),
+        "where": run.where_sql,
         "started_at": time_text(run.started_at / 1e6),
         "reason": run.reason,
         "why": run.details.get("why", ""),

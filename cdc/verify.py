@@ -1,56 +1,76 @@
-"""Verify: source and `current`, compared cell by cell at one position.
+"""Verify: source and `current`, compared at one position, cell by cell where it matters.
 
 A snapshot S of the table is taken under the same rules as any other; then the lake is awaited up to a position read
-after S. What transactions that S does not see have changed by then is left out (by transaction id, not by position) and
-compared in a round of its own; what remains after the last round is reported as not compared, never as equal. Rows
-go to temporary Parquet files and are joined there by DuckDB under a memory limit, so size does not matter.
+after S. What transactions that S does not see have changed by then (by transaction id, not by position) is taken out
+of both sides and compared in small rounds of its own; what remains after the last round is reported as not compared,
+never as equal. What is compared first are checksums (cdc.rowhash): each side hashes its rows where they are, and only
+rows of buckets that differ are fetched and compared cell by cell (cdc.cells). So equal tables are read once on each
+side, and only checksums move. Where rows cannot be hashed alike, all cells are compared.
 
-Runs in the operator's process, changes nothing, and shows keys only: values never leave the temporary files unless
-asked.
+S is open from the first checksum to the last cell of a round; statements at the source are short, and between them
+whoever asked may pause or stop (`pace`). Changes nothing, and shows keys only: values never leave temporary files
+unless asked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from cdc.cells import KEY, RAW, TEXTS, Cells, Found, pieces, positional, raw_texts
+from cdc.config import Config
 from cdc.errors import CdcError, SourceRefused
 from cdc.keys import key_of
-from cdc.lake.bucket import slice_rows
-from cdc.lake.delta import DeltaLog
-from cdc.lake.layout import changelog_path, current_path, system_name, system_prefix
-from cdc.lake.widening import SOURCE_NAME
-from cdc.ports import ObjectStore, RowsRead, SnapshotReader, Visibility
+from cdc.lake.layout import system_prefix
+from cdc.lake.rows import LakeRows, Rows, Unclear
+from cdc.ports import ChecksumReader, ObjectStore, RowsRead, TableSnapshot, Visibility
+from cdc.rowhash import SAMPLE_PARTS, Hashes, Ints, RowHash, Sums, bucket_of, buckets_for, hash_lines, lines, unhashed
+from cdc.schema import SchemaBook
+from cdc.state import State
 from cdc.table import TableId, TableSchema
-from cdc.types import arrow_fields, pg_text
+from cdc.types import pg_text
 
-KEY = "__cdc_key"
-RAW = "__cdc_raw"
+T = TypeVar("T")
+
 ROUNDS = 6
 ROUND_KEYS = 20_000
 """Keys that one later round compares; they are named one by one in its query."""
-LONG = 256
-"""A longer text is compared by its digest."""
+SUM_KEYS = 2_000
+"""Keys whose hashes one statement takes out of the source's sums."""
+HOT_KEYS = 200_000
+"""Keys that may change while the lake is awaited; with more, the round is begun again."""
 SHOWN = 1000
 """Keys listed per kind of difference; all are counted."""
-MEMORY = "256MB"
+REPAIRED = 100_000
+"""Keys that a report names for a repair by keys; of more, the whole table is read anew."""
+MOST = 0.5
+"""If more than this share of the buckets differ, all rows are fetched."""
 
 Await = Callable[[TableId, int], int]
 """Blocks until `current` of a table holds everything up to a position; the position that it holds then."""
+Pace = Callable[[float], None]
+"""Told how many seconds the last piece of work took, between any two; may pause, and raises CdcError to end it all."""
 
 
 @dataclass(slots=True)
 class TableReport:
-    """What was found in one table. Key lists are cut at SHOWN; counts are not. `values` only on request."""
+    """What was found in one table. Key lists are cut at SHOWN; counts are not. `values` only on request.
+
+    `by` says what was compared: `checksums` (and the cells of what differs), or `cells` of all rows, because of `why`.
+    `fetched` counts the rows that the source had to send. `sample` is the share of keys that was looked at, in percent,
+    `left_out` names columns that are not compared: a frozen table's lake does not have them. `repair` are keys of what
+    differs as the source knows them; None: they are too many, or there is no key.
+    """
 
     source: str
     table: TableId
@@ -61,383 +81,421 @@ class TableReport:
     counts: dict[str, int] = field(default_factory=lambda: {"missing": 0, "extra": 0, "different": 0})
     columns: dict[str, int] = field(default_factory=dict)
     not_compared: int = 0
+    left_out: list[str] = field(default_factory=list)
+    sample: float = 100.0
+    by: str = "checksums"
+    why: str = ""
+    buckets: int = 0
+    buckets_different: int = 0
+    fetched: int = 0
+    seconds: float = 0.0
     error: str = ""
     hint: str = ""
     values: list[dict[str, Any]] = field(default_factory=list)
+    repair: list[tuple[str, ...]] | None = field(default_factory=list)
+
+    @property
+    def differs(self) -> bool:
+        return any(self.counts.values())
 
     @property
     def equal(self) -> bool:
-        return not self.error and not any(self.counts.values()) and not self.not_compared
+        return not self.error and not self.differs and not self.not_compared
+
+    def add(self, found: Found) -> None:
+        """Take in what one round found."""
+        for kind, count in found.counts.items():
+            self.counts[kind] += count
+            shown: list[str] = getattr(self, kind)
+            shown += found.keys[kind][: SHOWN - len(shown)]
+        for name, count in found.columns.items():
+            self.columns[name] = self.columns.get(name, 0) + count
+        self.values += found.values
+        total = sum(self.counts.values())
+        if self.repair is not None:
+            self.repair = [*self.repair, *found.texts] if len(self.repair) + len(found.texts) == total else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How a table is to be compared. `sample`: percent of its keys, others at each `seed`. `held`: the shape that a
+    frozen table has in the lake, None if it follows its source. `by_cells`: without checksums."""
+
+    sample: float = 100.0
+    seed: int = 0
+    show_values: bool = False
+    by_cells: bool = False
+    held: TableSchema | None = None
+    chunk_rows: int = 100_000
+    pace: Pace = lambda took_s: None
+
+
+def held_shape(config: Config, state: State, source: str, table: TableId) -> TableSchema | None:
+    """The shape that the lake keeps of a table whose contract is to freeze; None if it follows its source."""
+    if config.sources[source].contract(str(table)) != "freeze":
+        return None
+    return SchemaBook(state, source).held(table)
 
 
 def verify_table(
     source: str,
     table: TableId,
-    reader: SnapshotReader,
+    reader: ChecksumReader,
     store: ObjectStore,
     await_lake: Await,
     *,
     temp_dir: Path,
-    chunk_rows: int = 100_000,
-    show_values: bool = False,
+    asked: Asked = Asked(),
 ) -> TableReport:
     """Compare one table. Blocks for as long as reading and waiting take; errors end in the report, not in a raise."""
-    import duckdb
-
-    report = TableReport(source, table)
+    report = TableReport(source, table, sample=asked.sample)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verify-", dir=temp_dir) as folder:
         try:
             schema = next((t.schema for t in reader.tables(table).tables), None)
             if schema is None:
                 raise SourceRefused(f"table {table} is not published by source {source}", hint="cdc setup")
-            comparison = _Comparison(report, reader, store, await_lake, Path(folder), schema, chunk_rows, show_values)
-            comparison.run()
+            Comparison(report, reader, store, await_lake, Path(folder), schema, asked).run()
         except CdcError as e:
             report.error, report.hint = str(e.args[0]), e.hint
-        except duckdb.Error as e:
-            # Its text may quote values.
-            report.error = f"table {table} could not be compared: {type(e).__name__}"
-            report.hint = "verify it without --show-values: long values are compared by digests then"
         finally:
             reader.end()
+    report.seconds = round(time.monotonic() - began, 3)
     return report
 
 
-class _Void(Exception):
-    """A transaction that the snapshot does not see has truncated the table or changed its key: the round is void."""
-
-
-class _Comparison:
+class Comparison:
     """One table's rounds."""
 
     def __init__(
         self,
         report: TableReport,
-        reader: SnapshotReader,
+        reader: ChecksumReader,
         store: ObjectStore,
         await_lake: Await,
         folder: Path,
         schema: TableSchema,
-        chunk_rows: int,
-        show_values: bool,
+        asked: Asked,
     ) -> None:
         self._report = report
         self._reader = reader
         self._store = store
         self._await = await_lake
         self._folder = folder
+        self._read_schema = schema
         self._schema = schema
-        self._chunk_rows = chunk_rows
-        self._show_values = show_values
-        self._prefix = system_prefix(c.name for c in schema.columns)
+        self._asked = asked
+        self._lake: LakeRows
+        self._halt = threading.Event()
 
     def run(self) -> None:
-        left_out: dict[str, tuple[str, ...]] | None = None
-        for number in range(ROUNDS):
-            try:
-                left_out = self._round(number, left_out)
-            except _Void:
-                continue
-            if not left_out or len(left_out) > ROUND_KEYS:
+        """Compare everything, then what was left out, in rounds, until nothing is left or the rounds are over."""
+        left = self._whole()
+        for _ in range(ROUNDS - 1):
+            hot: dict[str, tuple[str, ...]] = {}
+            names = list(left)
+            for start in range(0, len(names), ROUND_KEYS):
+                piece = {name: left[name] for name in names[start : start + ROUND_KEYS]}
+                try:
+                    hot |= self._round(piece)
+                except Unclear:
+                    hot |= piece
+            left = hot
+            if not left:
                 break
-        if left_out is None:
-            raise CdcError(
-                f"table {self._report.table} was truncated or altered in each of {ROUNDS} rounds: nothing could be"
-                " compared",
-                hint="verify it again when it is at rest",
-            )
-        self._report.not_compared = len(left_out)
+        self._report.not_compared = len(left)
 
-    def _round(self, number: int, keys: dict[str, tuple[str, ...]] | None) -> dict[str, tuple[str, ...]]:
-        """Compare all rows, or those of `keys` (canonical → texts); the keys that this round could not compare."""
-        snapshot = self._reader.begin(self._schema)
-        self._schema = snapshot.schema
-        theirs = self._folder / f"source-{number}.parquet"
-        ours = self._folder / f"lake-{number}.parquet"
-        rows = self._write(theirs, self._read_source(None if keys is None else list(keys.values())))
+    # ---- the first round ----
+
+    def _whole(self) -> dict[str, tuple[str, ...]]:
+        """Compare all rows; the keys (canonical → texts) that were left out."""
+        unclear = ""
+        for _ in range(ROUNDS):
+            try:
+                return self._by_checksums()
+            except Unclear as e:
+                unclear = e.args[0]
+            finally:
+                self._reader.end()
+        raise CdcError(
+            f"{unclear} in each of {ROUNDS} rounds: nothing could be compared",
+            hint="verify it again when it is at rest",
+        )
+
+    def _by_checksums(self) -> dict[str, tuple[str, ...]]:
+        self._lake_of(self._read_schema).pin()
+        snapshot = self._begin()
+        rows = self._lake.pin()
+        how = self._how(rows)
+        if how is None:
+            return self._by_cells(snapshot, rows)
+        with ThreadPoolExecutor(1, thread_name_prefix="verify-source") as pool:
+            future = pool.submit(self._source_sums, how)
+            try:
+                unseen = self._pin(snapshot)
+                ours = self._lake_sums(how, snapshot.visibility, unseen)
+            except BaseException:
+                self._halt.set()
+                raise
+            finally:
+                # Whatever happens, nobody else may use the reader before its thread has ended.
+                theirs = future.exception() or future.result()
+                self._halt.clear()
+        if isinstance(theirs, BaseException):
+            raise theirs
+        self._report.rows = int(theirs.rows.sum())
+        self._report.buckets = how.buckets
+        for keys in pieces(list(unseen.values()), SUM_KEYS):
+            theirs.join(self._paced(self._reader.sums_of, how, keys), -1)
+        wanted = theirs.differing(ours)
+        self._report.buckets_different = len(wanted)
+        if len(wanted):
+            self._compare(how, wanted, snapshot.visibility, unseen)
+        return unseen
+
+    def _how(self, rows: int) -> RowHash | None:
+        """How rows are hashed at both sides; None if they cannot be, and the report says why."""
+        schema, asked = self._schema, self._asked
+        odd = unhashed(schema)
+        in_hex = self._reader.hashes() if schema.columns and not odd and not asked.by_cells else None
+        if in_hex is None:
+            self._report.by = "cells"
+            self._report.why = (
+                "as asked" if asked.by_cells
+                else f"columns whose text is not the server's: {', '.join(odd)}" if odd
+                else "the server does not hash rows as we do"
+            )  # fmt: skip
+            self._report.sample = 100.0
+            return None
+        sample = max(1, round(SAMPLE_PARTS * asked.sample / 100))
+        return RowHash(
+            columns=schema.columns, key=schema.key, buckets=buckets_for(int(rows * asked.sample / 100)),
+            in_hex=in_hex, sample=sample, seed=asked.seed or 1,
+        )  # fmt: skip
+
+    def _source_sums(self, how: RowHash) -> Sums:
+        sums, done = Sums.zero(how.buckets), False
+        after: tuple[str, ...] = ()
+        while not done and not self._halt.is_set():
+            read = self._paced(self._reader.sums, how, after=after)
+            sums.join(read.sums)
+            after, done = read.last, read.done
+        return sums
+
+    def _lake_sums(self, how: RowHash, visibility: Visibility, unseen: Mapping[str, Any]) -> Sums:
+        sums = Sums.zero(how.buckets)
+        for rows, hashes in self._lake_rows(how, unseen):
+            del rows
+            sums.add(hashes)
+        if not how.key:
+            for changes, sign in _UNDONE:
+                for rows in self._lake.unseen_rows(visibility, changes):
+                    sums.add(self._hashes(how, self._sampled(how, rows)), sign)
+        return sums
+
+    def _sampled(self, how: RowHash, rows: Rows) -> Rows:
+        if how.sample >= SAMPLE_PARTS:
+            return rows
+        picked = hash_lines(self._lines(how, rows, [c.name for c in how.keys]), how.seed)
+        return _filtered(rows, (picked & np.uint64(SAMPLE_PARTS - 1)) < how.sample)
+
+    def _lake_rows(self, how: RowHash, unseen: Mapping[str, Any]) -> Iterator[tuple[Rows, Hashes]]:
+        """Rows of the sample that no unseen transaction has changed, and their hashes."""
+        left_out = pa.array(list(unseen), pa.string())
+        began = time.monotonic()
+        for rows in self._lake.current():
+            if len(left_out):
+                unseen_here = pc.is_in(self._canonical(rows), value_set=left_out)
+                rows = _filtered(rows, ~unseen_here.to_numpy(zero_copy_only=False))
+            rows = self._sampled(how, rows)
+            yield rows, self._hashes(how, rows)
+            self._asked.pace(time.monotonic() - began)
+            began = time.monotonic()
+
+    def _hashes(self, how: RowHash, rows: Rows) -> Hashes:
+        return hash_lines(self._lines(how, rows, [c.name for c in how.columns]))
+
+    def _lines(self, how: RowHash, rows: Rows, names: list[str]) -> pa.Array:
+        places = [self._names.index(name) for name in names]
+        return lines(
+            [self._schema.columns[i] for i in places], [rows.columns[i] for i in places], rows.raw,
+            [self._lake.names[i] for i in places], in_hex=how.in_hex, prefix=rows.prefix,
+        )  # fmt: skip
+
+    # ---- cells ----
+
+    def _compare(self, how: RowHash, wanted: Ints, visibility: Visibility, unseen: Mapping[str, Any]) -> None:
+        """Fetch the rows of the buckets that differ, and compare their cells."""
+        mask = np.zeros(how.buckets, np.bool_)
+        mask[wanted] = True
+        fetched = wanted if len(wanted) <= MOST * how.buckets else None
+        if fetched is None:
+            mask[:] = True
+        share = len(wanted) / how.buckets if fetched is not None else 1.0
+        cells = self._cells(int(self._report.rows * share))
+        self._report.fetched += cells.write("theirs", self._fetch(how, fetched))
+
+        def ours() -> Iterator[pa.Table]:
+            for rows, hashes in self._lake_rows(how, unseen):
+                yield self._lake_table(_filtered(rows, mask[bucket_of(hashes, how.buckets)]))
+
+        def undone(changes: Mapping[str, bool]) -> Iterator[pa.Table]:
+            for rows in self._lake.unseen_rows(visibility, changes):
+                rows = self._sampled(how, rows)
+                yield self._lake_table(_filtered(rows, mask[bucket_of(self._hashes(how, rows), how.buckets)]))
+
+        cells.write("ours", ours())
+        if how.key:
+            self._report.add(cells.compare(unseen, shown_max=SHOWN, texts_max=REPAIRED))
+            return
+        for (changes, _), side in zip(_UNDONE, ("later", "gone"), strict=True):
+            cells.write(side, undone(changes))
+        self._report.add(cells.compare_multisets())
+        self._report.repair = None
+
+    def _fetch(self, how: RowHash, wanted: Ints | None) -> Iterator[pa.Table]:
+        after: tuple[str, ...] = ()
+        while True:
+            rows = self._paced(self._reader.rows_in, how, wanted, after=after)
+            if rows.rows:
+                yield self._source_table(rows)
+            if rows.done:
+                return
+            after = rows.last_key or ()
+
+    def _by_cells(self, snapshot: TableSnapshot, rows: int) -> dict[str, tuple[str, ...]]:
+        """Compare all rows of an open snapshot, which ends when they are read."""
+        cells = self._cells(rows)
+        self._report.rows = cells.write("theirs", self._read(None))
+        self._report.fetched += self._report.rows
         self._reader.end()
-        self._await(self._report.table, snapshot.lsn)
-        current = DeltaLog(self._store, current_path(self._report.source, self._report.table))
-        if not current.exists():
-            raise CdcError(
-                f"table {self._report.table} has no current table yet",
-                hint="its first snapshot has not ended: see `cdc status`",
-            )
-        unseen = self._unseen(snapshot.visibility)
-        wanted = None if keys is None else pa.array(list(keys), pa.string())
-        self._write(ours, self._read_current(current, wanted))
-        if keys is None:
-            self._report.rows = rows
+        unseen = self._pin(snapshot)
+        cells.write("ours", (self._lake_table(rows) for rows in self._lake.current()))
         if self._schema.key:
-            self._compare(theirs, ours, pa.array(list(unseen), pa.string()))
-            return unseen if keys is None else {k: t for k, t in unseen.items() if k in keys}
-        self._compare_multisets(theirs, ours, snapshot.visibility)
+            self._report.add(cells.compare(unseen, shown_max=SHOWN, texts_max=REPAIRED))
+            return unseen
+        for (changes, _), side in zip(_UNDONE, ("later", "gone"), strict=True):
+            cells.write(side, (self._lake_table(r) for r in self._lake.unseen_rows(snapshot.visibility, changes)))
+        self._report.add(cells.compare_multisets())
+        self._report.repair = None
         return {}
 
-    def _changelog(self, visibility: Visibility, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Rows of the changelog whose transactions the snapshot does not see. Files are passed over by statistics."""
-        changelog = DeltaLog(self._store, changelog_path(self._report.source, self._report.table))
-        xid, op = system_name("_xid", self._prefix), system_name("_op", self._prefix)
-        for live in changelog.files():
-            with changelog.open_file(live.path) as file:
-                # A column whose type has changed has a name of its own there.
-                held = {
-                    (f.metadata or {}).get(SOURCE_NAME, f.name.encode()).decode(): f.name for f in file.schema_arrow
-                }
-                known = {held[c]: c for c in (xid, op, *columns) if c in held}
-                index = file.schema_arrow.get_field_index(xid)
-                for group in range(file.metadata.num_row_groups):
-                    statistics = file.metadata.row_group(group).column(index).statistics
-                    if statistics is not None and statistics.has_min_max and _all_seen(statistics, visibility):
-                        continue
-                    table = file.read_row_group(group, columns=list(known))
-                    table = table.rename_columns([known[name] for name in table.column_names])
-                    xids = table.column(xid).to_numpy()
-                    mask = ~visibility.sees(xids.astype(np.uint32)) & (xids != 0)
-                    if mask.any():
-                        yield table.filter(pa.array(mask))
+    def _round(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """Compare the rows of `keys` (canonical → texts) in a snapshot of their own; those that could not be."""
+        snapshot = self._begin()
+        cells = self._cells(len(keys))
+        self._report.fetched += cells.write("theirs", self._read(list(keys.values())))
+        self._reader.end()
+        unseen = self._pin(snapshot)
+        wanted = pa.array(list(keys), pa.string())
+        cells.write("ours", (self._lake_table(rows) for rows in self._lake.current(wanted)))
+        self._report.add(cells.compare(unseen, shown_max=SHOWN, texts_max=REPAIRED))
+        return {name: texts for name, texts in unseen.items() if name in keys}
 
-    def _unseen(self, visibility: Visibility) -> dict[str, tuple[str, ...]]:
-        """Keys that transactions outside the snapshot have changed, both keys of a key change: canonical → texts."""
-        key = self._schema.key
-        before, raw, op = (system_name(n, self._prefix) for n in ("_before", "_raw", "_op"))
-        found: dict[str, tuple[str, ...]] = {}
-        for table in self._changelog(visibility, [*key, before, raw]):
-            if pc.any(pc.equal(table.column(op), "t")).as_py():
-                # It has no keys to leave out: what the snapshot has and the lake has not is all of its table.
-                raise _Void
-            for batch in table.to_batches():
-                raws = batch.column(raw) if raw in batch.schema.names else None
-                if not set(key) <= set(batch.schema.names):
-                    raise _Void
-                self._note(found, [batch.column(k) for k in key], raws, "")
-                if before in batch.schema.names:
-                    old = batch.column(before)
-                    fields = {f.name for f in old.type}
-                    if set(key) <= fields:
-                        self._note(found, [pc.struct_field(old, k) for k in key], raws, "before.")
-        return found
-
-    def _note(
-        self, found: dict[str, tuple[str, ...]], arrays: list[pa.Array], raw: pa.Array | None, prefix: str
-    ) -> None:
-        key = self._schema.key
-        if not key:
-            return
-        canonical = key_of(arrays, raw, key, prefix=prefix).to_pylist()
-        texts = [pg_text(a, self._schema.column(k)).to_pylist() for a, k in zip(arrays, key, strict=True)]
-        raws = raw.to_pylist() if raw is not None else [None] * len(canonical)
-        for i, name in enumerate(canonical):
-            if name is not None:
-                kept = dict(raws[i] or ())
-                found[name] = tuple(
-                    str(t[i] if t[i] is not None else kept.get(prefix + k)) for t, k in zip(texts, key, strict=True)
-                )
-
-    def _read_source(self, keys: list[tuple[str, ...]] | None) -> Iterator[pa.Table]:
+    def _read(self, keys: list[tuple[str, ...]] | None) -> Iterator[pa.Table]:
         after: tuple[str, ...] | None = None
+        rows_max = 0 if keys else self._asked.chunk_rows
         while True:
-            rows = self._reader.read(after=after, keys=keys, rows_max=0 if keys else self._chunk_rows)
+            rows = self._paced(self._reader.read, after=after, keys=keys, rows_max=rows_max)
             if rows.rows:
                 yield self._source_table(rows)
             if rows.done:
                 return
             after = rows.last_key
 
+    def _paced(self, work: Callable[..., T], *args: Any, **more: Any) -> T:
+        """One piece of work at the source, told to whoever paces it."""
+        began = time.monotonic()
+        done = work(*args, **more)
+        self._asked.pace(time.monotonic() - began)
+        return done
+
+    # ---- both sides ----
+
+    def _begin(self) -> TableSnapshot:
+        snapshot = self._reader.begin(self._read_schema)
+        self._read_schema = snapshot.schema
+        self._lake_of(snapshot.schema)
+        return snapshot
+
+    def _lake_of(self, schema: TableSchema) -> LakeRows:
+        """What is compared of a table of this shape: where its lake is frozen, the columns that the lake has."""
+        held = self._asked.held
+        names: dict[str, str] = {}
+        prefix = None
+        if held is not None:
+            kept = {c.attnum: c.name for c in held.columns}
+            names = {c.name: kept[c.attnum] for c in schema.columns if c.attnum in kept}
+            self._report.left_out = [c.name for c in schema.columns if c.attnum not in kept]
+            if not set(schema.key) <= set(names):
+                raise CdcError(
+                    f"table {schema.table} is frozen, and the lake lacks a column of its key",
+                    hint=f"`cdc resync {schema.table}` accepts the new shape",
+                )
+            schema = replace(schema, columns=tuple(c for c in schema.columns if c.name in names))
+            prefix = system_prefix(c.name for c in held.columns)
+        self._schema = schema
+        self._names = [c.name for c in schema.columns]
+        self._lake = LakeRows(
+            self._store, self._report.source, self._report.table, schema, held=names, prefix=prefix
+        )  # fmt: skip
+        return self._lake
+
+    def _pin(self, snapshot: TableSnapshot) -> dict[str, tuple[str, ...]]:
+        """Wait for the lake to hold what the snapshot sees, and pin it; the keys that it shows newer."""
+        self._await(self._report.table, snapshot.lsn)
+        self._lake.pin()
+        return self._lake.unseen_keys(snapshot.visibility, HOT_KEYS) if self._schema.key else {}
+
+    def _cells(self, rows: int) -> Cells:
+        return Cells(self._folder, self._names, rows=rows, show_values=self._asked.show_values)
+
     def _source_table(self, rows: RowsRead) -> pa.Table:
-        names = [c.name for c in self._schema.columns]
-        arrays = dict(zip(names, rows.columns, strict=True))
-        key = self._key_column([arrays[k] for k in self._schema.key], rows.raw, rows.rows)
-        return pa.table({KEY: key, RAW: _raw_text(rows.raw, rows.rows, names), **_positional(rows.columns)})
+        if len(self._names) == len(rows.columns):
+            columns = rows.columns
+        else:
+            columns = [
+                array for c, array in zip(self._read_schema.columns, rows.columns, strict=True) if c.name in self._names
+            ]
+        return self._table(Rows(columns, rows.raw, rows.rows), self._names)
 
-    def _read_current(self, current: DeltaLog, wanted: pa.Array | None) -> Iterator[pa.Table]:
-        raw_name = system_name("_raw", self._prefix)
-        names = [c.name for c in self._schema.columns]
-        lake = {f.name: f.type for f in current.schema()}
-        for live in current.files():
-            with current.open_file(live.path) as file:
-                present = set(file.schema_arrow.names)
-                wanted_columns = [n for n in [*names, raw_name] if n in present]
-                for batch in file.iter_batches(batch_size=slice_rows(file.metadata), columns=wanted_columns):
-                    columns = [
-                        batch.column(n) if n in present else pa.nulls(batch.num_rows, lake.get(n, pa.string()))
-                        for n in names
-                    ]
-                    raw = batch.column(raw_name) if raw_name in present else None
-                    by_name = dict(zip(names, columns, strict=True))
-                    key = self._key_column([by_name[k] for k in self._schema.key], raw, batch.num_rows)
-                    table = pa.table({KEY: key, RAW: _raw_text(raw, batch.num_rows, names), **_positional(columns)})
-                    if wanted is not None:
-                        table = table.filter(pc.is_in(key, value_set=wanted))
-                    yield table
+    def _lake_table(self, rows: Rows) -> pa.Table:
+        return self._table(rows, self._lake.names)
 
-    def _key_column(self, arrays: Sequence[pa.Array], raw: pa.Array | None, rows: int) -> pa.Array:
-        if not self._schema.key:
-            return pa.nulls(rows, pa.string())
-        return key_of(list(arrays), raw, self._schema.key)
+    def _table(self, rows: Rows, held: list[str]) -> pa.Table:
+        raw = raw_texts(rows.raw, rows.rows, self._names, held, rows.prefix)
+        arrays = {RAW: raw, **positional(rows.columns)}
+        if self._schema.key:
+            places = [self._names.index(k) for k in self._schema.key]
+            arrays = {
+                KEY: key_of([rows.columns[i] for i in places], rows.raw, [held[i] for i in places]),
+                TEXTS: self._texts(rows, held, places),
+                **arrays,
+            }
+        return pa.table(arrays)
 
-    def _write(self, path: Path, tables: Iterator[pa.Table]) -> int:
-        """Spill to one Parquet file; the rows written. An empty side has the columns too."""
-        writer: pq.ParquetWriter | None = None
-        rows = 0
-        try:
-            for table in tables:
-                if writer is None:
-                    writer = pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
-                table = table.cast(writer.schema)
-                writer.write_table(table if self._show_values else _digested(table))
-                rows += table.num_rows
-        finally:
-            if writer is not None:
-                writer.close()
+    def _texts(self, rows: Rows, held: list[str], places: list[int]) -> pa.Array:
+        """The key's texts, as the source knows them."""
+        texts = []
+        for i in places:
+            text = pg_text(rows.columns[i], self._schema.columns[i])
+            if text.null_count and rows.raw is not None:
+                text = pc.coalesce(text, pc.map_lookup(rows.raw, pa.scalar(held[i]), "first"))
+            texts.append(text)
+        return pa.StructArray.from_arrays(texts, [str(i) for i in places])
+
+    def _canonical(self, rows: Rows) -> pa.Array:
+        places = [self._names.index(k) for k in self._schema.key]
+        return key_of([rows.columns[i] for i in places], rows.raw, self._lake.key)
+
+
+# What the lake has got since a snapshot, to be taken off, and what it has lost, to be put back: operation → old tuple.
+_UNDONE: tuple[tuple[Mapping[str, bool], int], ...] = (({"c": False, "u": False}, -1), ({"d": False, "u": True}, 1))
+
+
+def _filtered(rows: Rows, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Rows:
+    if mask.all():
         return rows
-
-    def _compare(self, theirs: Path, ours: Path, unseen: pa.Array) -> None:
-        """Full outer join on the key; differences into the report."""
-        if not theirs.exists() and not ours.exists():
-            return
-        database = self._database(theirs, ours)
-        database.register("unseen", pa.table({KEY: unseen}))
-        differs = " or ".join(f"t.{c} is distinct from o.{c}" for c in self._columns(theirs, ours)) or "false"
-        database.execute(
-            f"create temp table found as select coalesce(t.{KEY}, o.{KEY}) as key,"
-            f" case when o.{KEY} is null then 'missing' when t.{KEY} is null then 'extra' else 'different' end as kind"
-            f" from theirs t full outer join ours o on t.{KEY} = o.{KEY}"
-            f" where (t.{KEY} is null or o.{KEY} is null or {differs})"
-            f" and coalesce(t.{KEY}, o.{KEY}) not in (select {KEY} from unseen)"
-        )
-        self._collect(database)
-        if self._show_values and any(self._report.counts.values()):
-            query = (
-                f"select f.kind, f.key, t.* exclude ({KEY}), o.* exclude ({KEY}) from found f"
-                f" left join theirs t on t.{KEY} = f.key left join ours o on o.{KEY} = f.key limit {SHOWN}"
-            )
-            self._report.values += database.execute(query).to_arrow_table().to_pylist()
-        self._count_by_column(database)
-        database.close()
-
-    def _count_by_column(self, database: Any) -> None:
-        if not self._schema.columns or not self._report.counts["different"]:
-            return
-        counts = ", ".join(
-            f"count(*) filter (where t.c{i} is distinct from o.c{i})" for i in range(len(self._schema.columns))
-        )
-        row = database.execute(
-            f"select {counts} from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
-            " where f.kind = 'different'"
-        ).fetchone()
-        for column, count in zip(self._schema.columns, row, strict=True):
-            if count:
-                self._report.columns[column.name] = self._report.columns.get(column.name, 0) + int(count)
-
-    def _compare_multisets(self, theirs: Path, ours: Path, visibility: Visibility) -> None:
-        """A table without a key holds rows, equal ones several times; what S does not see is undone on the lake's
-        side: what was added later is taken off, what was removed is put back."""
-        later, gone = self._folder / "later.parquet", self._folder / "gone.parquet"
-        for path, changes in ((later, {"c": False, "u": False}), (gone, {"d": False, "u": True})):
-            path.unlink(missing_ok=True)
-            self._write(path, self._changed_rows(visibility, changes))
-        if not theirs.exists() and not ours.exists():
-            return
-        database = self._database(theirs, ours)
-        columns = ", ".join(self._columns(theirs, ours))
-        plus = f" union all select {columns} from read_parquet('{gone}')" if gone.exists() else ""
-        minus = f" except all select {columns} from read_parquet('{later}')" if later.exists() else ""
-        lake = f"((select {columns} from ours{plus}){minus})"
-        for kind, one, other in (
-            ("missing", f"select {columns} from theirs", lake),
-            ("extra", lake, f"select {columns} from theirs"),
-        ):
-            row = database.execute(f"select count(*) from ({one} except all {other})").fetchone()
-            self._report.counts[kind] += int(row[0]) if row else 0
-        database.close()
-
-    def _changed_rows(self, visibility: Visibility, changes: dict[str, bool]) -> Iterator[pa.Table]:
-        """Rows of the changes that S does not see, by operation (True: their old tuples)."""
-        names = [c.name for c in self._schema.columns]
-        fields = arrow_fields(self._schema)
-        op, before, raw = (system_name(n, self._prefix) for n in ("_op", "_before", "_raw"))
-        for table in self._changelog(visibility, [*names, before, raw]):
-            for wanted, old in changes.items():
-                rows = table.filter(pc.equal(table.column(op), wanted)).combine_chunks()
-                held = pa.Table.from_struct_array(rows.column(before)) if old else rows
-                columns = [
-                    held.column(f.name).combine_chunks() if f.name in held.column_names else pa.nulls(len(rows), f.type)
-                    for f in fields
-                ]
-                text = _raw_text(rows.column(raw).combine_chunks(), len(rows), names, prefix="before." if old else "")
-                yield pa.table({**_positional(columns), RAW: text})
-
-    def _columns(self, theirs: Path, ours: Path) -> list[str]:
-        return [*(f"c{i}" for i in range(len(self._schema.columns))), RAW]
-
-    def _database(self, theirs: Path, ours: Path) -> Any:
-        import duckdb
-
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": MEMORY,
-            "threads": 2,
-            "temp_directory": str(self._folder),
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-        database = duckdb.connect(":memory:", config=settings)
-        for name, path, other in (("theirs", theirs, ours), ("ours", ours, theirs)):
-            # A side without rows has no file: it has the other side's columns.
-            where = "" if path.exists() else " limit 0"
-            database.execute(
-                f"create view {name} as select * from read_parquet('{path if not where else other}'){where}"
-            )
-        return database
-
-    def _collect(self, database: Any) -> None:
-        for kind in ("missing", "extra", "different"):
-            row = database.execute("select count(*) from found where kind = ?", [kind]).fetchone()
-            self._report.counts[kind] += int(row[0])
-            shown: list[str] = getattr(self._report, kind)
-            keys = database.execute(
-                f"select key from found where kind = ? order by key limit {SHOWN - len(shown)}", [kind]
-            ).fetchall()
-            shown += [k for (k,) in keys]
-
-
-def _digested(table: pa.Table) -> pa.Table:
-    """The rows with long texts and bytes as digests: what is joined must fit into memory, whatever the rows hold."""
-    for i, name in enumerate(table.column_names):
-        kind = table.schema.field(i).type
-        if name == KEY or not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
-            continue
-        column = table.column(i).combine_chunks()
-        mask = pc.fill_null(pc.greater(pc.binary_length(column), LONG), False)
-        if pc.any(mask).as_py():
-            values = column.cast(pa.binary())
-            long = values.filter(mask)
-            # No text of Postgres begins with a zero byte, so no value is taken for another's digest.
-            digests = [b"\0" + hashlib.sha256(value.as_buffer()).hexdigest().encode() for value in long]
-            short = pc.replace_with_mask(values, mask, pa.array(digests, pa.binary()))
-            table = table.set_column(i, name, short.cast(kind))
-    return table
-
-
-def _all_seen(statistics: pq.Statistics, visibility: Visibility) -> bool:
-    """Whether the snapshot sees every transaction between the smallest and the largest of a row group."""
-    if statistics.min <= 0 or not visibility.sees(np.array([statistics.min, statistics.max], np.uint32)).all():
-        return False
-    return not any(statistics.min <= xid & 0xFFFFFFFF <= statistics.max for xid in visibility.in_progress)
-
-
-def _positional(columns: Sequence[pa.Array]) -> dict[str, pa.Array]:
-    """Columns under names that no source column can clash with."""
-    return {f"c{i}": column for i, column in enumerate(columns)}
-
-
-def _raw_text(raw: pa.Array | None, rows: int, names: Sequence[str], *, prefix: str = "") -> pa.Array:
-    """`_raw` as one comparable text per row, only of the columns that the source has (with `prefix`: of old tuples)."""
-    if raw is None or raw.null_count == rows:
-        return pa.nulls(rows, pa.string())
-    kept = {prefix + name: name for name in names}
-    texts = []
-    for entries in raw.to_pylist():
-        known = sorted((kept[k], v) for k, v in entries or () if k in kept)
-        texts.append(repr(known) if known else None)
-    return pa.array(texts, pa.string())
+    chosen = pa.array(mask)
+    raw = rows.raw.filter(chosen) if rows.raw is not None else None
+    return Rows([c.filter(chosen) for c in rows.columns], raw, int(mask.sum()), rows.prefix)

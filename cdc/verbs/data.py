@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cdc import control
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
-from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, UsageError, pick, resolve_tables, tables_of
+from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, pick, resolve_tables, tables_of
 from cdc.verbs.lake import lake_tables
 from cdc.verbs.orders import Named, follow, order_resync, standing_still, wait_lake
 
@@ -25,29 +25,30 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = "1GB"
 """Memory of one `cdc query`; what does not fit spills to temporary files."""
+KEYS_PER_ORDER = 5_000
+"""Keys that one order of a repair names."""
 SHOWN_ROWS, WRITTEN_ROWS = 1_000, 1_000_000
 """Rows of a query at most, as a table and in other formats, unless --limit says otherwise."""
 
 
 def verify(call: Call) -> int:
     """Compare source and current; 0 equal, 3 different or not compared, 1 if a table could not be read."""
-    if call.args.sample is not None:
-        raise UsageError("verify --sample is not supported yet", hint="leave it out: all rows are compared")
+    from cdc.memory import keep_memory_low
+
+    keep_memory_low()
     with call.state() as state:
         control.require_daemon(state)
         known = tables_of(state, call.sources())
         tables = resolve_tables(known, call.args.table) if call.args.table else known
         reports, timed_out = _verify_tables(call, state, tables)
-        repaired: list[Named] = []
-        if call.args.repair:
-            repaired = [(r.source, r.table) for r in reports if any(r.counts.values())]
-            if repaired:
-                _repair(call, state, repaired)
-                again, timed_out = _verify_tables(call, state, repaired)
-                fresh = {(r.source, r.table): r for r in again}
-                reports = [fresh.get((r.source, r.table), r) for r in reports]
+        repaired = [r for r in reports if r.differs] if call.args.repair else []
+        if repaired:
+            _repair(call, state, repaired)
+            again, timed_out = _verify_tables(call, state, [(r.source, r.table) for r in repaired])
+            fresh = {(r.source, r.table): r for r in again}
+            reports = [fresh.get((r.source, r.table), r) for r in reports]
     equal = all(r.equal for r in reports)
-    names = [f"{source}.{table}" for source, table in repaired]
+    names = [f"{r.source}.{r.table}" for r in repaired]
     call.console.document({"equal": equal, "repaired": names, "tables": [_report(r) for r in reports]})
     for report in reports:
         _show_report(call, report)
@@ -153,10 +154,17 @@ def _ask_run(call: Call, verb: str, name: str) -> int:
 def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[TableReport], bool]:
     """A report per table, and whether time ran out."""
     from cdc import registry
-    from cdc.verify import verify_table
+    from cdc.verify import Asked, held_shape, verify_table
 
     deadline = time.monotonic() + call.args.timeout
     reports, timed_out = [], False
+
+    def pace(took_s: float) -> None:
+        nonlocal timed_out
+        if time.monotonic() > deadline:
+            timed_out = True
+            raise TimedOut("the time was over before the table was compared", hint="give it more: --timeout")
+
     with tempfile.TemporaryDirectory(prefix="cdc-verify-") as folder:
         for source, table in tables:
 
@@ -175,32 +183,44 @@ def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[
                 return lsn
 
             section = call.config.sources[source]
-            reader = registry.source_kind(section.type).reader(section)
+            reader = registry.source_kind(section.type).comparer(section)
             call.console.note(f"comparing {source}.{table}")
+            asked = Asked(
+                sample=call.args.sample or 100.0, seed=time.time_ns() & 0x7FFFFFFF,
+                show_values=call.args.show_values, by_cells=call.args.cells,
+                held=held_shape(call.config, state, source, table), pace=pace,
+            )  # fmt: skip
             reports.append(
-                verify_table(
-                    source,
-                    table,
-                    reader,
-                    call.store,
-                    await_lake,
-                    temp_dir=Path(folder),
-                    show_values=call.args.show_values,
-                )
+                verify_table(source, table, reader, call.store, await_lake, temp_dir=Path(folder), asked=asked)
             )
+            reader.close()
     return reports, timed_out
 
 
-def _repair(call: Call, state: State, tables: list[Named]) -> None:
-    """Order a resync of each table and follow it to its end."""
-    call.console.note("resyncing " + ", ".join(f"{source}.{table}" for source, table in tables))
-    ordered = [order_resync(state, named) or {} for named in tables]
-    if follow(call, state, tables, ordered, time.monotonic() + call.args.timeout) != OK:
+def _repair(call: Call, state: State, reports: list[TableReport]) -> None:
+    """Have the rows that differ read anew, by their keys; where there are no keys, or too many, the whole table. Blocks
+    to the end."""
+    from cdc.cells import pieces
+
+    runs: list[tuple[Named, str | None]] = []
+    for report in reports:
+        named = (report.source, report.table)
+        count = sum(report.counts.values())
+        if report.repair is None:
+            call.console.note(f"reading {report.source}.{report.table} anew: {count} rows differ")
+            runs.append((named, order_resync(state, named)))
+            continue
+        call.console.note(f"reading {count} rows of {report.source}.{report.table} anew")
+        # One after the other: the log and the source are to serve others too.
+        runs += [(named, order_resync(state, named, keys)) for keys in pieces(report.repair, KEYS_PER_ORDER)]
+    if follow(call, state, runs, time.monotonic() + call.args.timeout) != OK:
         raise CdcError("the repairing resync did not end well", hint="cdc status shows why")
 
 
 def _report(report: TableReport) -> dict[str, Any]:
-    return {**asdict(report), "table": str(report.table), "equal": report.equal}
+    told = asdict(report)
+    del told["repair"]
+    return {**told, "table": str(report.table), "equal": report.equal}
 
 
 def _show_report(call: Call, report: TableReport) -> None:

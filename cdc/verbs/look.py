@@ -153,15 +153,25 @@ def _note(table: dict[str, Any]) -> str:
     snapshot = table["snapshot"]
     parts = []
     if snapshot:
-        parts.append(
-            f"{snapshot['kind']} snapshot {snapshot['state']}: {snapshot['rows']} rows in {snapshot['chunks']} chunks"
-        )
+        parts.append(f"{snapshot['kind']} snapshot {snapshot['state']}: {_progress(snapshot)}")
         if snapshot["strategy"]:
             ranges = f"{snapshot['ranges_done']} of {snapshot['ranges']} ranges"
             parts.append(f"by {snapshot['strategy']}, {ranges}: {snapshot['chosen']}")
         parts += [snapshot["why"], snapshot["reason"] if snapshot["reason"] != snapshot["why"] else ""]
+    verified = table["verified"]
+    if verified and verified["outcome"] not in ("equal", "running"):
+        parts.append(f"verify at {verified['started_at']}: {verified['outcome']}")
     parts += [table["reason"], f"mend it: {table['hint']}" if table["hint"] else ""]
     return "; ".join(part for part in parts if part)
+
+
+def _progress(snapshot: dict[str, Any]) -> str:
+    estimated, rate, left = (snapshot[name] for name in ("rows_estimated", "rows_per_second", "remaining_seconds"))
+    text = f"{snapshot['rows']} rows" + (f" of about {estimated}" if estimated else "")
+    text += f" in {snapshot['chunks']} chunks" if snapshot["chunks"] else ""
+    text += f", {bytes_text(snapshot['bytes'])}" if snapshot["bytes"] else ""
+    text += f", {rate:.0f} rows/s" if rate else ""
+    return text + (f", about {seconds_text(left)} left" if left else "")
 
 
 def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cdc import control
-from cdc.console import lsn_text
+from cdc.console import bytes_text, lsn_text, seconds_text
 from cdc.errors import CdcError, TimedOut
+from cdc.runs import RUNS_ENDED
+from cdc.status import estimate_of, snapshot_progress
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, FOUND, OK, Call, UsageError, resolve_tables, spellings, tables_of, unknown
 
 if TYPE_CHECKING:
+    from cdc.ports import SourceStatus
     from cdc.state import Run, State, TableState
 
 Named = tuple[str, TableId]
@@ -19,19 +24,24 @@ Named = tuple[str, TableId]
 
 
 def resync(call: Call) -> int:
-    """Order a new snapshot of tables, or cancel one."""
+    """Order a new snapshot of tables, or of some of their rows, or cancel it."""
     names: list[str] = call.args.table
-    cancel = names[0] == "cancel" and len(names) > 1
+    cancel = names[:1] == ["cancel"] and (len(names) > 1 or call.args.all)
+    names = names[1:] if cancel else names
     if call.args.where is not None and (cancel or not call.args.where.strip()):
         raise UsageError("--where takes a condition, and no `cancel`", hint='cdc resync TABLE --where "id > 1000"')
+    if call.args.all == bool(names):
+        raise UsageError("name tables, or --all of them", hint="example: cdc resync public.orders")
     more = {"where": call.args.where} if call.args.where is not None else {}
     with call.state() as state:
-        tables = resolve_tables(tables_of(state, call.sources()), names[1:] if cancel else names)
+        known = tables_of(state, call.sources())
+        tables = known if call.args.all else resolve_tables(known, names)
         ordered = [_order_table(call, state, "cancel_resync" if cancel else "resync", named, more) for named in tables]
         outcome = OK
         if call.args.wait and not cancel:
             control.require_daemon(state)
-            outcome = follow(call, state, tables, ordered, time.monotonic() + call.args.timeout)
+            runs = [(named, entry.get("run")) for named, entry in zip(tables, ordered, strict=True)]
+            outcome = follow(call, state, runs, time.monotonic() + call.args.timeout)
     call.console.document({"cancelled" if cancel else "resyncs": ordered})
     return outcome
 
@@ -101,38 +111,43 @@ def wait_lake(state: State, source: str, tables: list[TableId] | None, lsn: int,
     return control.ask(state, "wait", args, timeout_s=left)
 
 
-def order_resync(state: State, named: Named) -> dict[str, Any] | None:
-    """Order a resync; the daemon's answer, None if it is down (the order stands)."""
+def order_resync(state: State, named: Named, keys: Sequence[tuple[str, ...]] | None = None) -> str | None:
+    """Order a resync of a table, or of the rows with these keys; its run, None if the daemon did not answer in time
+    (the order stands). RequestFailed if it refuses."""
     source, table = named
-    return control.order(state, "resync", {"source": source, "table": str(table)})
+    more = {} if keys is None else {"keys": [list(key) for key in keys]}
+    answer = control.order(state, "resync", {"source": source, "table": str(table), **more})
+    return None if answer is None else answer.get("run")
 
 
-def follow(call: Call, state: State, tables: list[Named], ordered: list[dict[str, Any]], deadline: float) -> int:
-    """Show the runs' progress on standard error until all have ended and landed; FAILED if one did not end well."""
+def follow(call: Call, state: State, runs: Sequence[tuple[Named, str | None]], deadline: float) -> int:
+    """Show the runs' progress (without an id: the table's newest) on standard error until all have ended and landed;
+    FAILED if one did not end well."""
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} rows"),
-        TimeElapsedColumn(),
-    )
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn(),
+    )  # fmt: skip
     failed: list[str] = []
+    tables = list(dict.fromkeys(named for named, _ in runs))
+    servers = _servers(call, [source for source, _ in tables])
     with Progress(*columns, console=RichConsole(stderr=True), disable=call.console.as_json) as progress:
-        bars = {named: progress.add_task(str(named[1]), total=_estimate(state, named)) for named in tables}
-        open_runs = {named: entry.get("run") for named, entry in zip(tables, ordered, strict=True)}
-        while open_runs:
-            for named, run_id in list(open_runs.items()):
+        bars = {place: progress.add_task(str(named[1]), total=None, told="") for place, (named, _) in enumerate(runs)}
+        left = dict(enumerate(runs))
+        while left:
+            for place, (named, run_id) in list(left.items()):
                 run = _run_of(state, named, run_id)
                 if run is None:
                     continue
-                progress.update(bars[named], completed=run.rows)
-                if run.state in ("done", "cancelled", "failed"):
-                    del open_runs[named]
-                    progress.update(bars[named], total=run.rows, completed=run.rows)
+                estimated = estimate_of(run, state.table(*named), servers.get(named[0]))
+                if run.state in RUNS_ENDED:
+                    del left[place]
+                    estimated = run.rows
                     if run.state != "done":
                         failed.append(f"{named[1]}: {run.state}{': ' + run.reason if run.reason else ''}")
+                told = _told(run, estimated)
+                progress.update(bars[place], total=estimated or None, completed=run.rows, told=told)
             _pause_until(state, deadline, "the snapshot has not ended in time; it goes on")
         for source in [] if failed else dict.fromkeys(s for s, _ in tables):
             chosen = [t for s, t in tables if s == source]
@@ -141,6 +156,28 @@ def follow(call: Call, state: State, tables: list[Named], ordered: list[dict[str
     for text in failed:
         call.console.note(text)
     return FAILED if failed else OK
+
+
+def _servers(call: Call, sources: Sequence[str]) -> dict[str, SourceStatus]:
+    """What the sources' servers say, for their estimates; one that does not answer is left out."""
+    found = {}
+    for source in dict.fromkeys(sources):
+        with suppress(CdcError):
+            found[source] = call.admin(source).status()
+    return found
+
+
+def _told(run: Run, estimated: int | None) -> str:
+    """How far a run is: rows, bytes, rate, remaining time, and what it waits for."""
+    known = snapshot_progress(run, estimated, run.ended_at / 1e6 if run.ended_at else time.time())
+    text = f"{run.rows:,} rows"
+    if run.state in RUNS_ENDED:
+        return f"{text}, {run.state}"
+    text += f" of about {estimated:,}" if estimated else ""
+    text += f", {bytes_text(known['bytes'])}" if known["bytes"] else ""
+    text += f", {known['rows_per_second']:,.0f} rows/s" if known["rows_per_second"] else ""
+    text += f", {seconds_text(known['remaining_seconds'])} left" if known["remaining_seconds"] else ""
+    return text + (f" ({run.reason})" if run.reason and run.reason != known["why"] else "")
 
 
 def pause_targets(call: Call, known: list[Named], names: list[str]) -> list[tuple[str, str]]:
@@ -191,9 +228,20 @@ _STANDS = "ordered; takes effect when the daemon runs"
 def _order_table(call: Call, state: State, verb: str, named: Named, more: dict[str, Any]) -> dict[str, Any]:
     source, table = named
     answer = control.order(state, verb, {"source": source, "table": str(table), **more})
-    what = "resync cancelled" if verb == "cancel_resync" else "resync ordered"
-    call.console.line(f"{source}.{table}: {what if answer is not None else _STANDS}")
+    told = _STANDS if answer is None else "resync cancelled" if verb == "cancel_resync" else _ordered(answer)
+    call.console.line(f"{source}.{table}: {told}")
     return {"source": source, "table": str(table), "served": answer is not None, **(answer or {})}
+
+
+def _ordered(answer: dict[str, Any]) -> str:
+    """What the daemon made of an order."""
+    run = answer.get("run")
+    match answer.get("order"):
+        case "joined":
+            return f"joined run {run}, which is ordered already"
+        case "queued":
+            return f"resync ordered, run {run}, queued behind run {answer['behind']}"
+    return f"resync ordered, run {run}"
 
 
 def _run_of(state: State, named: Named, run_id: str | None) -> Run | None:
@@ -202,11 +250,6 @@ def _run_of(state: State, named: Named, run_id: str | None) -> Run | None:
         return state.run(run_id)
     runs = state.runs(*named)
     return runs[-1] if runs else None
-
-
-def _estimate(state: State, named: Named) -> float | None:
-    rows = state.table(*named).rows
-    return float(rows) if rows else None
 
 
 def _pause_until(state: State, deadline: float, message: str) -> None:

@@ -48,6 +48,15 @@ where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
 """Transactions of any database that have written and not ended: a slot's creation waits for them, and as long as one
 is open, WAL from its begin on is kept. The begin of others' sessions needs pg_monitor."""
 
+ESTIMATES = """
+select n.nspname || '.' || c.relname, c.reltuples::int8
+from pg_class c join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'p') and c.relpersistence = 'p' and c.reltuples >= 0
+  and n.nspname not in ('pg_catalog', 'information_schema') and n.nspname not like 'pg\\_toast%'
+limit 20000
+"""
+"""What the last VACUUM or ANALYZE counted; a table that none has met is not there."""
+
 OLDEST_WRITER = f"select who from ({WRITERS}) w order by began nulls last limit 1"
 
 
@@ -155,6 +164,7 @@ class PostgresAdmin:
             wal_dir_bytes=size[0] if size else None,
             active_clients=active,
             oldest_writer=writer[0] if writer else "",
+            rows_estimated=dict(connection.execute(ESTIMATES).fetchall()),
         )
 
     def barrier(self) -> int:

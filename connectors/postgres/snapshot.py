@@ -56,6 +56,8 @@ class _Full(Exception):
 class PostgresSnapshotReader:
     """Implements `SnapshotReader`; keeps one connection, reopened when it broke."""
 
+    application_name = "cdc snapshot"
+
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._where = describe(config.dsn)
@@ -256,7 +258,7 @@ class PostgresSnapshotReader:
             self._connection = connect(
                 config.dsn,
                 password=password_of(config),
-                application_name="cdc snapshot",
+                application_name=self.application_name,
                 connect_timeout_s=config.connect_timeout_s,
                 settings={
                     "lock_timeout": f"{config.lock_timeout_s:g}s",

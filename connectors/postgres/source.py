@@ -32,10 +32,11 @@ from cdc.errors import (
     Undecodable,
 )
 from cdc.inspection import SourceInspector
-from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
+from cdc.ports import ChecksumReader, Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
+from connectors.postgres.checksums import PostgresChecksumReader
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
 from connectors.postgres.inspection import PostgresInspector
 from connectors.postgres.logical_messages import MessageTable, messages_schema
@@ -425,6 +426,10 @@ class PostgresKind:
     @staticmethod
     def reader(config: SourceConfig) -> SnapshotReader:
         return PostgresSnapshotReader(config)
+
+    @staticmethod
+    def comparer(config: SourceConfig) -> ChecksumReader:
+        return PostgresChecksumReader(config)
 
     @staticmethod
     def admin(config: SourceConfig) -> SourceAdmin:

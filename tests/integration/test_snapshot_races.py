@@ -46,6 +46,19 @@ def stream_held(daemon: Daemon) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+def checksums_are_read(daemon: Daemon, since: str) -> None:
+    """Wait until `verify` has hashed all rows in a snapshot that it took after `since`, and keeps it open."""
+    with psycopg.connect(daemon.dsn, autocommit=True) as connection:
+        wait_until(
+            lambda: connection.execute(
+                "select from pg_stat_activity where application_name = 'cdc verify' and datname = current_database()"
+                " and query like '%%pg_relation_size%%' and state = 'idle in transaction' and query_start > %s", [since]
+            ).fetchone() is not None,
+            60,
+            lambda: f"checksums to be read\n{daemon.log_tail()}",
+        )  # fmt: skip
+
+
 def chunk_is_read(daemon: Daemon, since: str) -> None:
     """Wait until a snapshot that began after `since` (the server's clock) has been read and closed."""
     with psycopg.connect(daemon.dsn, autocommit=True) as connection:
@@ -346,7 +359,7 @@ def test_verify_leaves_out_what_its_snapshot_does_not_see_by_transaction_not_by_
                 since = clock(database)
                 with stream_held(daemon):
                     verify = daemon.begin("verify", "t", "--timeout", "60")
-                    chunk_is_read(daemon, since)
+                    checksums_are_read(daemon, since)
                     held.commit()
                 answer = verify()
                 assert answer.code == 0, answer

