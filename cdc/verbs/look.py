@@ -156,6 +156,9 @@ def _note(table: dict[str, Any]) -> str:
         parts.append(
             f"{snapshot['kind']} snapshot {snapshot['state']}: {snapshot['rows']} rows in {snapshot['chunks']} chunks"
         )
+        if snapshot["strategy"]:
+            ranges = f"{snapshot['ranges_done']} of {snapshot['ranges']} ranges"
+            parts.append(f"by {snapshot['strategy']}, {ranges}: {snapshot['chosen']}")
         parts += [snapshot["why"], snapshot["reason"] if snapshot["reason"] != snapshot["why"] else ""]
     parts += [table["reason"], f"mend it: {table['hint']}" if table["hint"] else ""]
     return "; ".join(part for part in parts if part)
