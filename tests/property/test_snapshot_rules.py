@@ -23,6 +23,7 @@ from cdc.lake import events, keyless, scan
 from cdc.lake.reduce import ABSENT, KNOWN, Barrier
 from cdc.log import EventLog
 from cdc.ports import Visibility
+from cdc.runs import Run
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.snapshot import PostgresSnapshotReader
 from tests.support.oracle import differences
@@ -71,6 +72,11 @@ class Scene:
         """Make rows of `current` wrong, as a lost change would."""
         self.stepped.spoil("t", updates, predicate)
         self.stepped.prepared()
+
+    def runs(self) -> list[Run]:
+        """The runs of `t`, oldest first."""
+        assert self.stepped.state is not None
+        return [run for run in self.stepped.state.runs("shop") if run.table.name == "t"]
 
     def told(self, *tables: str) -> list[str]:
         """How source and lake differ."""
@@ -140,9 +146,12 @@ def rewritten_before_the_lock(stepped: Stepped) -> list[str]:
     # The first time, it is only looked at how the table is best read.
     scene.once("reader.before_lock", lambda: scene.once("reader.before_lock", rewritten))
     stepped.prepared()
-    stepped.until(lambda: stepped.pipeline.backfill.idle, "the first snapshot to end")
+    stepped.until(lambda: any(r.state == "done" for r in scene.runs()), "the first snapshot to end")
+    # As it is shown then: the next look at the catalog would find the rewrite, and have the table read anew.
     barrier = stepped.pipeline.admin.barrier()
-    stepped.until(lambda: stepped.pipeline.has_reached(barrier), "the lake to hold it")
+    stepped.until(
+        lambda: stepped.pipeline.has_reached(barrier), "the lake to hold it", parts=("capture", "land", "merge")
+    )
     return scene.told()
 
 
@@ -442,8 +451,7 @@ def test_an_order_that_joins_one_that_waits_takes_the_mark_away_when_it_is_done(
     scene.run(f"alter publication {stepped.slot} drop table t", "delete from t where id < 5")
     scene.run(f"alter publication {stepped.slot} add table t")
     stepped.settled()  # with no table marked
-    runs = [r for r in stepped.state.runs("shop") if r.table.name == "t"] if stepped.state else []
-    assert [r.state for r in runs] == ["done", "done"], "the order of the finding has joined the operator's"
+    assert [r.state for r in scene.runs()] == ["done", "done"], "the order of the finding has joined the operator's"
     assert scene.told() == []
 
 
@@ -452,7 +460,7 @@ def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is
     stepped.prepared()
     scene.once("reader.read", lambda: scene.run(f"alter publication {stepped.slot} drop table t"))
     stepped.until(
-        lambda: any(r.state == "failed" for r in stepped.state.runs("shop")) if stepped.state else False,
+        lambda: any(r.state == "failed" for r in scene.runs()),
         "the run to end",
         parts=("capture", "backfill"),
     )
