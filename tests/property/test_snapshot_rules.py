@@ -467,3 +467,28 @@ def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is
     scene.run("delete from t where id < 5", f"alter publication {stepped.slot} add table t")
     stepped.settled()
     assert scene.told() == []
+
+
+def test_some_rows_that_wait_for_the_lake_let_the_whole_table_be_read_before(
+    server: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    """What the lake lacks is to come with the whole table, whose run waits for the one that waits for the lake."""
+    dsn = create_database(server, "waits")
+    with pytest.MonkeyPatch.context() as patch, Stepped(tmp_path, dsn, patch) as stepped:
+        scene = Scene(stepped, *KEYED, published="t where (id % 2 = 0)")
+        scene.filters["t"] = "id % 2 = 0"
+        stepped.settled()
+        scene.run("update t set id = 100 where id = 1")
+        stepped.resync_rows("t", "n = 1")
+        stepped.until(
+            lambda: scene.runs()[-1].details.get("phase") == "lake",
+            "the rows to be read",
+            parts=("capture", "land", "backfill"),
+        )
+        scene.resync()
+        stepped.settled()
+        assert [(r.kind, r.state) for r in scene.runs()[1:4]] == [
+            ("filtered", "cancelled"), ("resync", "done"), ("filtered", "done"),
+        ]  # fmt: skip
+        assert scene.told() == []
+    drop_database(server, "waits")

@@ -44,7 +44,7 @@ SOURCE = "shop"
 PARTS = ("capture", "land", "merge", "backfill", "guard")
 STEP_S = 0.05
 """What a step costs on the clock that the product reads."""
-ROUNDS_MAX = 2_000
+ROUNDS_MAX = 800
 """Turns of all parts within which everything comes to rest, if it does at all."""
 
 
