@@ -252,16 +252,16 @@ class Backfill:
         except Later as e:
             self._wait(lane, run, e)
             return False
-        except Anew as e:
-            assert run is not None
-            lane.chunk = None
-            return self._start_anew(run, str(e))
         except NotPublished as e:
             # As in `_start`: no error of the table. It may come back, and is read anew then.
             lane.chunk = None
             if run is not None:
                 self._state.update_run(run.id, state="failed", reason=e.args[0])
             return True
+        except Anew as e:
+            assert run is not None
+            lane.chunk = None
+            return self._start_anew(run, str(e))
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise
@@ -340,6 +340,9 @@ class Backfill:
             took = lane.read(run, schema, partial(self._plan, run, schema))
         else:
             piece = self._next(run, schema, number)
+            if piece is None and self._whole_pending(run.table):
+                # The lake may hold it only when the whole table has been read, and that waits for us.
+                raise Anew("the whole table is read before")
             if piece is None:
                 raise Later("waits for the lake to hold what it has read")
             took = lane.read(run, schema, lambda _: piece)
@@ -349,6 +352,9 @@ class Backfill:
             size.learn(took, rows.rows, rows.bytes, rows_max=self._bounds[0], bytes_max=self._bounds[1])
         self._rate.took(rows.rows, rows.bytes)
         return self._settle(lane)
+
+    def _whole_pending(self, table: TableId) -> bool:
+        return any(r.kind in WHOLE_KINDS for r in self._state.runs(self._source, table, states=["pending"]))
 
     def _plan(self, run: Run, schema: TableSchema, snapshot: TableSnapshot) -> Piece:
         """Decide how the run reads its table, and begin with its first range. Behind the begin row, for the sake of
