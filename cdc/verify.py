@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from cdc.cells import KEY, RAW, TEXTS, Cells, Found, pieces, positional, raw_texts
 from cdc.config import Config
-from cdc.errors import CdcError, SourceRefused
+from cdc.errors import CdcError, GaveWay, SourceRefused
 from cdc.keys import key_of
 from cdc.lake.layout import system_prefix
 from cdc.lake.rows import LakeRows, Rows, Unclear
@@ -213,7 +213,7 @@ class Comparison:
         for _ in range(ROUNDS):
             try:
                 return self._by_checksums()
-            except Unclear as e:
+            except (Unclear, GaveWay) as e:
                 unclear = e.args[0]
             finally:
                 self._reader.end()
