@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers bench-verify lock clean
+.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers bench-snapshot bench-verify lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -49,6 +49,9 @@ type: $(INSTALLED_DEV) ## mypy, strict
 
 bench: $(INSTALLED_DEV) ## speed against pg_recvlogical; writes build/bench.json
 	$(BIN)/python -m tests.bench.bench $(ARGS)
+
+bench-snapshot: $(INSTALLED_DEV) ## a table into landed Parquet, against COPY; writes build/bench-snapshot.json
+	$(BIN)/python -m tests.bench.snapshot $(ARGS)
 
 bench-peers: $(INSTALLED_DEV) $(INSTALLED_BENCH) ## the same backlog through the Debezium engine (needs a JDK)
 	$(BIN)/python -m tests.bench.peers $(ARGS)

@@ -12,13 +12,14 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cdc import metrics
 from cdc.batch import SNAPSHOT_SEQ, Batch
 from cdc.log import EventLog
 from cdc.ports import RowsRead, TableSnapshot
+from cdc.ranges import advanced
 from cdc.runs import Run
 from cdc.state import State
 from cdc.table import TableId, TableSchema
@@ -40,11 +41,13 @@ def shape_fact(source: str, table: TableId) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What of a run one chunk is: the keys that were asked for (None: whatever stood in a range), and what is true of
-    the run once it is appended. `done`: nothing is behind it. `appended` is called then."""
+    the run once it is appended. `done`: nothing is behind it, in the run or in the range of that number. `appended`
+    is called then."""
 
     done: bool
     asked: Sequence[tuple[str, ...]] | None = None
     last_key: tuple[str, ...] | None = None
+    range: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     appended: Callable[[], None] = lambda: None
 
@@ -122,6 +125,9 @@ class Appender:
     ) -> None:
         """A chunk and its progress. Under the log's lock, `run` read under it; `window` holds what `snapshot` does not
         see of what the log has got since before it was taken."""
+        if step.range is not None:
+            details, done = advanced(run, step.range, step.last_key, step.done)
+            step = replace(step, details=details, done=done)
         stamp = self.stamp(run.table, run.id, snapshot.taken_at_us)
         batches = self._batches(run, schema, rows, window, step, stamp)
         read = sum(b.data.num_rows for b in batches)
@@ -133,7 +139,10 @@ class Appender:
             self._state.update_run(
                 run.id, tx=tx, chunk_no=number, rows=total, reason="",
                 last_key=list(step.last_key) if step.last_key else run.last_key,
-                details={**run.details, "relfilenode": snapshot.relfilenode, **step.details},
+                details={
+                    **run.details, "relfilenode": snapshot.relfilenode,
+                    "bytes": run.details.get("bytes", 0) + rows.bytes, **step.details,
+                },
                 state="done" if step.done else "running",
             )  # fmt: skip
             changed: dict[str, object] = {"snapshot_seq": stamp.seq + read - SNAPSHOT_SEQ}

@@ -14,62 +14,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from cdc import metrics
 from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
 from cdc.candidates import Candidates
 from cdc.errors import CdcError, FilterRefused, InvariantBroken, SourceRefused, Verdict
 from cdc.failpoints import failpoint
 from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
 from cdc.log import EventLog
-from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
+from cdc.pace import FIRST_BLOCKS, FIRST_ROWS, ChunkSize, RateLimit
+from cdc.ports import RowsRead, SnapshotReader
+from cdc.ranges import details_of, first_free, ranges_of
+from cdc.reading import RETRY_S, Anew, Lane, Later, Wish
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.state import State
 from cdc.table import TableId, TableSchema
-from cdc.window import must_read_again, unseen
 
 log = logging.getLogger(__name__)
 
-NUDGE_S = 0.3
-"""So long the stream may take to reach what a chunk has seen before a quiet server is asked to flush."""
-NUDGE_AGAIN_S = 5.0
-SETTLE_S = 0.01
-RETRY_S = 0.05
-"""Pause before a snapshot is taken again because something logged is not visible yet."""
-
-
-@dataclass(slots=True)
-class Wish:
-    """Keys of a table to read once more (rule 9)."""
-
-    table: TableId
-    keys: list[Key]
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Rows that have been read and wait to be appended."""
-
-    run: Run
-    schema: TableSchema
-    snapshot: TableSnapshot
-    rows: RowsRead
-    mark: _Mark
-    step: Step
-    wish: Wish | None
-    since: float
-    nudge_at: float
-
-
-@dataclass(slots=True, frozen=True)
-class _Mark:
-    """The log at one moment: newest offset, and the position whose transactions a snapshot must see."""
-
-    offset: int
-    epoch: int
-    lsn: int
+PARTS_MAX = 32
+"""Ranges of one table."""
+PAUSED_S = 0.5
 
 
 class Backfill:
@@ -88,26 +55,40 @@ class Backfill:
         stop_table: Callable[[TableId, CdcError], None],
         nudge: Callable[[], int],
         candidates: Callable[[Run, TableSchema], Candidates | None] = lambda run, schema: Candidates(),
+        more_readers: Sequence[SnapshotReader] = (),
+        chunk_bytes: int = 32 << 20,
+        rate: RateLimit | None = None,
     ) -> None:
         """`landed_lsn` gives the highest position that the lake holds for a table (rule 0); `nudge` makes a quiet
-        server flush and send what it has written; `candidates` looks through the lake for a filtered run."""
+        server flush and send what it has written; `candidates` looks through the lake for a filtered run.
+        With `more_readers` there is a lane for each of all readers, and one of them computes while the others read."""
         self._source = source
-        self._reader = reader
         self._log = event_log
         self._state = state
         self._book = book
-        self._chunk_rows = chunk_rows
+        self._rate = rate or RateLimit(0, 0)
+        self._bounds = self._rate.chunk_bounds(chunk_rows, chunk_bytes)
         self._landed_lsn = landed_lsn
         self._stop_table = stop_table
         self._nudge = nudge
         self._candidates = candidates
         self._appender = Appender(source, event_log, state)
         self._filtered: dict[str, FilteredRun] = {}
-        self._chunk: _Chunk | None = None
+        self._readers = max(1, len(more_readers))
+        turns = threading.Semaphore(self._readers) if more_readers else None
+        self._lanes = [
+            Lane(number, source, each, event_log, state, book, self._appender, nudge, turns)
+            for number, each in enumerate([reader, *more_readers])
+        ]
+        self._claims: dict[int, tuple[str, int | None, TableId]] = {}
+        """What each lane is at: run, range, table."""
+        self._sizes: dict[str, ChunkSize] = {}
+        self._open = True
         self._wishes: list[Wish] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._before: dict[str, set[str]] = {}
-        self._not_before = 0.0
+        self._not_before: dict[str, float] = {}
+        """Runs that wait, and until when."""
         self._halted = False
         for run in state.runs(source, states=["running"]):
             if run.kind == "keys":
@@ -194,36 +175,89 @@ class Backfill:
     def idle(self) -> bool:
         """Whether nothing is ordered."""
         with self._lock:
-            wishes = bool(self._wishes)
-        waiting = wishes or self._chunk is not None
+            waiting = bool(self._wishes) or any(lane.chunk is not None for lane in self._lanes)
         return not waiting and not self._state.runs(self._source, states=["pending", "running"])
 
-    def step(self) -> bool:
-        """One bounded piece of work: start a run, read a chunk, or end a run. False if there was nothing to do or it
-        must wait; errors of one table stop that table, others are raised."""
-        if self._halted or time.monotonic() < self._not_before or self._log.position(self._source) is None:
+    def step(self, number: int = 0, pause: str = "") -> bool:
+        """One bounded piece of work of a lane: start a run, read a chunk, or end a run. False if there was nothing to
+        do or it must wait; errors of one table stop that table, others are raised. `pause`: why nothing is to be read
+        now; what has been read is appended all the same. Each lane belongs to one thread."""
+        lane = self._lanes[number]
+        if self._halted or time.monotonic() < lane.not_before or self._log.position(self._source) is None:
             return False
-        if self._chunk is not None:
-            return self._guarded(self._chunk.run.table, self._settle_chunk, self._chunk.run)
-        with self._lock:
-            wish = self._wishes.pop(0) if self._wishes else None
-        if wish is not None:
-            return self._guarded(wish.table, lambda: self._read_keys(wish))
-        runs = self._state.runs(self._source, states=["pending", "running"])
-        runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]
-        if not runs:
+        if lane.chunk is not None:
+            return self._guarded(lane, lane.chunk.run.table, self._settle, lane.chunk.run)
+        if number and not self._open:
             return False
-        run = next((r for r in runs if r.state == "running"), runs[0])
-        step = self._start if run.state == "pending" else self._go_on
-        return self._guarded(run.table, lambda: step(run), run)
+        held = self._rate.wait_s()
+        if held > 0:
+            pause = pause or "is held to the rate limit"
+            lane.not_before = time.monotonic() + min(held, PAUSED_S)
+        if pause:
+            self._tell(pause)
+            return False
+        job = self._claim(lane)
+        return job() if job is not None else False
 
-    def _guarded(self, table: TableId, work: Callable[[], bool], run: Run | None = None) -> bool:
+    def _tell(self, why: str) -> None:
+        """Say of all runs why nothing is read."""
+        for run in self._state.runs(self._source, states=["running"]):
+            if run.reason != why:
+                self._state.update_run(run.id, reason=why)
+
+    def _claim(self, lane: Lane) -> Callable[[], bool] | None:
+        """What the lane does next; no other lane does it meanwhile."""
+        with self._lock:
+            taken = list(self._claims.values())
+            for wish in self._wishes:
+                if all(table != wish.table for _, _, table in taken):
+                    self._wishes.remove(wish)
+                    self._claims[lane.number] = ("", None, wish.table)
+                    return partial(self._guarded, lane, wish.table, partial(self._read_keys, wish=wish))
+            runs = self._state.runs(self._source, states=["pending", "running"])
+            self._open = bool(runs)
+            runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]
+            running = [r for r in runs if r.state == "running"]
+            now = time.monotonic()
+            for run in running:
+                if now < self._not_before.get(run.id, 0.0):
+                    continue
+                own = [number for run_id, number, _ in taken if run_id == run.id]
+                number = self._free_range(run, own)
+                if number is not None:
+                    self._claims[lane.number] = (run.id, number, run.table)
+                    return partial(self._guarded, lane, run.table, partial(self._go_on, run=run, number=number), run)
+            busy = {r.table for r in running} | {table for _, _, table in taken}
+            begun = len({run_id for run_id, _, _ in taken if run_id} | {r.id for r in running})
+            for run in runs:
+                if run.state == "pending" and run.table not in busy and begun < self._readers:
+                    busy.add(run.table)
+                    if now >= self._not_before.get(run.id, 0.0):
+                        self._claims[lane.number] = (run.id, None, run.table)
+                        return partial(self._guarded, lane, run.table, partial(self._start, run=run), run)
+            return None
+
+    def _free_range(self, run: Run, taken: list[int | None]) -> int | None:
+        """A range of the run that nobody reads. Before it is planned, and where its pieces follow each other, the run
+        has one."""
+        if run.kind in WHOLE_KINDS and "ranges" in run.details:
+            return first_free(run, [n for n in taken if n is not None])
+        return None if taken else 0
+
+    def _guarded(self, lane: Lane, table: TableId, work: Callable[[Lane], bool], run: Run | None = None) -> bool:
         try:
-            return work()
+            return work(lane)
+        except Later as e:
+            self._wait(lane, run, e)
+            return False
+        except Anew as e:
+            assert run is not None
+            lane.chunk = None
+            return self._start_anew(run, str(e))
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise
-            self._chunk = None
+            lane.chunk = None
             if run is not None:
                 self._state.update_run(run.id, state="failed", reason=e.args[0])
             if isinstance(e, FilterRefused):
@@ -232,178 +266,141 @@ class Backfill:
                 self._stop_table(table, e)
             return True
         finally:
-            self._reader.end()
-            if self._chunk is None:
-                self._log.let_go(self._source)
+            lane.rest()
+            if lane.chunk is None:
+                with self._lock:
+                    self._claims.pop(lane.number, None)
 
-    def _start(self, run: Run) -> bool:
-        schema = next((t.schema for t in self._reader.tables(run.table).tables), None)
+    def _start(self, lane: Lane, run: Run) -> bool:
+        schema = next((t.schema for t in lane.reader.tables(run.table).tables), None)
         if schema is None:
             # What has become of the table is for the next look at the catalog to say.
             why = f"table {run.table} is not in the publication of source {self._source} (mended by `cdc setup`)"
             self._state.update_run(run.id, state="failed", reason=why)
             return True
-        if not self._is_covered(run):
-            return False
+        self._be_covered(lane, run)
         schema = self._book.register(schema)
         if not schema.key and run.kind == "filtered":
             self._state.update_run(run.id, state="failed", reason=keyless(run.table).args[0])
             return True
         if not schema.key:
-            return self._read_keyless(run, schema)
+            return self._read_keyless(lane, run, schema)
         with self._log.lock():
             self._appender.begin(run, schema, {})
         return True
 
-    def _is_covered(self, run: Run) -> bool:
+    def _be_covered(self, lane: Lane, run: Run) -> None:
         """Rule 0: whoever wrote before we saw everything must have ended, and the log must be where the lake is."""
         position = self._log.position(self._source)
         assert position is not None
         if position.lsn < self._landed_lsn(run.table):
-            return self._wait(run, "waits for the stream to reach what the lake holds")
+            raise Later("waits for the stream to reach what the lake holds")
         covered = f"covered:{self._source}/{run.table}"
         settles = bool(run.details.get("settle"))
         behind = run.details.get("behind_lsn")
         if behind is not None:
-            return position.end_lsn >= behind or self._wait(run, "waits for the stream to reach what it answers")
+            if position.end_lsn < behind:
+                raise Later("waits for the stream to reach what it answers")
+            return
         if not settles and self._state.get(covered) == position.epoch:
-            return True
-        now = self._reader.writers()
+            return
+        now = lane.reader.writers()
         before = self._before.setdefault(run.id, set(now))
         before &= set(now)
         if before:
-            return self._wait(run, f"waits for older transactions: {', '.join(sorted(now[b] for b in before))}")
-        del self._before[run.id]
+            raise Later(f"waits for older transactions: {', '.join(sorted(now[b] for b in before))}")
+        self._before.pop(run.id, None)
         if settles:
             self._state.update_run(run.id, details={**run.details, "behind_lsn": self._nudge()})
         self._state.set(covered, position.epoch)
-        return not settles
+        if settles:
+            raise Later(seconds=0.0)
 
-    def _go_on(self, run: Run) -> bool:
+    def _go_on(self, lane: Lane, run: Run, number: int) -> bool:
+        now = self._state.run(run.id)
+        if now is None or now.state != "running":
+            return True
+        run = now
         schema = self._book.get(run.table, int(run.details["version"]))
         position = self._log.position(self._source)
         assert position is not None
         if not schema.key or run.details.get("epoch") != position.epoch:
             # The one snapshot of a keyless table ended with the process; another epoch is another history.
-            return self._start_anew(run, "the run was interrupted")
-        piece = self._next(run, schema)
+            raise Anew("the run was interrupted")
+        if run.kind in WHOLE_KINDS and "ranges" not in run.details and run.last_key is None and len(self._lanes) > 1:
+            return self._plan(lane, run, schema)
+        piece = self._next(run, schema, number)
         if piece is None:
-            return self._wait(run, "waits for the lake to hold what it has read")
-        began = time.perf_counter()
-        mark = self._mark()
-        snapshot = self._reader.begin(schema)
-        if snapshot.schema.table != run.table or snapshot.schema.oid != schema.oid:
-            return self._start_anew(run, "the table was renamed or made anew")
-        if self._book.register(snapshot.schema).version != schema.version:
-            return self._start_anew(run, "the table's schema changed")
-        relfilenode = run.details.get("relfilenode")
-        if relfilenode is not None and relfilenode != snapshot.relfilenode:
-            return self._start_anew(run, "the table was rewritten or truncated")
-        if not self._sees_all(run, snapshot, mark):
-            return False
-        failpoint("backfill.after_snapshot")
-        rows = self._reader.read(**piece.read)
-        self._reader.end()
-        metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(time.perf_counter() - began)
-        return self._hold(run, schema, snapshot, rows, mark, piece.step(rows))
+            raise Later("waits for the lake to hold what it has read")
+        took = lane.read(run, schema, piece.read, piece.step)
+        assert lane.chunk is not None
+        rows, size = lane.chunk.rows, self._sizes[run.id]
+        if "keys" not in piece.read:
+            size.learn(took, rows.rows, rows.bytes, rows_max=self._bounds[0], bytes_max=self._bounds[1])
+        self._rate.took(rows.rows, rows.bytes)
+        return self._settle(lane)
 
-    def _next(self, run: Run, schema: TableSchema) -> Piece | None:
+    def _plan(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
+        """Decide how the run reads its table. Behind its begin row, for the sake of decision 31."""
+        _, snapshot = lane.begin(run, schema)
+        plan = snapshot.plan(PARTS_MAX)
+        with self._log.lock():
+            now = self._state.run(run.id)
+            if now is not None and now.state == "running":
+                details = {**now.details, "relfilenode": snapshot.relfilenode, **details_of(plan)}
+                self._state.update_run(run.id, details=details)
+        return True
+
+    def _next(self, run: Run, schema: TableSchema, number: int) -> Piece | None:
         """What the run reads next; None if it must wait."""
+        by_blocks = run.details.get("strategy") == "blocks"
+        first = FIRST_BLOCKS if by_blocks else min(FIRST_ROWS, self._bounds[0])
+        size = int(self._sizes.setdefault(run.id, ChunkSize(first)).size)
         if run.kind == "filtered":
             way = self._filtered.setdefault(run.id, FilteredRun())
-            return way.next(run, lambda: self._candidates(run, schema), self._chunk_rows)
-        after = tuple(run.last_key) if run.last_key else None
-        return Piece({"after": after, "rows_max": self._chunk_rows}, whole_step)
+            return way.next(run, lambda: self._candidates(run, schema), min(size, self._bounds[0]))
+        part = ranges_of(run)[number]
+        arguments: dict[str, Any] = {"after": part.at}
+        if by_blocks:
+            arguments |= {"blocks": size, "through": part.to}
+        else:
+            arguments["rows_max"] = min(size, self._bounds[0])
+            if part.to is not None:
+                arguments["through"] = part.to
 
-    def _hold(
-        self,
-        run: Run,
-        schema: TableSchema,
-        snapshot: TableSnapshot,
-        rows: RowsRead,
-        mark: _Mark,
-        step: Step,
-        wish: Wish | None = None,
-    ) -> bool:
-        now = time.monotonic()
-        self._chunk = _Chunk(run, schema, snapshot, rows, mark, step, wish, now, now + NUDGE_S)
-        return self._settle_chunk()
+        def step(rows: RowsRead) -> Step:
+            return Step(done=rows.done, last_key=rows.last_key, range=number)
 
-    def _settle_chunk(self) -> bool:
-        """Append the chunk once every transaction that its snapshot saw is in the log.
+        return Piece(arguments, step)
 
-        Else one of them would come behind the chunk's rows: harmless for whole rows, but a key that moved and left a
-        TOAST value alone would take it from a newer row that has its old key by then.
-        """
-        chunk = self._chunk
+    def _settle(self, lane: Lane) -> bool:
+        chunk = lane.chunk
         assert chunk is not None
-        position = self._log.position(self._source)
-        assert position is not None
-        now = time.monotonic()
-        if position.epoch == chunk.mark.epoch and position.end_lsn < chunk.snapshot.lsn:
-            if now >= chunk.nudge_at:
-                self._nudge()
-                chunk.nudge_at = now + NUDGE_AGAIN_S
-            if now - chunk.since > NUDGE_AGAIN_S:
-                return self._wait(chunk.run, "waits for the stream to reach what the chunk has seen", SETTLE_S)
-            self._not_before = now + SETTLE_S
-            return False
-        self._chunk = None
-        appended = position.epoch == chunk.mark.epoch and self._append_chunk(chunk)
-        if appended:
-            failpoint("backfill.after_chunk")
-        elif chunk.wish is not None:
-            self._state.update_run(chunk.run.id, state="cancelled")
-            self.wish(chunk.wish.table, chunk.wish.keys)
-        if appended and chunk.wish is not None and len(chunk.wish.keys) > KEYS_PER_CHUNK:
-            self.wish(chunk.wish.table, chunk.wish.keys[KEYS_PER_CHUNK:])
+        wish = chunk.wish
+        appended = False
+        try:
+            appended = lane.settle()
+            if appended:
+                failpoint("backfill.after_chunk")
+        finally:
+            if wish is not None and lane.chunk is None:
+                if not appended:
+                    self._state.update_run(chunk.run.id, state="cancelled")
+                    self.wish(wish.table, wish.keys)
+                elif len(wish.keys) > KEYS_PER_CHUNK:
+                    self.wish(wish.table, wish.keys[KEYS_PER_CHUNK:])
         return appended
 
-    def _mark(self) -> _Mark:
-        """k: what is in the log before the snapshot is taken. What comes behind it stays there until the chunk is
-        settled, although it may have landed long before."""
-        with self._log.lock():
-            position = self._log.position(self._source)
-            assert position is not None
-            offset = self._log.end_offset(self._source)
-            self._log.hold(self._source, offset)
-            return _Mark(offset, position.epoch, position.lsn)
-
-    def _sees_all(self, run: Run, snapshot: TableSnapshot, mark: _Mark) -> bool:
-        """Rule 1: a commit can be in our log before it is visible; such a snapshot would bring back older rows."""
-        if not self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
-            return True
-        return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
-
-    def _append_chunk(self, chunk: _Chunk) -> bool:
-        """Window and append under one lock of the log (rules 6, 8, 10, 11, 12)."""
-        run, schema, snapshot = chunk.run, chunk.schema, chunk.snapshot
-        with self._log.lock():
-            if not self._log.let_go(self._source):
-                return self._wait(run, "the log had no room for what a chunk waited for; it is read again", RETRY_S)
-            behind = self._log.records(self._source, chunk.mark.offset, table=run.table)
-            records = [r for r in behind if r.kind == "change"]
-            if not schema.key:
-                # Its one snapshot stands at the begin row, whatever has come since.
-                records = []
-            if must_read_again(schema, [(r.version, r.has_truncate) for r in records]):
-                return self._wait(run, "the table changed while a chunk was read; it is read again", RETRY_S)
-            window = [unseen(self._log.read(r, schema), snapshot.visibility) for r in records]
-            current = self._state.run(run.id)
-            if current is not None and current.state == "running":
-                self._appender.append(current, schema, snapshot, chunk.rows, window, chunk.step)
-            return True
-
-    def _read_keyless(self, run: Run, schema: TableSchema) -> bool:
+    def _read_keyless(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
         """Rule 16: one snapshot of the whole table, its visibility in the begin row."""
-        snapshot = self._reader.begin(schema)
+        snapshot = lane.reader.begin(schema)
         renamed = snapshot.schema.table != run.table
         if renamed or self._book.register(snapshot.schema).version != schema.version:
-            return self._wait(run, "the table changed; the run begins again", RETRY_S)
+            raise Later("the table changed; the run begins again", RETRY_S)
         seen = snapshot.visibility
         with self._log.lock():
             if self._log.hidden(self._source, seen, through_lsn=None):
-                return self._wait(run, "waits for a logged transaction to become visible", RETRY_S)
+                raise Later("waits for a logged transaction to become visible", RETRY_S)
             running = ",".join(map(str, sorted(seen.in_progress)))
             self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
         after: tuple[str, ...] | None = None
@@ -411,58 +408,67 @@ class Backfill:
             current = self._state.run(run.id)
             if self._halted or current is None or current.state != "running":
                 return True
-            rows = self._reader.read(after=after, rows_max=self._chunk_rows)
+            rows = lane.reader.read(after=after, rows_max=self._bounds[0])
             if rows.done:
                 # Its end waits for what the snapshot saw: behind it the key holds that the table was read by.
-                self._reader.end()
-                return self._hold(current, schema, snapshot, rows, self._mark(), whole_step(rows))
+                lane.reader.end()
+                lane.take(current, schema, snapshot, rows, lane.mark(), whole_step(rows))
+                return self._settle(lane)
             with self._log.lock():
                 self._appender.append(current, schema, snapshot, rows, [], whole_step(rows))
             failpoint("backfill.after_chunk")
             after = rows.last_key
 
-    def _read_keys(self, wish: Wish) -> bool:
+    def _read_keys(self, lane: Lane, wish: Wish) -> bool:
         """Rule 9: rows whose unknown columns nothing in the lake knows are read once more by key."""
         schema = self._book.held(wish.table) or self._book.latest(wish.table)
         if schema is None or not schema.key:
             raise InvariantBroken(f"keys of table {wish.table} cannot be read again: it has no key")
         keys = wish.keys[:KEYS_PER_CHUNK]
-        mark = self._mark()
-        snapshot = self._reader.begin(schema)
+        mark = lane.mark()
+        snapshot = lane.reader.begin(schema)
         if self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
-            self._not_before = time.monotonic() + RETRY_S
             self.wish(wish.table, wish.keys)
-            return False
+            raise Later(seconds=RETRY_S, whole=False)
         under_lock = self._book.register(snapshot.schema)
         if under_lock.key != schema.key:
             # The keys are of another identity. Once the stream shows the switch, the table is read anew.
-            self._not_before = time.monotonic() + RETRY_S
-            return False
-        rows = self._reader.read(keys=keys)
-        self._reader.end()
+            raise Later(seconds=RETRY_S, whole=False)
+        rows = lane.reader.read(keys=keys)
+        lane.reader.end()
         run = self._state.create_run(
             self._source, wish.table, "keys", state="running", reason="values that no message carried",
             details={"oid": schema.oid, "version": under_lock.version, "epoch": mark.epoch},
         )  # fmt: skip
-        return self._hold(run, under_lock, snapshot, rows, mark, Step(done=True, asked=keys), wish)
+        lane.take(run, under_lock, snapshot, rows, mark, Step(done=True, asked=keys), wish)
+        return self._settle(lane)
 
     def _start_anew(self, run: Run, why: str) -> bool:
         """Rule 2: what was read is of another table by now. The new run's begin row makes the old rows orphans."""
-        log.warning("snapshot run starts anew", extra={"source": self._source, "table": str(run.table), "why": why})
-        with self._state.transaction() as tx:
+        with self._log.lock(), self._state.transaction() as tx:
+            # Several lanes may find out at once.
+            now = self._state.run(run.id)
+            if now is None or now.state not in ("pending", "running"):
+                return True
             self._state.update_run(run.id, tx=tx, state="cancelled", reason=why)
             # What it answers holds for the new run, which is asked to wait for it once more.
             kept = {k: v for k, v in run.details.items() if k in KEPT_DETAILS}
             self._state.create_run(
                 self._source, run.table, run.kind, where_sql=run.where_sql, reason=why, details=kept, tx=tx
             )
+        log.warning("snapshot run starts anew", extra={"source": self._source, "table": str(run.table), "why": why})
         return True
 
-    def _wait(self, run: Run, why: str, seconds: float = 0.5) -> bool:
-        if run.reason != why:
-            self._state.update_run(run.id, reason=why)
-        self._not_before = time.monotonic() + seconds
-        return False
+    def _wait(self, lane: Lane, run: Run | None, later: Later) -> None:
+        now = time.monotonic()
+        if run is None or not later.whole:
+            lane.not_before = now + later.seconds
+        else:
+            self._not_before[run.id] = now + later.seconds
+        if run is not None and later.why:
+            known = self._state.run(run.id)
+            if known is not None and known.state in ("pending", "running") and known.reason != later.why:
+                self._state.update_run(run.id, reason=later.why)
 
 
 def whole_step(rows: RowsRead) -> Step:

@@ -21,6 +21,7 @@ from cdc.lake.layout import changelog_path, current_path, system_name, system_pr
 from cdc.lake.reduce import Order
 from cdc.ports import ObjectStore
 from cdc.relations import Relation, open_views, quoted
+from cdc.runs import Run
 from cdc.table import TableSchema
 from cdc.types import arrow_fields, pg_text
 
@@ -36,20 +37,11 @@ class Candidates:
     note: str = ""
 
 
-def candidates(
-    store: ObjectStore,
-    source: str,
-    schema: TableSchema,
-    *,
-    where: str,
-    run: str,
-    chunk_no: int,
-    begin: Order,
-    temp_dir: Path,
-) -> Candidates | None:
-    """Keys of `current` that meet the filter and were written before the run's `begin`, or by nobody whom the lake
-    knows. None until `current` holds the run's chunks up to `chunk_no`. Blocking; StoreUnavailable may be tried again.
+def candidates(store: ObjectStore, source: str, schema: TableSchema, run: Run, *, temp_dir: Path) -> Candidates | None:
+    """Keys of `current` that meet the run's filter and were written before its begin row, or by nobody whom the lake
+    knows. None until `current` holds the run's chunks. Blocking; StoreUnavailable may be tried again.
     """
+    begin = Order(run.details["epoch"], run.first_lsn, run.details["begin_seq"])
     import duckdb
 
     table = schema.table
@@ -61,8 +53,8 @@ def candidates(
     if merged is None:
         return None
     changelog = DeltaLog(store, changelog_path(source, table))
-    landed = changelog.token(f"run/{run}", merged)
-    if landed is None or landed < chunk_no:
+    landed = changelog.token(f"run/{run.id}", merged)
+    if landed is None or landed < run.chunk_no:
         return None
     lsn = changelog.token(f"stream/{begin.epoch}", merged)
     prefix = system_prefix(c.name for c in schema.columns)
@@ -74,7 +66,7 @@ def candidates(
     view = f"{quoted(source)}.{quoted(Relation(source, table).name)}"
     query = (
         f"select {', '.join(map(quoted, names))} from (select * from {view} where {older} or {newer})"
-        f" where ({where}\n) limit {CANDIDATES_MAX}"
+        f" where ({run.where_sql}\n) limit {CANDIDATES_MAX}"
     )
     try:
         with open_views(store, [Relation(source, table)], {source: {table: version}}, temp_dir=temp_dir) as connection:

@@ -52,9 +52,16 @@ class SourceConfig:
     """Make the slot one that standbys keep too (Postgres 17 and later)."""
     watch_every_s: float = 10.0
     """How often the catalog is looked at for what the stream does not show."""
-    chunk_rows: int = 50_000
+    chunk_rows: int = 400_000
     chunk_bytes: int = 32 << 20
-    """Bound of a snapshot's chunk as text, whichever of the two is reached first; one row is the least."""
+    """Bounds of a snapshot's chunk, as text, whichever of the two is reached first; one row is the least."""
+    readers: int = 2
+    """Connections that read snapshots at the same time."""
+    snapshot_rows_per_s: int = 0
+    snapshot_bytes_per_s: int = 0
+    """What all readers together may read; 0: no limit."""
+    snapshot_pause_active: int = 0
+    """Nothing is read while more clients than this are active at the source; 0: whatever they do."""
     lock_timeout_s: float = 10.0
     statement_timeout_s: float = 300.0
     connect_timeout_s: float = 10.0

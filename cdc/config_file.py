@@ -62,6 +62,9 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 _LEAST: dict[tuple[str, str], float] = {
     ("source", "chunk_rows"): 1,
     ("source", "chunk_bytes"): 1 << 16,
+    ("source", "snapshot_rows_per_s"): 0,
+    ("source", "snapshot_bytes_per_s"): 0,
+    ("source", "snapshot_pause_active"): 0,
     ("source", "buffer_bytes"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
     ("source", "heartbeat_every_s"): 0,

@@ -83,7 +83,7 @@ class EventLog:
         self._closed = False
         self._tails: dict[str, _Tail] = {}
         self._passed: dict[str, int] = {}
-        self._held: dict[str, int] = {}
+        self._held: dict[tuple[str, int], int] = {}
         segments = state.query("select segment, bytes, last_offset from segments")
         self._last_offsets: dict[int, int] = {segment: last for segment, _, last in segments}
         named = {segment: end for segment, end, _ in segments}
@@ -438,13 +438,13 @@ class EventLog:
             self._passed.update(source_offsets)
             return self._drop_passed() if self._passed != before else 0
 
-    def hold(self, source: str, offset: int) -> None:
-        """Keep the records behind an offset, whoever has passed them, until `let_go`."""
-        self._held[source] = offset
+    def hold(self, source: str, offset: int, by: int = 0) -> None:
+        """Keep the records behind an offset, whoever has passed them, until `let_go` by the same one."""
+        self._held[source, by] = offset
 
-    def let_go(self, source: str) -> bool:
+    def let_go(self, source: str, by: int = 0) -> bool:
         """End what `hold` began. Whether it held: False if an append needed the room (or nothing was held)."""
-        return self._held.pop(source, None) is not None
+        return self._held.pop((source, by), None) is not None
 
     def _drop_passed(self) -> int:
         with self._lock:
@@ -467,7 +467,7 @@ class EventLog:
     def _holds(self, source: str, segment: int, last: int) -> bool:
         """Whether a source still needs a segment."""
         passed = self._passed.get(source, 0)
-        passed = min(passed, self._held.get(source, passed))
+        passed = min([passed, *(offset for (holder, _), offset in list(self._held.items()) if holder == source)])
         open_from = self._tail(source).open_from
         if open_from:
             passed = min(passed, open_from - 1)

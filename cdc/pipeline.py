@@ -8,13 +8,13 @@ back. What each part does is in its own module.
 
 from __future__ import annotations
 
-import bisect
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cdc import metrics, registry
@@ -36,14 +36,15 @@ from cdc.errors import (
 )  # fmt: skip
 from cdc.evolution import Evolution
 from cdc.guard import Guard
+from cdc.heads import Heads
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
-from cdc.lake.reduce import Order
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.origin import give_up, settle
+from cdc.pace import LoadLimit, RateLimit
 from cdc.ports import ObjectStore, SourceIdentity
 from cdc.runs import Run
 from cdc.schema import SchemaBook
@@ -55,8 +56,6 @@ from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
 
-HEADS_MAX = 4096
-"""Positions of the head that are remembered, one a second, to tell how old is what a step lacks."""
 READ_S = 0.2
 """Longest wait of one step for input: how soon a stop is seen."""
 LAND_S = 0.05
@@ -104,12 +103,16 @@ class Pipeline:
         self._built = False
         self._settled = False
         self._let_go = ""
+        lanes = range(1, source.readers + 1)
+        self._more_readers = [kind.reader(source) for _ in lanes]
         self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
+        self._turns |= {f"backfill:{lane}": threading.Lock() for lane in lanes}
+        self._load = LoadLimit(source.snapshot_pause_active, lambda: self.admin.status().active_clients)
         self._resting = False
         self._stopped: set[TableId] = set()
         self._gone: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
-        self._heads: list[tuple[int, float]] = []
+        self._heads = Heads()
         self._discover_at = 0.0
         self._shapes_seen = 0
         self._look_at = 0.0
@@ -126,6 +129,13 @@ class Pipeline:
                 ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
             )
         ]
+        self.workers += [
+            Worker(
+                f"backfill:{source.name}:{lane}", partial(self._lane_step, lane),
+                stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=0.05,
+            )
+            for lane in lanes
+        ]  # fmt: skip
 
     # ---- life ----
 
@@ -325,7 +335,9 @@ class Pipeline:
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,
             chunk_rows=self._source_config.chunk_rows, landed_lsn=self._landed_lsn, stop_table=self.stop_table,
-            nudge=self.admin.barrier, candidates=self._candidates,
+            nudge=self.admin.barrier, candidates=self._candidates, more_readers=self._more_readers,
+            chunk_bytes=self._source_config.chunk_bytes,
+            rate=RateLimit(self._source_config.snapshot_rows_per_s, self._source_config.snapshot_bytes_per_s),
         )  # fmt: skip
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
@@ -385,7 +397,19 @@ class Pipeline:
             self._look_at = now + LOOK_S
             # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
             self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
-        return False if self.guard.pauses_snapshots else self.backfill.step()
+        return self.backfill.step(pause=self._pause())
+
+    def _lane_step(self, lane: int) -> bool:
+        """A step of a reader that works beside the first one."""
+        if self._paused():
+            return False
+        return self._in_turn(f"backfill:{lane}", lambda: self.backfill.step(lane, self._pause()))
+
+    def _pause(self) -> str:
+        """Why snapshots must not read now; empty if they may."""
+        if self.guard.pauses_snapshots:
+            return "is paused by the WAL guard"
+        return self._load.why(self.backfill.idle)
 
     # ---- tables ----
 
@@ -493,11 +517,7 @@ class Pipeline:
 
     def _candidates(self, run: Run, schema: TableSchema) -> Candidates | None:
         """Rows of the lake that a filtered run has to ask for; None, with a word to whom it waits for, if too early."""
-        begin = Order(run.details["epoch"], run.first_lsn, run.details["begin_seq"])
-        found = candidates(
-            self._store, self.name, schema,
-            where=run.where_sql, run=run.id, chunk_no=run.chunk_no, begin=begin, temp_dir=self._temp / "land",
-        )  # fmt: skip
+        found = candidates(self._store, self.name, schema, run, temp_dir=self._temp / "land")
         if found is None:
             self.lander.ask()
             self.merger.ask()
@@ -539,22 +559,6 @@ class Pipeline:
         errors = (w.error for w in self.workers)
         return next((e for e in errors if isinstance(e, CdcError) and e.verdict is not Verdict.RETRY), None)
 
-    def _note_head(self, head: int, now: float, needed_lsn: int) -> None:
-        """Remember when the server's head was where; what is older than the furthest step needs is dropped."""
-        if self._heads and self._heads[-1][0] == head:
-            self._heads.pop()
-        self._heads.append((head, now))
-        while len(self._heads) > 1 and self._heads[1][0] <= needed_lsn:
-            self._heads.pop(0)
-        if len(self._heads) > HEADS_MAX:
-            # Far behind for long: the ages lose precision, not range.
-            self._heads[1:-1] = self._heads[1:-1:2]
-
-    def _held_all_at(self, lsn: int) -> float:
-        """When a step that has come to `lsn` held everything that there was: the age of what it lacks, at most."""
-        place = bisect.bisect_right(self._heads, lsn, key=lambda seen: seen[0])
-        return self._heads[max(0, place - 1)][1]
-
     def beat(self) -> None:
         """Write what `status` shows, once a second."""
         if not self._prepared.is_set():
@@ -562,9 +566,9 @@ class Pipeline:
         reached = self.reached()
         steps = {**reached, "confirmed": self._gate.allowed}
         head, now = self.log_end.received_lsn, time.time()
-        self._note_head(head, now, min(steps.values()))
+        self._heads.note(head, now, min(steps.values()))
         for step, lsn in steps.items():
-            since = self._caught_up_at[step] = self._held_all_at(lsn)
+            since = self._caught_up_at[step] = self._heads.held_all_at(lsn)
             metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
             metrics.LAG_SECONDS.labels(self.name, step).set(now - since)
         self._state.save_source(self.name, received_lsn=head, confirmed_lsn=self._gate.allowed)

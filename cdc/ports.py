@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,6 +82,8 @@ class SourceStatus:
     """The server's own limit of what a slot may retain; None: it has none."""
     wal_dir_bytes: int | None = None
     """WAL on the server's disk; None: our role may not ask."""
+    active_clients: int = 0
+    """Client sessions, ours left out, that run a statement now, as far as our role may see."""
     oldest_writer: str = ""
     """Who has had a writing transaction open for longest; empty if nobody has one."""
     rows_estimated: Mapping[str, int] = field(default_factory=dict)
@@ -135,6 +137,21 @@ class Visibility:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a table is read: ranges of places, each behind (`keys`) or from (`blocks`) its first up to its second. None
+    is the table's begin or end. `why` ends a sentence."""
+
+    strategy: str
+    why: str
+    ranges: list[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
+
+
+def one_range(parts_max: int) -> Plan:
+    """The plan of a table that is read in one go."""
+    return Plan(strategy="keys", why="nobody looked", ranges=[(None, None)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableSnapshot:
     """An open snapshot of one table: what it sees, and the table's facts under its lock."""
 
@@ -143,14 +160,16 @@ class TableSnapshot:
     relfilenode: int
     lsn: int
     taken_at_us: int
+    plan: Callable[[int], Plan] = one_range
+    """While it is open: how the table is best read, in at most so many ranges. Blocks; errors as `read`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsRead:
     """Rows of a snapshot: typed columns in the order of `schema.columns`; `raw` as in the batch's `_raw`, or None.
 
-    `last_key` is the text of the last row's key values as Postgres prints them (None if no rows); `done` says that
-    nothing stands behind it.
+    `last_key` is the text of the last row's key values as Postgres prints them (None if no rows), or where else to go
+    on; `done` says that nothing stands behind it. `bytes` is what the server sent.
     """
 
     columns: list[pa.Array]
@@ -158,6 +177,7 @@ class RowsRead:
     rows: int
     last_key: tuple[str, ...] | None
     done: bool
+    bytes: int = 0
 
 
 class SnapshotReader(Protocol):
@@ -181,10 +201,15 @@ class SnapshotReader(Protocol):
         keys: Sequence[tuple[str, ...]] | None = None,
         rows_max: int = 0,
         where: str = "",
+        through: tuple[str, ...] | None = None,
+        blocks: int = 0,
+        received: Callable[[], None] = lambda: None,
     ) -> RowsRead:
         """Rows of the open snapshot in key order: those after the key `after`, at most `rows_max` (0: no bound), or
         exactly those with one of `keys` (texts). A table without a key is read in the order it has. `where` is a
-        condition in the source's own SQL that rows must meet too: FilterRefused if the source does not run it."""
+        condition in the source's own SQL that rows must meet too: FilterRefused if the source does not run it.
+        `through`: no row behind it. With `blocks` both places are of a plan by blocks, and so many are read at most.
+        `received` is called once the server has sent everything and only computing is left."""
 
     def end(self) -> None:
         """Close the open snapshot, if any; the connection stays."""
@@ -310,6 +335,7 @@ __all__ = [
     "ChecksumReader",
     "Finding",
     "ObjectStore",
+    "Plan",
     "Portion",
     "PushResult",
     "RowsRead",

@@ -154,6 +154,9 @@ def _note(table: dict[str, Any]) -> str:
     parts = []
     if snapshot:
         parts.append(f"{snapshot['kind']} snapshot {snapshot['state']}: {_progress(snapshot)}")
+        if snapshot["strategy"]:
+            ranges = f"{snapshot['ranges_done']} of {snapshot['ranges']} ranges"
+            parts.append(f"by {snapshot['strategy']}, {ranges}: {snapshot['chosen']}")
         parts += [snapshot["why"], snapshot["reason"] if snapshot["reason"] != snapshot["why"] else ""]
     verified = table["verified"]
     if verified and verified["outcome"] not in ("equal", "running"):
@@ -169,7 +172,7 @@ def _progress(snapshot: dict[str, Any]) -> str:
     text += f", {bytes_text(snapshot['bytes'])}" if snapshot["bytes"] else ""
     text += f", {rate:.0f} rows/s" if rate else ""
     text += f", about {seconds_text(left)} left" if left else ""
-    return text + (f", by {snapshot['strategy']}" if snapshot["strategy"] else "")
+    return text
 
 
 def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:

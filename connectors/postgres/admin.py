@@ -29,7 +29,9 @@ STATUS = """
 select case when pg_is_in_recovery() then pg_last_wal_receive_lsn() else pg_current_wal_lsn() end::text,
        pg_snapshot_xmin(pg_current_snapshot())::text::int8,
        (select setting::int8 from pg_settings where name = 'max_slot_wal_keep_size'),
-       has_function_privilege('pg_ls_waldir()', 'execute')
+       has_function_privilege('pg_ls_waldir()', 'execute'),
+       (select count(*) from pg_stat_activity a where a.backend_type = 'client backend' and a.state = 'active'
+        and a.pid <> pg_backend_pid() and a.application_name not like 'cdc%')
 """
 
 WRITERS = """
@@ -139,7 +141,7 @@ class PostgresAdmin:
         ours = slot.find(connection, self._config.slot) or {}
         row = connection.execute(STATUS).fetchone()
         assert row is not None
-        head, xmin, keep_mb, may_look = row
+        head, xmin, keep_mb, may_look, active = row
         size = connection.execute("select sum(size)::int8 from pg_ls_waldir()").fetchone() if may_look else None
         writer = connection.execute(OLDEST_WRITER).fetchone()
         restart_lsn = parse_lsn(ours.get("restart_lsn"))
@@ -160,6 +162,7 @@ class PostgresAdmin:
             oldest_xmin=xmin,
             wal_keep_bytes=keep_mb << 20 if keep_mb >= 0 else None,
             wal_dir_bytes=size[0] if size else None,
+            active_clients=active,
             oldest_writer=writer[0] if writer else "",
             rows_estimated=dict(connection.execute(ESTIMATES).fetchall()),
         )

@@ -9,7 +9,7 @@ read, and what of them is kept, is decided in cdc.backfill.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,13 @@ from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, FilterRefused, SourceRefused, SourceUnavailable
 from cdc.fingerprint import Catalog
-from cdc.ports import RowsRead, TableSnapshot, Visibility
+from cdc.ports import Plan, RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
 from connectors.postgres import catalog, publication
 from connectors.postgres.connection import connect, describe, server_message, take_any_bytes, translate, translated
 from connectors.postgres.look import Looker
+from connectors.postgres.plan import plan
 from connectors.postgres.replication import parse_lsn
 
 WRITERS = """
@@ -63,6 +64,7 @@ class PostgresSnapshotReader:
         self._connection: psycopg.Connection[Any] | None = None
         self._open: catalog.Described | None = None
         self._filter: str | None = None
+        self._received: Callable[[], None] = lambda: None
         self._operators: dict[str, catalog.Operators] = {}
         self._looker = Looker(config)
 
@@ -121,6 +123,7 @@ class PostgresSnapshotReader:
             relfilenode=under_lock.relfilenode,
             lsn=parse_lsn(row[2]),
             taken_at_us=time.time_ns() // 1000,
+            plan=self._plan,
         )
 
     def read(
@@ -130,8 +133,12 @@ class PostgresSnapshotReader:
         keys: Sequence[tuple[str, ...]] | None = None,
         rows_max: int = 0,
         where: str = "",
+        through: tuple[str, ...] | None = None,
+        blocks: int = 0,
+        received: Callable[[], None] = lambda: None,
     ) -> RowsRead:
         assert self._open is not None, "begin first"
+        self._received = received
         schema = self._open.schema
         conditions: list[sql.Composed] = []
         if self._filter:
@@ -143,7 +150,18 @@ class PostgresSnapshotReader:
             conditions.append(sql.Composed([sql.SQL("("), sql.SQL(where), sql.SQL("\n)")]))
             with self._refused():
                 return self._read_keyed(schema, conditions, after, keys, rows_max)
+        if blocks:
+            assert after is not None
+            assert through is not None
+            return self._read_range(conditions, int(after[0]), int(through[0]), blocks)
+        if through is not None:
+            conditions.append(self._up_to(schema, through))
         return self._read_keyed(schema, conditions, after, keys, rows_max)
+
+    def _plan(self, parts_max: int) -> Plan:
+        assert self._open is not None, "begin first"
+        with translated(self._where):
+            return plan(self._ready(), self._open, parts_max)
 
     def _read_keyed(
         self,
@@ -167,7 +185,7 @@ class PostgresSnapshotReader:
         table, texts = self._copy(conditions, order, limit, whole=keys is not None)
         last = self._last_key(schema, texts) if table.rows else None
         done = table.done and (keys is not None or not rows_max or table.rows < rows_max)
-        return RowsRead(columns=table.columns, raw=table.raw, rows=table.rows, last_key=last, done=done)
+        return replace(table, last_key=last, done=done)
 
     def _try_filter(self, where: str) -> None:
         """Have the server parse and bind the filter as one expression of one statement, which is all it may be."""
@@ -271,6 +289,12 @@ class PostgresSnapshotReader:
         first = self._compare(schema, after, 0, "at_least")
         return sql.SQL("({} and ({}))").format(first, sql.SQL(" or ").join(either))
 
+    def _up_to(self, schema: TableSchema, last: tuple[str, ...]) -> sql.Composed:
+        """The rows that are not behind a key."""
+        if not self._operators:
+            return sql.SQL("({}) <= ({})").format(_names(schema.key), _values(schema, last))
+        return sql.SQL("(not {} and not {})").format(self._compare(schema, last, 0), self._behind(schema, last))
+
     def _equal(self, schema: TableSchema, key: tuple[str, ...]) -> sql.Composed:
         return sql.SQL(" and ").join(self._compare(schema, key, i, "equal") for i in range(len(key)))
 
@@ -329,6 +353,16 @@ class PostgresSnapshotReader:
         done = place >= len(files)
         return replace(table, last_key=(str(place), str(end)), done=done)
 
+    def _read_range(self, conditions: list[sql.Composed], first: int, last: int, blocks: int) -> RowsRead:
+        """Rows of the blocks from `first` on, before `last`; fewer than `blocks` if they have too many bytes."""
+        end = min(first + blocks, last)
+        while True:
+            ranged = sql.SQL("ctid >= {} and ctid < {}").format(sql.Literal(f"({first},0)"), sql.Literal(f"({end},0)"))
+            table, _ = self._copy([*conditions, ranged], NOTHING, NOTHING, whole=end - first <= 1)
+            if table.done:
+                return replace(table, last_key=(str(end),), done=end >= last)
+            end = first + (end - first) // 2
+
     def _copy(
         self,
         conditions: list[sql.Composed],
@@ -356,6 +390,8 @@ class PostgresSnapshotReader:
             names, relation, where, order, limit
         )
         data, done = self._receive(query, 0 if whole else self._config.chunk_bytes)
+        if done:
+            self._received()
         texts = parse_csv(data, [c.name for c in schema.columns])
         columns: list[pa.Array] = []
         masks: list[np.ndarray | None] = []
@@ -364,7 +400,8 @@ class PostgresSnapshotReader:
             columns.append(typed)
             masks.append(mask)
         raw = build_raw([c.name for c in schema.columns], texts, masks)
-        return RowsRead(columns=columns, raw=raw, rows=len(texts[0]), last_key=None, done=done), texts
+        read = RowsRead(columns=columns, raw=raw, rows=len(texts[0]), last_key=None, done=done, bytes=data.size)
+        return read, texts
 
     def _receive(self, query: sql.Composed, bytes_max: int) -> tuple[pa.Buffer, bool]:
         """What a COPY sends, and whether it is all; what is beyond `bytes_max` (0: no bound) is cancelled, row by row

@@ -28,11 +28,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
+        "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
         "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
     ),
     "process": (
-        "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
+        "cdc.daemon", "cdc.heads", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status",
+        "cdc.demo.*",
     ),
     "command line": ("cdc.verbs.*", "cdc.cli", "cdc.__main__"),
 }  # fmt: skip
