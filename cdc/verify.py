@@ -126,7 +126,7 @@ class Asked:
     show_values: bool = False
     by_cells: bool = False
     held: TableSchema | None = None
-    chunk_rows: int = 100_000
+    chunk_rows: int = 50_000
     pace: Pace = lambda took_s: None
 
 
