@@ -19,7 +19,7 @@ from typing import Any
 
 from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
 from cdc.candidates import Candidates
-from cdc.errors import CdcError, FilterRefused, InvariantBroken, SourceRefused, Verdict
+from cdc.errors import CdcError, FilterRefused, InvariantBroken, NotPublished, SourceRefused, Verdict
 from cdc.failpoints import failpoint
 from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
 from cdc.log import EventLog
@@ -99,8 +99,10 @@ class Backfill:
         """A run of the whole table; one that is pending is joined, one that is running is followed by the new one.
 
         `settle`: it answers a change that the stream does not show. It begins only behind everything that was written
-        before the order: what the stream brings after the begin must not be older than that change.
+        before the order: what the stream brings after the begin must not be older than that change. A first snapshot
+        always does: nothing is known of what the table met before it.
         """
+        settle = settle or kind == "first"
         details: dict[str, object] = {"settle": True} if settle else {}
         if reason:
             details["why"] = reason
@@ -254,6 +256,12 @@ class Backfill:
             assert run is not None
             lane.chunk = None
             return self._start_anew(run, str(e))
+        except NotPublished as e:
+            # As in `_start`: no error of the table. It may come back, and is read anew then.
+            lane.chunk = None
+            if run is not None:
+                self._state.update_run(run.id, state="failed", reason=e.args[0])
+            return True
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise

@@ -204,6 +204,17 @@ def _log_tail(p: argparse.ArgumentParser) -> None:
     p.add_argument("--timeout", type=_seconds, metavar="S", help="stop after this long; none: until interrupted")
 
 
+def _inspect(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="SOURCE", help="the source, by name")
+    p.add_argument("--interval", type=_seconds, default=10.0, metavar="S", help="count changes so long (default 10)")
+    p.add_argument("--age-column", default="", metavar="COLUMN", help="dates a row's event; none: found table by table")
+    p.add_argument(
+        "--late-after", type=_seconds, default=86400.0, metavar="S", help="age of a late change (default: a day)"
+    )
+    p.add_argument("--budget", type=_seconds, default=120.0, metavar="S", help="for reading rows, in all (default 120)")
+    p.add_argument("--html", metavar="FILE", help="write a page with plots too")
+
+
 def _named(kind: str) -> Declare:
     def declare(p: argparse.ArgumentParser) -> None:
         p.add_argument("name", metavar="NAME", help=f"the {kind}")
@@ -270,6 +281,12 @@ VerbRow = tuple[str, str, Declare, str]
 VERBS: dict[str, VerbRow] = {
     "run": ("the daemon in the foreground", "cdc run --once", _run, "service:run"),
     "check": ("preflight: everything that would stop or endanger it", "cdc check --json", _check, "service:check"),
+    "inspect": (
+        "measure a source before relying on it",
+        "cdc inspect shop --interval 60 --html shop.html",
+        _inspect,
+        "inspect:inspect",
+    ),
     "setup": ("create publication and slot", "cdc setup --dry-run", _setup, "service:setup"),
     "teardown": ("drop slot and publication", "cdc teardown shop --dry-run", _teardown, "service:teardown"),
     "adopt": (

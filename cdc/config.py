@@ -71,6 +71,8 @@ class SourceConfig:
     """Bound of frames received and not yet decoded; of it, half at most for those of streamed transactions."""
     streaming: str = "off"
     """Whether the server sends a big transaction while it runs; what has not committed is held on local disk."""
+    spool_bytes_max: int = 20 << 30
+    """Bound of the files that hold streamed transactions; beyond it the server keeps them."""
     poll_sleep_s: float = 0.00015
     heartbeat_every_s: float = 10.0
     """0: none. Written only while WAL grows and nothing of it reaches us."""

@@ -66,6 +66,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "snapshot_bytes_per_s"): 0,
     ("source", "snapshot_pause_active"): 0,
     ("source", "buffer_bytes"): 1 << 20,
+    ("source", "spool_bytes_max"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
     ("source", "heartbeat_every_s"): 0,
     ("verify", "every_s"): 0,

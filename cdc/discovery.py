@@ -3,7 +3,7 @@
 Each look compares the catalog with the fingerprints that the lake keeps, so what happened while no daemon ran, or while
 its disk was lost, is found like everything else. A finding is answered before it is forgotten: the lake is told that
 the table needs a resync, the resync is ordered, and only then are the fingerprints of now saved; a look that dies
-in between finds the same again. The mark goes when a whole run that was ordered after it has landed. What a change
+in between finds the same again. The mark goes when a whole run that began after it has landed. What a change
 means is decided in cdc.watch, how a table is read in cdc.backfill. Looks belong to one thread.
 """
 
@@ -56,6 +56,9 @@ class Tables(Protocol):
 
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""
+
+    def reopen_stream(self, why: str) -> None:
+        """Have the stream opened anew where it stands. No snapshot begins or goes on before that."""
 
 
 class Discovery:
@@ -116,7 +119,12 @@ class Discovery:
             older = [stored.schema] if stored is not None else []
             schema = inherited(now.schema, older)
             prints[table] = (now if schema is now.schema else replace(now, schema=schema)).kept()
-        self._answer(found, first)
+        moved = bool(first) or any(f.kind in ("partitions", "publication") for fs in found.values() for f in fs)
+        sticks = catalog.partitions_stick and moved and not anew
+        if sticks:
+            # Before the snapshots that answer it: what follows them must come as the partitions are now.
+            self._tables.reopen_stream("tables or partitions came or went")
+        self._answer(found, first, settle=sticks)
         for now in catalog.tables:
             self._follow_shape(prints[now.schema.table])
         if anew:
@@ -183,13 +191,15 @@ class Discovery:
 
     # ---- findings ----
 
-    def _answer(self, found: dict[TableId, list[CatalogFinding]], first: list[tuple[TableId, str]]) -> None:
+    def _answer(
+        self, found: dict[TableId, list[CatalogFinding]], first: list[tuple[TableId, str]], *, settle: bool
+    ) -> None:
         """Mark in the lake, order, tell: in this order, so that nothing that was told is forgotten."""
         reread = {t: f[0] for t, f in found.items() if f and f[0].answer == "resync"}
         self._tables.mark([*reread, *(t for t, why in first if why)], True)
         for table, why in first:
             reason = reread[table].message if table in reread else why
-            self._backfill.order(table, "first", reason, settle=bool(reason))
+            self._backfill.order(table, "first", reason, settle=settle or bool(reason))
         for table, finding in reread.items():
             if table not in dict(first) and not self._tables.rests(table):
                 self._backfill.order(table, "resync", finding.message, settle=True)
@@ -241,11 +251,12 @@ class Discovery:
             prints[table] = replace(prints[table], membership=())
 
     def _clear_marks(self) -> None:
-        """Take the mark from tables whose whole run, ordered after the mark, has landed to its end."""
+        """Take the mark from tables whose whole run, begun after the mark, has landed to its end. It may have been
+        ordered before: an order joins one that is pending."""
         done = []
         for table, since in self._marked():
             runs = [r for r in self._state.runs(self._source, table) if r.kind in FULL_RUNS]
-            if self._tables.rests(table) or not runs or runs[-1].state != "done" or runs[-1].created_at < since:
+            if self._tables.rests(table) or not runs or runs[-1].state != "done" or runs[-1].started_at < since:
                 continue
             changelog = ChangelogTable(self._store, self._source, table)
             if changelog.tokens().run(runs[-1].id) >= runs[-1].chunk_no:

@@ -56,6 +56,11 @@ class SourceRefused(CdcError):
     """The source answers, but does not let us do what we need (privilege, setting, missing object)."""
 
 
+class NotPublished(SourceRefused):
+    """The table that is to be read is not in the publication any more, or is gone: the next look at the catalog tells
+    what has become of it."""
+
+
 class FilterRefused(CdcError):
     """The source does not run the filter of a resync. It is the filter's fault, so its table goes on."""
 

@@ -96,9 +96,12 @@ class Catalog:
     """One look, consistent in itself. `lsn`: everything that it sees was committed before this position.
 
     `tables`: the selected, published tables. `own`: the publication was made by us, so it is ours to extend.
+    `partitions_stick`: an open stream goes on with what it knew of a partition before it was attached or detached, so
+    such a finding is answered with a stream that is opened anew.
     """
 
     lsn: int
     tables: list[Fingerprint]
     unpublished: list[Unpublished] = field(default_factory=list)
     own: bool = False
+    partitions_stick: bool = False

@@ -55,6 +55,7 @@ UP = _gauge("cdc_source_up", "1 while the source streams, 0 while it does not.",
 RECEIVED_BYTES = _counter("cdc_received_bytes", "Bytes of the stream received.", "source")
 RECEIVED_MESSAGES = _counter("cdc_received_messages", "Messages of the stream received.", "source")
 TRANSACTIONS = _counter("cdc_transactions", "Complete transactions received.", "source")
+SPOOL_BYTES = _gauge("cdc_spool_bytes", "Bytes of files that hold streamed transactions before they commit.", "source")
 CHANGES = _counter("cdc_changes", "Changes received and logged.", "source", "table")
 ALERTS = _counter("cdc_alerts", "Alerts to the webhook: sent, or dropped for good.", "outcome")
 SCHEMA_CHANGES = _counter("cdc_schema_changes", "Changes of tables' shapes, by kind.", "source", "table", "kind")

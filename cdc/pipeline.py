@@ -103,6 +103,7 @@ class Pipeline:
         self._built = False
         self._settled = False
         self._let_go = ""
+        self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]
         self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
@@ -211,6 +212,11 @@ class Pipeline:
             # Also of a source that is paused: what the slot keeps is freed now.
             self._settle()
             self._let_go = ""
+        if self._reopen and self._prepared.is_set():
+            log.info("the stream is opened anew", extra={"source": self.name, "why": self._reopen})
+            self._capture.close()
+            self._settled = False
+            self._reopen = ""
         if not self._settled and not (paused and self._prepared.is_set()):
             self._settle()
         if paused:
@@ -407,6 +413,8 @@ class Pipeline:
 
     def _pause(self) -> str:
         """Why snapshots must not read now; empty if they may."""
+        if self._reopen:
+            return "waits for the stream to be opened anew"
         if self.guard.pauses_snapshots:
             return "is paused by the WAL guard"
         return self._load.why(self.backfill.idle)
@@ -444,6 +452,11 @@ class Pipeline:
     def rests(self, table: TableId) -> bool:
         """Whether a table is stopped, paused or gone."""
         return table in self._stopped
+
+    def reopen_stream(self, why: str) -> None:
+        """Have the capture thread open the stream anew where the log ends; until then no snapshot begins or goes on.
+        Thread-safe."""
+        self._reopen = why
 
     def is_passed_over(self, table: TableId) -> bool:
         """Whether a table's changes do not land. The catalog is ahead of the stream: what was published of a table
@@ -501,6 +514,8 @@ class Pipeline:
             kind = "first"
         if known.state == "stopped":
             self.evolution.accept(table)
+        # Whoever orders it may know of something that the next look would find: what follows it must come right.
+        self._discover_at = min(self._discover_at, time.monotonic())
         with self._log.lock():
             run = self.backfill.order(table, kind, "ordered")
             if known.state == "stopped":

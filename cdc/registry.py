@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 from cdc.config import LakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
+from cdc.inspection import SourceInspector
 from cdc.ports import ChecksumReader, ObjectStore, Sink, SnapshotReader, Source, SourceAdmin
 
 SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
@@ -37,6 +38,9 @@ class SourceKind(Protocol):
 
     def admin(self, config: SourceConfig) -> SourceAdmin:
         """What operator's commands do at this source."""
+
+    def inspector(self, config: SourceConfig) -> SourceInspector:
+        """What measures this source before anybody relies on it."""
 
 
 class SinkKind(Protocol):

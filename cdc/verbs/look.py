@@ -171,8 +171,7 @@ def _progress(snapshot: dict[str, Any]) -> str:
     text += f" in {snapshot['chunks']} chunks" if snapshot["chunks"] else ""
     text += f", {bytes_text(snapshot['bytes'])}" if snapshot["bytes"] else ""
     text += f", {rate:.0f} rows/s" if rate else ""
-    text += f", about {seconds_text(left)} left" if left else ""
-    return text
+    return text + (f", about {seconds_text(left)} left" if left else "")
 
 
 def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:

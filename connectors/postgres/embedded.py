@@ -223,7 +223,7 @@ def _initdb(identity: str, bin_dir: Path, data: Path, *, password: str) -> None:
         os.chown(data, *owner)
     command = [str(bin_dir / "initdb"), "--pgdata", str(data), "--username=postgres", "--encoding=UTF8"]
     command += ["--locale=C", "--no-sync", "--no-instructions"]
-    with tempfile.TemporaryFile() as output, tempfile.NamedTemporaryFile() as secret:
+    with tempfile.NamedTemporaryFile() as secret:
         if password:
             secret.write(password.encode() + b"\n")
             secret.flush()
@@ -232,20 +232,32 @@ def _initdb(identity: str, bin_dir: Path, data: Path, *, password: str) -> None:
             command += ["--auth=scram-sha-256", f"--pwfile={secret.name}"]
         else:
             command += ["--auth=trust"]
+        try:
+            _run_to_end(identity, command)
+        except SourceUnavailable:
+            shutil.rmtree(data, ignore_errors=True)
+            raise
+    with (data / "postgresql.conf").open("a") as conf:
+        conf.write("\ninclude_if_exists 'embedded.conf'\n")
+
+
+def _run_to_end(identity: str, command: Sequence[str], timeout_s: float = 120.0) -> str:
+    """Run a tool as the server's user; its output. SourceUnavailable with its last line if it fails."""
+    with tempfile.TemporaryFile() as output:
         process = _spawn(identity, signal.SIGKILL, command, output)
         try:
-            code = process.wait(120)
+            code = process.wait(timeout_s)
         except BaseException:
             process.kill()
             process.wait()
             raise
-        if code != 0:
-            shutil.rmtree(data, ignore_errors=True)
-            output.seek(0)
-            lines = output.read().decode(errors="replace").strip().splitlines()
-            raise SourceUnavailable(f"initdb failed with {code}: {lines[-1] if lines else 'no output'}")
-    with (data / "postgresql.conf").open("a") as conf:
-        conf.write("\ninclude_if_exists 'embedded.conf'\n")
+        output.seek(0)
+        text = output.read().decode(errors="replace").strip()
+    if code != 0:
+        raise SourceUnavailable(
+            f"{Path(command[0]).name} failed with {code}: {text.splitlines()[-1] if text else 'no output'}"
+        )
+    return text
 
 
 def _free_port() -> int:
@@ -335,6 +347,11 @@ class EmbeddedPostgres:
     def binary(self, name: str) -> Path:
         """A tool of the same installation (pgbench, pg_recvlogical, …); it may not exist."""
         return self._bin_dir / name
+
+    def run(self, name: str, *arguments: str, timeout_s: float = 120.0) -> str:
+        """Run a tool of the installation as the server's user, to its end; its output. SourceUnavailable if it
+        fails."""
+        return _run_to_end(self._identity, [str(self.binary(name)), *arguments], timeout_s)
 
     def dsn(self, dbname: str = "postgres") -> str:
         """Connection URI of a database, as the superuser."""

@@ -101,6 +101,14 @@ order by 1, 2, 3
 """
 """Below 16384 are the server's own types."""
 
+PARTITIONS_FOLLOWED_SINCE = 150000
+"""A walsender of an older server remembers of each table that it has met whether it is published, and as what. ATTACH
+and DETACH do not make it forget (pgoutput.c: rel_sync_cache_relation_cb), a change of the publication or a new
+walsender does."""
+
+EMPTY = "select pg_relation_size(%s::oid) = 0 and (%s or coalesce(pg_stat_get_tuples_inserted(%s::oid), 0) = 0)"
+"""Where the walsender may have met it before, a table that has lost all its rows is not as good as a new one."""
+
 EMPTY_TIMEOUT = "1s"
 """How long a partition's lock is waited for to see whether it has rows."""
 
@@ -209,7 +217,13 @@ class Looker:
             Unpublished(table=table, oid=oid, fix=publication.add_statement(config.publication[0], table))
             for oid, table in publication.lacking(wanted, found, described).items()
         ]
-        seen = Catalog(lsn=lsn, tables=tables, unpublished=unpublished, own=own)
+        seen = Catalog(
+            lsn=lsn,
+            tables=tables,
+            unpublished=unpublished,
+            own=own,
+            partitions_stick=connection.info.server_version < PARTITIONS_FOLLOWED_SINCE,
+        )
         return list(found.values()), seen, new_parts
 
     def _memberships(self, connection: psycopg.Connection[Any]) -> tuple[int, bool, _Memberships]:
@@ -246,11 +260,12 @@ class Looker:
     def _empty(self, connection: psycopg.Connection[Any], oids: list[int]) -> set[int]:
         """Which of the relations have no rows; one that is locked counts as having some."""
         empty = set()
+        followed = connection.info.server_version >= PARTITIONS_FOLLOWED_SINCE
         for oid in oids:
             try:
                 connection.execute("begin read only")
                 connection.execute(f"set local lock_timeout = '{EMPTY_TIMEOUT}'".encode())
-                row = connection.execute("select pg_relation_size(%s::oid) = 0", [oid]).fetchone()
+                row = connection.execute(EMPTY, [oid, followed, oid]).fetchone()
                 if row is not None and row[0]:
                     empty.add(oid)
             except psycopg.errors.LockNotAvailable:

@@ -22,7 +22,7 @@ from psycopg import sql
 
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
-from cdc.errors import CdcError, FilterRefused, SourceRefused, SourceUnavailable
+from cdc.errors import CdcError, FilterRefused, NotPublished, SourceRefused, SourceUnavailable
 from cdc.fingerprint import Catalog
 from cdc.ports import Plan, RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
@@ -86,7 +86,7 @@ class PostgresSnapshotReader:
             found = catalog.published(connection, self._config).get(schema.oid)
             described = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if found is None or described is None:
-                raise SourceRefused(
+                raise NotPublished(
                     f"{where} is not published any more, or another table has its name now",
                     hint=f"`alter publication {self._config.publication[0]} add table {schema.table}`",
                 )
@@ -104,7 +104,7 @@ class PostgresSnapshotReader:
                 )
             under_lock = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if under_lock is None:
-                raise SourceRefused(f"{where} was dropped")
+                raise NotPublished(f"{where} was dropped")
             if under_lock.schema.table != described.schema.table:
                 # What is locked, and would be read, is whatever has the old name by now.
                 raise SourceUnavailable(f"{where} was renamed while its snapshot began")

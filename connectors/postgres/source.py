@@ -26,16 +26,19 @@ from cdc.errors import (
     SlotLost,
     SourceRefused,
     SourceUnavailable,
+    SpoolFailed,
     Standby,
     StreamRestarted,
     Undecodable,
 )
+from cdc.inspection import SourceInspector
 from cdc.ports import ChecksumReader, Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.checksums import PostgresChecksumReader
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
+from connectors.postgres.inspection import PostgresInspector
 from connectors.postgres.logical_messages import MessageTable, messages_schema
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
@@ -141,6 +144,7 @@ class PostgresSource:
         portion.received_bytes, portion.messages = len(blob.data), self._spool.messages
         portion.head_lsn = max(portion.head_lsn, self._spool.head_lsn)
         self._receiver.lend(self._spool.held_bytes)
+        metrics.SPOOL_BYTES.labels(self._config.name).set(self._spool.written_bytes)
         return portion
 
     def _new_spool(self, server_version: int) -> Spool | None:
@@ -155,7 +159,9 @@ class PostgresSource:
             return None
         if server_version < STREAMING_SINCE or self._origins_exist():
             return None
-        return Spool(self._temp_dir, memory_bytes=self._config.buffer_bytes // 2)
+        return Spool(
+            self._temp_dir, memory_bytes=self._config.buffer_bytes // 2, bytes_max=self._config.spool_bytes_max
+        )
 
     def _origins_exist(self) -> bool:
         assert self._catalog is not None
@@ -200,7 +206,13 @@ class PostgresSource:
 
     def _decoded(self) -> Portion | None:
         assert self._decoder is not None, "open first"
-        part = next(self._parts, None)
+        try:
+            part = next(self._parts, None)
+        except SpoolFailed as error:
+            # Tried again, it would fail again: the server sends the same from its beginning.
+            self._whole = True
+            log.warning("streamed transactions cannot be held", extra={"error": error.args[0], "hint": error.hint})
+            raise StreamRestarted(f"{self._where}: big transactions come whole from now on") from error
         self._more = part is not None and part.more
         if part is None:
             return None
@@ -248,6 +260,7 @@ class PostgresSource:
         if self._spool is not None:
             self._spool.close()
             self._spool = None
+            metrics.SPOOL_BYTES.labels(self._config.name).set(0)
         if self._catalog is not None:
             self._catalog.close()
             self._catalog = None
@@ -421,3 +434,7 @@ class PostgresKind:
     @staticmethod
     def admin(config: SourceConfig) -> SourceAdmin:
         return PostgresAdmin(config)
+
+    @staticmethod
+    def inspector(config: SourceConfig) -> SourceInspector:
+        return PostgresInspector(config)

@@ -98,12 +98,14 @@ class _Transaction:
 
 
 class Spool:
-    """The streamed transactions of one stream. Not thread-safe. SpoolFailed if the disk takes or gives no more."""
+    """The streamed transactions of one stream. Not thread-safe. SpoolFailed if the disk takes or gives no more, or the
+    files would take more than `bytes_max`."""
 
-    def __init__(self, folder: Path, *, memory_bytes: int) -> None:
+    def __init__(self, folder: Path, *, memory_bytes: int, bytes_max: int) -> None:
         """Nothing that lies in `folder` from before counts: it is removed, now and by `close`."""
         self._folder = folder
         self._memory_bytes = memory_bytes
+        self._bytes_max = bytes_max
         self._open: dict[int, _Transaction] = {}
         self._inside: _Transaction | None = None
         self._said: dict[int, _Said] = {}
@@ -250,6 +252,8 @@ class Spool:
             self._write(transaction)
 
     def _write(self, transaction: _Transaction) -> None:
+        if self.written_bytes + transaction.held_bytes > self._bytes_max:
+            raise self._failed("spool_bytes_max is reached", transaction.held_bytes)
         segments = [(b"".join(d for d, _ in g), np.concatenate([n for _, n in g])) for g in _portions(transaction.held)]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +270,7 @@ class Spool:
             finally:
                 os.close(file)
         except OSError as error:
-            raise self._failed(error, transaction.held_bytes) from error
+            raise self._failed(str(error.strerror), transaction.held_bytes) from error
         self.held_bytes -= transaction.held_bytes
         transaction.held, transaction.held_bytes = [], 0
 
@@ -282,11 +286,11 @@ class Spool:
     def _path(self, transaction: _Transaction) -> Path:
         return self._folder / f"{transaction.xid}.frames"
 
-    def _failed(self, error: OSError, more: int) -> SpoolFailed:
+    def _failed(self, why: str, more: int) -> SpoolFailed:
         return SpoolFailed(
-            f"{self._folder} fails to hold a transaction that is streamed before it commits: {error.strerror}; "
+            f"{self._folder} fails to hold a transaction that is streamed before it commits: {why}; "
             f"{self.written_bytes} bytes of such are there, {more} more are to be",
-            hint='free space on that disk, or set streaming = "off" in the source: then the server keeps them',
+            hint="free space on that disk or raise spool_bytes_max, then restart; until then the server keeps them",
         )
 
     # --- what is committed ----------------------------------------------------------------------------------------
@@ -330,7 +334,7 @@ class Spool:
                 finally:
                     os.close(file)
             except OSError as error:
-                raise self._failed(error, 0) from error
+                raise self._failed(str(error.strerror), 0) from error
         yield from transaction.held
 
     # --- relations ------------------------------------------------------------------------------------------------

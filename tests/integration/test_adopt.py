@@ -14,9 +14,10 @@ from cdc.lake.anchor import Anchor
 from connectors.local.store import LocalStore
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.replication import parse_lsn
-from tests.support.copies import scalar
+from tests.support.copies import scalar, upgraded
 from tests.support.daemon import Daemon, execute
 from tests.support.postgres import private_server
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.matrix
 
@@ -77,6 +78,39 @@ def test_after_an_upgrade_the_history_goes_on_once_it_is_adopted(tmp_path: Path,
             assert daemon.stop() == 0
             again = daemon.ask("adopt", "shop")
             assert (again.code, again.document["adopted"]) == (0, False), "a second time there is nothing to do"
+
+
+@pytest.mark.slow
+def test_a_true_pg_upgrade_is_adopted_and_the_slot_that_it_carries_over_goes_on(tmp_path: Path) -> None:
+    with private_server(tmp_path / "old") as old, private_server(tmp_path / "new", fresh=True) as new:
+        if old.version < 17 or not old.binary("pg_upgrade").exists():
+            pytest.skip("pg_upgrade carries slots over from Postgres 17 on, and not every package has it")
+        execute(old.dsn(), *TABLES, "insert into t select g, 'old' from generate_series(1, 20) g")
+        execute(old.dsn(), "insert into bare select generate_series(1, 5)")
+        with Daemon(tmp_path / "daemon", old.dsn()) as daemon:
+            daemon.start().settled()
+            execute(old.dsn(), "update t set note = 'still old' where id < 5")
+            daemon.settled()
+            confirmed = f"select confirmed_flush_lsn::text from pg_replication_slots where slot_name = '{daemon.slot}'"
+            written = scalar(old.dsn(), "select pg_current_wal_insert_lsn()::text")
+            wait_until(
+                lambda: parse_lsn(str(scalar(old.dsn(), confirmed))) >= parse_lsn(str(written)),
+                message="the slot to be confirmed",
+            )
+            assert daemon.stop() == 0
+            old.stop()
+            upgraded(old, new)
+            new.start()
+            execute(new.dsn(), "insert into t values (21, 'new')", "update t set note = 'new' where id = 3")
+            daemon.configure("source.shop", dsn=new.dsn())
+            daemon.start().in_phase("operator")
+            assert "cdc adopt shop" in daemon.source()["hint"]
+            assert daemon.stop() == 0
+            done = daemon.ask("adopt", "shop")
+            assert (done.code, done.document["adopted"]) == (0, True), done
+            daemon.start().settled().verified()
+            assert daemon.source()["epoch"] == 1, "the history goes on, and no table was read again"
+            assert "snapshot run began" not in daemon.log_path.read_text().rpartition("--- start")[2]
 
 
 def test_a_server_whose_positions_lie_below_what_we_hold_is_no_continuation(tmp_path: Path) -> None:

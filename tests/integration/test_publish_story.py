@@ -156,7 +156,9 @@ def test_a_partition_with_rows_that_comes_or_goes_under_a_published_root_is_righ
     daemon.settled().verified("roots")
 
 
-def test_partitions_published_one_by_one_are_tables_each_and_come_and_go(daemon: Daemon) -> None:
+def test_partitions_published_one_by_one_are_tables_each_and_come_and_go(
+    daemon: Daemon, db: psycopg.Connection
+) -> None:
     execute(
         daemon.dsn,
         "update leaves set id = 12 where id = 1",
@@ -179,6 +181,8 @@ def test_partitions_published_one_by_one_are_tables_each_and_come_and_go(daemon:
     assert held(daemon, "select id from shop.leaves_c order by id") == [[21], [22], [23]]
     assert held(daemon, "select id, note from shop.leaves_d") == [[31, "before!"]]
     landed = [(r["_op"], r["id"]) for r in changes(daemon, "leaves_b")]
+    if db.info.server_version < 150000 and landed[3:] == [("c", 14)]:
+        del landed[3]  # An open walsender of 14 goes on publishing what was detached.
     assert landed == [("c", 12), ("c", 13), ("d", 11)], "all that was published of it, and nothing else"
     assert "public.leaves" not in daemon.tables()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,21 @@ def test_where_origins_come_to_be_a_transaction_says_its_origin_all_the_same(rea
     reading.read(lambda: len(reading.rows) == ROWS)
 
     assert reading.rows == [(id_, seq, origin) for id_, seq, _ in WHOLE]
+
+
+def test_what_our_disk_may_not_hold_comes_whole(reading: Reading) -> None:
+    small = replace(reading.config, buffer_bytes=1 << 16, spool_bytes_max=1 << 16)
+    reading.source = PostgresKind.source(small, application_name="test", temp_dir=reading.folder)
+    reading.open()
+    with pytest.raises(StreamRestarted, match="come whole"):
+        reading.begin()
+    reading.source.close()
+    assert not reading.folder.exists()
+
+    reading.open()
+    reading.session.commit()
+    reading.read(lambda: len(reading.rows) == ROWS)
+    assert reading.rows == WHOLE
 
 
 def test_what_a_server_fails_to_stream_comes_whole(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,23 @@ def restore_of(
     return restored
 
 
+def upgraded(old: EmbeddedPostgres, new: EmbeddedPostgres) -> None:
+    """pg_upgrade: what `old` (stopped) holds, slots too, goes into the new cluster of `new`, which is not started."""
+    new.start()
+    new.stop()
+    place = Path(tempfile.mkdtemp(prefix="cdc-up-"))
+    place.chmod(0o777)
+    try:
+        binaries = str(old.binary("postgres").parent)
+        old.run(
+            "pg_upgrade", "--old-bindir", binaries, "--new-bindir", binaries, "--old-datadir", str(old.data.resolve()),
+            "--new-datadir", str(new.data.resolve()), "--username", "postgres", "--socketdir", str(place), "--copy",
+            "--old-port", str(old.port), "--new-port", str(new.port),
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def scalar(dsn: str, query: str) -> object:
     with psycopg.connect(dsn, autocommit=True) as connection:
         row = connection.execute(query.encode()).fetchone()

@@ -87,7 +87,7 @@ def decode_streamed(
 ) -> list[Portion]:
     """The same for a stream of protocol 2: through a new spool, each run between cuts a blob."""
     decoder = Decoder(resolve, epoch=3, **options)
-    spool = Spool(folder, memory_bytes=memory_bytes)
+    spool = Spool(folder, memory_bytes=memory_bytes, bytes_max=1 << 30)
     edges = [0, *sorted(cuts), len(frames)]
     portions = []
     try:

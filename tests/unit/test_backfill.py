@@ -123,3 +123,30 @@ def replace_xid(changes: Any, xid: int) -> Any:
     index = data.schema.get_field_index("_xid")
     changed = data.set_column(index, data.schema.field(index), pa.array([xid] * data.num_rows, pa.int64()))
     return replace(changes, data=changed)
+
+
+def test_a_first_snapshot_begins_behind_what_was_written_before_it_was_ordered(tmp_path: Path) -> None:
+    """A slot may be older than the first snapshot: what the stream still brings must not count as met by the run, for
+    a leaf that was truncated in silence meanwhile would come back."""
+    state, log = open_log(tmp_path, bytes_max=100_000)
+    log.set_position(SOURCE, Boundary(1, 10, 11))
+    backfill = Backfill(
+        SOURCE, Reader(), log, state, SchemaBook(state, SOURCE), chunk_rows=10,
+        landed_lsn=lambda table: -1, stop_table=lambda table, error: None, nudge=lambda: 50,
+    )  # fmt: skip
+    run = backfill.order(ORDERS.table, "first")
+
+    def waits() -> bool:
+        backfill.step()
+        now = state.run(run.id)
+        return now is not None and "waits for the stream" in now.reason
+
+    wait_until(waits, message="the run to wait")
+    backlog = batch(ORDERS, [Row(40, 0, 9, "gone")])
+    log.append(SOURCE, portion(backlog, lsn=40, xids=[5]))
+    log.append(SOURCE, portion(lsn=60))
+    wait_until(lambda: backfill.step() and log.end_offset(SOURCE) > 1, message="the run to begin")
+    began = state.run(run.id)
+    assert began is not None
+    assert (began.state, began.first_lsn >= 50) == ("running", True)
+    state.close()

@@ -192,7 +192,7 @@ def test_what_no_server_sends_is_refused_with_its_position(frames: list[bytes], 
 
 def test_what_does_not_fit_into_memory_is_on_disk_until_the_transaction_ends(tmp_path: Path) -> None:
     folder = tmp_path / "spool"
-    spool = Spool(folder, memory_bytes=20_000)
+    spool = Spool(folder, memory_bytes=20_000, bytes_max=1 << 30)
 
     def take(*frames: bytes) -> int:
         lengths = np.fromiter(map(len, frames), np.int64, len(frames))
@@ -209,6 +209,15 @@ def test_what_does_not_fit_into_memory_is_on_disk_until_the_transaction_ends(tmp
     assert [path.name for path in folder.iterdir()] == ["8.frames"]
     assert take(commit(8, 600, 650)) >= 1
     assert (list(folder.iterdir()), spool.held_bytes, spool.written_bytes) == ([], 0, 0)
+
+
+def test_the_files_are_bounded(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", memory_bytes=0, bytes_max=10_000)
+    frames = [start(7, first=True), relation(), *[insert(b"1")] * 1000, stop()]
+    lengths = np.fromiter(map(len, frames), np.int64, len(frames))
+
+    with pytest.raises(SpoolFailed, match="spool_bytes_max is reached"):
+        list(spool.take(b"".join(frames), lengths, in_transaction=False))
 
 
 def test_what_lies_there_from_before_does_not_count(tmp_path: Path) -> None:
@@ -234,4 +243,4 @@ def test_a_full_disk_says_which_folder_and_is_tried_again(tmp_path: Path, monkey
         rows(block(relation(), insert(b"1"), first=True), tmp_path, memory_bytes=0)
 
     assert failed.value.verdict is Verdict.RETRY
-    assert 'streaming = "off"' in failed.value.hint
+    assert "spool_bytes_max" in failed.value.hint
