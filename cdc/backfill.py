@@ -4,8 +4,8 @@ Reader and log appender are one process, so what is in the log when a snapshot i
 this lose nothing are in docs/snapshots.md, and each is named where it is kept. A chunk and its progress are one
 append. A run that is killed goes on after its last chunk; a table whose shape changes starts its run anew. Takes no
 lock on the source beyond ACCESS SHARE, keeps no snapshot open longer than one chunk (but for a table without a
-key), and writes nothing there. One run at a time per source; it does not merge and does not decide which tables
-exist.
+key), and writes nothing there. Several lanes (cdc.reading) read several tables, and ranges of one, side by side; here
+is decided which lane does what. It does not merge and does not decide which tables exist.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAUSED_S = 0.5
 
 
 class Backfill:
-    """Runs of one source. `step` belongs to one thread; `order`, `cancel` and `wish` may be called from any."""
+    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel` and `wish` may be called from any."""
 
     def __init__(
         self,
