@@ -40,7 +40,8 @@ PAUSED_S = 0.5
 
 
 class Backfill:
-    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel` and `wish` may be called from any."""
+    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel` and `wish` may be called from
+    any."""
 
     def __init__(
         self,
