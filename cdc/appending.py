@@ -139,7 +139,10 @@ class Appender:
             self._state.update_run(
                 run.id, tx=tx, chunk_no=number, rows=total, reason="",
                 last_key=list(step.last_key) if step.last_key else run.last_key,
-                details={**run.details, "relfilenode": snapshot.relfilenode, **step.details},
+                details={
+                    **run.details, "relfilenode": snapshot.relfilenode,
+                    "bytes": run.details.get("bytes", 0) + rows.bytes, **step.details,
+                },
                 state="done" if step.done else "running",
             )  # fmt: skip
             changed: dict[str, object] = {"snapshot_seq": stamp.seq + read - SNAPSHOT_SEQ}

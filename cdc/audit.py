@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 HISTORY = "verify"
 """Kind of its entries in the history; their name is `<source>.<schema>.<table>`."""
+AWAIT_S = 300.0
+"""How long the lake is awaited, the table's snapshot open."""
 LOOK_S = 5.0
 """How often it is looked which table is due."""
 
@@ -146,7 +148,7 @@ class Audit:
         try:
             return verify_table(
                 source, table, reader, self._store,
-                lambda awaited, lsn: self._await_lake(source, awaited, lsn, deadline),
+                lambda awaited, lsn: self._await_lake(source, awaited, lsn, min(deadline, time.monotonic() + AWAIT_S)),
                 temp_dir=self._temp_dir,
                 asked=Asked(
                     sample=asked.sample_percent, seed=time.time_ns() & 0x7FFFFFFF, pace=pace,

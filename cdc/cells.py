@@ -27,12 +27,12 @@ RAW = "__cdc_raw"
 KINDS = ("missing", "extra", "different")
 LONG = 256
 """A longer text is compared by its digest."""
-MEMORY = "128MB"
-PART_ROWS = 200_000
+MEMORY = "96MB"
+PART_ROWS = 100_000
 """Rows that are joined at once, about: a join's memory is that of its hash table."""
 PARTS_MAX = 64
-GROUP_ROWS = 8_192
-"""Rows of a part that wait to be written together."""
+WAITING_ROWS = 1 << 16
+"""Rows of all parts that wait to be written in groups."""
 
 
 @dataclass(slots=True)
@@ -72,11 +72,13 @@ class Cells:
                 for part, chosen in self._split(table if self._show_values else _digested(table)):
                     if part not in writers:
                         path = self._files[side, part] = self._folder / f"{side}-{part}.parquet"
-                        writers[part] = _Part(path, schema)
+                        writers[part] = _Part(path, schema, WAITING_ROWS // self._parts)
                     writers[part].add(chosen)
         finally:
             for writer in writers.values():
                 writer.close()
+            # What comes next has a memory limit of its own, which knows nothing of what we hold.
+            pa.default_memory_pool().release_unused()
         return rows
 
     def _split(self, table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
@@ -199,13 +201,14 @@ class Cells:
 class _Part:
     """A file of one side, written in groups of rows."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int) -> None:
+        self._group_rows = group_rows
         self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=1)
         self._waiting: list[pa.Table] = []
 
     def add(self, rows: pa.Table) -> None:
         self._waiting.append(rows)
-        if sum(t.num_rows for t in self._waiting) >= GROUP_ROWS:
+        if sum(t.num_rows for t in self._waiting) >= self._group_rows:
             self._flush()
 
     def close(self) -> None:

@@ -44,6 +44,10 @@ class SourceUnavailable(CdcError):
     verdict = Verdict.RETRY
 
 
+class GaveWay(SourceUnavailable):
+    """A long snapshot was left because somebody waits for a lock on its table."""
+
+
 class Standby(SourceUnavailable):
     """Another daemon has the source and does its work: ours waits for its turn. Not a fault."""
 

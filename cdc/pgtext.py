@@ -1,14 +1,13 @@
 """Typed Arrow values back to the text that Postgres prints for them.
 
 For keys that are sent back to the server, and for comparing a lake with its source. The text equals the server's own,
-byte for byte, under the design's session settings. Scalars are vectorised; lists and maps, which are hardly ever keys,
-take a Python loop. The other direction is cdc.casts.
+byte for byte, under the design's session settings. All is vectorised but maps, which take a Python loop. The other
+direction is cdc.casts.
 """
 
 from __future__ import annotations
 
 import binascii
-import re
 from decimal import Decimal
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_QUOTED = re.compile(r'[ \t\n\r\v\f{}"\\]|\A\Z|\Anull\Z', re.IGNORECASE | re.ASCII)
+_QUOTED = r'[ \t\n\r\v\f{}"\\]|^$|^(?i:null)$'
 
 
 def print_values(array: pa.Array, marks: bytes = b"{,}") -> pa.Array:
@@ -130,21 +129,17 @@ def _escape(text: str) -> str:
 
 def _print_lists(array: pa.Array, marks: bytes) -> pa.Array:
     opening, separator, closing = (chr(mark) for mark in marks)
-    elements = print_values(array.flatten(), marks).to_pylist()
-    sizes = pc.list_value_length(array).to_pylist()
-    lists: list[str | None] = []
-    at = 0
-    for size in sizes:
-        if size is None:
-            lists.append(None)
-            continue
-        parts = [
-            "NULL" if e is None else _escape(e) if _QUOTED.search(e) or separator in e else e
-            for e in elements[at : at + size]
-        ]
-        at += size
-        lists.append(opening + separator.join(parts) + closing)
-    return pa.array(lists, pa.string())
+    elements = print_values(array.flatten(), marks)
+    odd = pc.match_substring_regex(elements, _QUOTED)
+    odd = pc.fill_null(pc.or_(odd, pc.match_substring(elements, separator)), False)
+    if pc.any(odd).as_py():
+        escaped = pc.replace_substring(pc.replace_substring(elements, "\\", "\\\\"), '"', '\\"')
+        elements = pc.if_else(odd, pc.binary_join_element_wise('"', escaped, '"', ""), elements)
+    sizes = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+    joined = pc.binary_join(pa.ListArray.from_arrays(offsets, elements.fill_null("NULL")), separator)
+    text = pc.binary_join_element_wise(opening, joined, closing, "")
+    return pc.if_else(array.is_valid(), text, pa.scalar(None, pa.string())) if array.null_count else text
 
 
 def _print_maps(array: pa.Array) -> pa.Array:

@@ -226,7 +226,8 @@ class SumsRead:
 
 class ChecksumReader(SnapshotReader, Protocol):
     """A reader that can also hash rows where they are, for `verify`. All of the open snapshot; each call is one
-    statement of about a second, so whoever calls can stop in between."""
+    statement of about a second, so whoever calls can stop in between. GaveWay, the snapshot ended, if meanwhile
+    somebody began to wait for a lock on the table."""
 
     def hashes(self) -> bool | None:
         """How lines are hashed at this server: as they are (False) or in hexadecimal (True); None: rows of this table

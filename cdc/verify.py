@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from cdc.cells import KEY, RAW, TEXTS, Cells, Found, pieces, positional, raw_texts
 from cdc.config import Config
-from cdc.errors import CdcError, SourceRefused
+from cdc.errors import CdcError, GaveWay, SourceRefused
 from cdc.keys import key_of
 from cdc.lake.layout import system_prefix
 from cdc.lake.rows import LakeRows, Rows, Unclear
@@ -126,7 +126,7 @@ class Asked:
     show_values: bool = False
     by_cells: bool = False
     held: TableSchema | None = None
-    chunk_rows: int = 100_000
+    chunk_rows: int = 50_000
     pace: Pace = lambda took_s: None
 
 
@@ -213,7 +213,7 @@ class Comparison:
         for _ in range(ROUNDS):
             try:
                 return self._by_checksums()
-            except Unclear as e:
+            except (Unclear, GaveWay) as e:
                 unclear = e.args[0]
             finally:
                 self._reader.end()

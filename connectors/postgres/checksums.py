@@ -17,6 +17,7 @@ import pyarrow as pa
 from psycopg import sql
 
 from cdc.config import SourceConfig
+from cdc.errors import GaveWay
 from cdc.ports import RowsRead, SumsRead
 from cdc.rowhash import SAMPLE_PARTS, SEPARATOR, Ints, RowHash, Sums, hash_lines, is_measured, is_trimmed
 from cdc.table import Column, TableId
@@ -43,7 +44,7 @@ class PostgresChecksumReader(PostgresSnapshotReader):
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        self._blocks = BLOCKS
+        self._blocks, self._most = BLOCKS, BLOCKS_MAX
 
     def hashes(self) -> bool | None:
         opened = self._open
@@ -62,7 +63,11 @@ class PostgresChecksumReader(PostgresSnapshotReader):
                 .fetchone()
             )
             assert row is not None
-            self._ready().execute(sql.SQL("set local work_mem = {}").format(sql.Literal(GROUPS_MEMORY)))
+            # Of each statement's second, compiling it would take a part.
+            self._ready().execute(
+                sql.SQL("set local jit = off; set local work_mem = {}").format(sql.Literal(GROUPS_MEMORY))
+            )
+        self._most = BLOCKS_MAX
         ours = int(hash_lines(pa.array([_PROBE]), 7).astype(np.int64)[0])
         if row[1] != ours or row[2]:
             # Another byte order, or rows that do not lie in blocks.
@@ -97,19 +102,17 @@ class PostgresChecksumReader(PostgresSnapshotReader):
         if place >= len(files):
             empty, _ = self._copy([sql.Composed([sql.SQL("false")])], NOTHING, NOTHING)
             return empty
-        count = self._blocks
         while True:
-            began = time.monotonic()
+            began, count = time.monotonic(), self._blocks
             end = first + count
-            # What has too many bytes is read again by half; a block is the least.
             rows, _ = self._copy(
                 [*conditions, _blocks(first, end)], NOTHING, NOTHING, only=files[place][1], whole=count == 1
             )
             if rows.done:
                 break
-            count = self._blocks = max(1, count // 2)
-        if count == self._blocks:
-            self._pace(time.monotonic() - began)
+            # What has too many bytes is read again by half; a block is the least.
+            self._blocks = self._most = max(1, count // 2)
+        self._pace(time.monotonic() - began)
         place, end = (place + 1, 0) if end >= self._size(files[place][0]) else (place, end)
         return replace(rows, last_key=(str(place), str(end)), done=place >= len(files))
 
@@ -122,16 +125,27 @@ class PostgresChecksumReader(PostgresSnapshotReader):
         return [(opened.schema.oid, opened.schema.table)]
 
     def _size(self, oid: int) -> int:
-        """Blocks of a table; it may have grown, by rows that the snapshot does not see."""
-        query = "select coalesce(pg_relation_size(%s::oid) / current_setting('block_size')::int8, 0)"
+        """Blocks of a table; it may have grown, by rows that the snapshot does not see. GaveWay if somebody waits for a
+        lock that ours is in the way of: others queue behind him."""
+        assert self._open is not None
+        query = (
+            "select coalesce(pg_relation_size(%s::oid) / current_setting('block_size')::int8, 0),"
+            " exists (select from pg_locks where relation = any(%s) and not granted)"
+        )
         with translated(self._where):
-            row = self._ready().execute(query, [oid]).fetchone()
-        return int(row[0]) if row else 0
+            locked = [self._open.schema.oid, *(file for file, _ in self._files())]
+            row = self._ready().execute(query, [oid, locked]).fetchone()
+        assert row is not None
+        if row[1]:
+            table = self._open.schema.table
+            self.end()
+            raise GaveWay(f"{self._where} table {table}: somebody waits for a lock on it")
+        return int(row[0])
 
     def _pace(self, took_s: float) -> None:
         """Let the next statement take about STEP_S."""
         factor = min(2.0, max(0.25, STEP_S / max(took_s, 0.01)))
-        self._blocks = int(min(BLOCKS_MAX, max(1, self._blocks * factor)))
+        self._blocks = int(min(self._most, max(1, self._blocks * factor)))
 
     def _sums(self, how: RowHash, conditions: list[sql.Composed], only: TableId | None) -> Sums:
         assert self._open is not None

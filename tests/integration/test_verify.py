@@ -7,6 +7,7 @@ with the source can know.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 from cdc.config import SourceConfig
+from cdc.errors import GaveWay
 from cdc.rowhash import RowHash, Sums, hash_lines, lines
 from connectors.postgres.checksums import PostgresChecksumReader
 from connectors.postgres.embedded import EmbeddedPostgres
@@ -310,6 +312,27 @@ def test_what_is_hashed_is_a_range_of_blocks_at_a_time(database: str) -> None:
     if kept.done:
         ours.join(some, -1)
         assert list(ours.differing(total)) == []
+    reader.close()
+
+
+def test_who_waits_for_a_lock_on_the_table_gets_it(database: str) -> None:
+    execute(
+        database, "create table t (id int primary key)", "insert into t values (1)", "create publication p for table t"
+    )
+    reader = PostgresChecksumReader(SourceConfig(name="s", dsn=database, publication=("p",)))
+    (table,) = reader.tables().tables
+    schema = reader.begin(table.schema).schema
+    how = RowHash(columns=schema.columns, key=schema.key, buckets=64)
+    altering = threading.Thread(target=execute, args=(database, "alter table t add n int"))
+    altering.start()
+    with psycopg.connect(database, autocommit=True) as connection:
+        query = "select from pg_locks where relation = 't'::regclass and not granted"
+        wait_until(lambda: connection.execute(query).fetchone() is not None, 60, "the ALTER to wait")
+    with pytest.raises(GaveWay):
+        reader.sums(how)
+    altering.join(60)
+    assert not altering.is_alive()
+    assert len(reader.begin(schema).schema.columns) == 2
     reader.close()
 
 
