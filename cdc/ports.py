@@ -41,6 +41,8 @@ class SourceIdentity:
     timeline: int
     database: str
     server_version: int
+    head_lsn: int = 0
+    """The server's newest position, where the identity was read without a replication connection."""
     branches: tuple[tuple[int, int], ...] = ()
     """The timelines that `timeline` descends from, oldest first, each with the LSN at which it was left."""
 
@@ -140,6 +142,9 @@ class TableSnapshot:
     relfilenode: int
     lsn: int
     taken_at_us: int
+    by_runs: bool = False
+    """The lake's changes of this table were found by periodic runs and have no transaction ids: those at `lsn` and behind
+    it may not be in the snapshot, those before it are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +184,62 @@ class SnapshotReader(Protocol):
 
     def end(self) -> None:
         """Close the open snapshot, if any; the connection stays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTable:
+    """A table of a run: its schema (version 0) under the run's lock, what identifies its files, and its size there.
+    `refused`: why it cannot be read, and what mends that; then it is not locked."""
+
+    schema: TableSchema
+    storage: int = 0
+    bytes: int = 0
+    refused: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSnapshot:
+    """An open snapshot of all tables of a source.
+
+    `lsn`: the server's position, read after the snapshot was taken; `clock_us`: its clock before that; `alive`: ids of
+    the transactions that were open before that, so all that the snapshot does not see were alive or began later.
+    """
+
+    lsn: int
+    taken_at_us: int
+    clock_us: int
+    alive: frozenset[str]
+    tables: list[RunTable]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """Only rows whose `column` is null, or at least `least` as the source prints it."""
+
+    column: str
+    least: str
+
+
+class RunReader(Protocol):
+    """Reads all tables of a source in one snapshot, with no right but SELECT. One run at a time; not thread-safe."""
+
+    def identity(self) -> SourceIdentity:
+        """Facts of the server and its newest position there, as far as a role without rights may know them. Not while
+        a snapshot is open."""
+
+    def begin(self) -> RunSnapshot:
+        """Lock the selected tables in ACCESS SHARE mode, then take the snapshot. SourceUnavailable if a lock is not to
+        be had within `lock_timeout`, or the tables change meanwhile."""
+
+    def read(self, schema: TableSchema, past: Past | None = None) -> Iterator[RowsRead]:
+        """All rows of a table of the snapshot, or those `past` a value, in pieces of bounded size, in no order. An error
+        leaves the snapshot open for other tables."""
+
+    def end(self) -> None:
+        """Close the open snapshot, if any; the connection stays."""
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
 
 
 class SourceAdmin(Protocol):
@@ -270,7 +331,11 @@ __all__ = [
     "ObjectStore",
     "Portion",
     "PushResult",
+    "Past",
     "RowsRead",
+    "RunReader",
+    "RunSnapshot",
+    "RunTable",
     "Schemas",
     "Sink",
     "SnapshotReader",

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from cdc.config import LakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
-from cdc.ports import ObjectStore, Sink, SnapshotReader, Source, SourceAdmin
+from cdc.ports import ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin
 
 SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
 
@@ -31,6 +31,9 @@ class SourceKind(Protocol):
 
     def reader(self, config: SourceConfig) -> SnapshotReader:
         """A reader of existing rows, with a connection of its own."""
+
+    def runs(self, config: SourceConfig) -> RunReader:
+        """A reader of all tables at once, for periodic runs, with a connection of its own."""
 
     def admin(self, config: SourceConfig) -> SourceAdmin:
         """What operator's commands do at this source."""

@@ -22,7 +22,7 @@ from psycopg import sql
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
 from cdc.errors import SourceRefused, SourceUnavailable
-from cdc.fingerprint import Catalog
+from cdc.fingerprint import Catalog, Fingerprint
 from cdc.ports import RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
@@ -40,6 +40,10 @@ left join pg_stat_activity a on a.pid = l.pid
 left join pg_prepared_xacts p on p.transaction = l.transactionid
 where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
   and coalesce(a.datname, p.database, current_database()) = current_database()
+"""
+
+POSITION = """
+select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text
 """
 
 NOTHING = sql.Composed([])
@@ -64,6 +68,8 @@ class PostgresSnapshotReader:
         self._looker = Looker(config)
 
     def tables(self, only: TableId | None = None) -> Catalog:
+        if self._config.is_periodic:
+            return self._whole(only)
         with translated(self._where):
             found, seen = self._looker.look(self._ready(), only)
         publication.require_whole(self._where, found, self._config)
@@ -78,6 +84,7 @@ class PostgresSnapshotReader:
         where = f"{self._where} table {schema.table}"
         with translated(where):
             connection = self._ready()
+            before = connection.execute(POSITION).fetchone() if self._config.is_periodic else None
             found = catalog.published(connection, self._config).get(schema.oid)
             described = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if found is None or described is None:
@@ -92,7 +99,7 @@ class PostgresSnapshotReader:
                 " case when not pg_is_in_recovery() then pg_current_wal_insert_lsn()::text end"
             ).fetchone()
             assert row is not None
-            if row[1]:
+            if row[1] and not self._config.is_periodic:
                 raise SourceRefused(
                     f"{where}: a standby's snapshots leave out running transactions",
                     hint="point the source at the primary",
@@ -116,9 +123,24 @@ class PostgresSnapshotReader:
             ),
             schema=readable,
             relfilenode=under_lock.relfilenode,
-            lsn=parse_lsn(row[2]),
+            # A run whose position was read before this one's cannot have seen more than this snapshot does.
+            lsn=parse_lsn(before[0] if before is not None else row[2]),
             taken_at_us=time.time_ns() // 1000,
+            by_runs=before is not None,
         )
+
+    def _whole(self, only: TableId | None) -> Catalog:
+        """The selected tables of a source without publications."""
+        with translated(self._where):
+            connection = self._ready()
+            found = catalog.published(connection, self._config)
+            described = catalog.describe(connection, list(found))
+        tables = [
+            Fingerprint(schema=catalog.declared(described[oid].sent(table.columns), self._config))
+            for oid, table in found.items()
+            if oid in described and only in (None, table.table)
+        ]
+        return Catalog(lsn=0, tables=tables)
 
     def read(
         self, *, after: tuple[str, ...] | None = None, keys: Sequence[tuple[str, ...]] | None = None, rows_max: int = 0

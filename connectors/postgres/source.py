@@ -30,12 +30,14 @@ from cdc.errors import (
     StreamRestarted,
     Undecodable,
 )
-from cdc.ports import Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
+from cdc.ports import RunReader, Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
 from connectors.postgres.logical_messages import MessageTable, messages_schema
+from connectors.postgres.periodic import PostgresRunReader
+from connectors.postgres.periodic_admin import PeriodicAdmin
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.resolution import Resolved, resolve
@@ -414,5 +416,9 @@ class PostgresKind:
         return PostgresSnapshotReader(config)
 
     @staticmethod
+    def runs(config: SourceConfig) -> RunReader:
+        return PostgresRunReader(config)
+
+    @staticmethod
     def admin(config: SourceConfig) -> SourceAdmin:
-        return PostgresAdmin(config)
+        return PeriodicAdmin(config) if config.is_periodic else PostgresAdmin(config)
