@@ -44,9 +44,10 @@ class NotUnique(ValueError):
     """Two rows of one side have one key, so that nobody can say which of them is meant."""
 
 
-def by_key(old: Rows, new: Rows, names: Sequence[str]) -> Found:
-    """Inserts, deletes and updates between two sides whose columns, called `names` in `_raw`, have the same types.
-    NotUnique if a key is not. In order: inserts and updates as the new side has them, deletes as the old one."""
+def by_key(old: Rows, new: Rows, names: Sequence[str], old_names: Sequence[str] | None = None) -> Found:
+    """Inserts, deletes and updates between two sides whose columns have the same types. They are called `names` in
+    `_raw`, and on the old side `old_names` if that is given. NotUnique if a key is not. In order: inserts and updates
+    as the new side has them, deletes as the old one."""
     n_old = len(old.keys)
     together = pa.chunked_array([old.keys, new.keys], pa.string()).combine_chunks().dictionary_encode()
     if together.null_count:
@@ -61,7 +62,7 @@ def by_key(old: Rows, new: Rows, names: Sequence[str]) -> Found:
     before = place[codes[n_old:]]
     at_new = np.flatnonzero(before >= 0)
     at_old = before[at_new]
-    changed = differs_rows(old, new, at_old, at_new, names)
+    changed = _differ_rows(old, new, at_old, at_new, list(zip(old_names or names, names, strict=True)))
     return Found(
         inserted=np.flatnonzero(before < 0),
         deleted=np.flatnonzero(~met[codes[:n_old]]),
@@ -86,8 +87,8 @@ def as_multisets(old: pa.Array, new: pa.Array) -> Found:
     )
 
 
-def differs_rows(
-    old: Rows, new: Rows, at_old: np.ndarray, at_new: np.ndarray, names: Sequence[str]
+def _differ_rows(
+    old: Rows, new: Rows, at_old: np.ndarray, at_new: np.ndarray, names: Sequence[tuple[str, str]]
 ) -> np.ndarray:
     """Mask of the pairs of rows that differ in a column or in a text."""
     changed = np.zeros(len(at_new), np.bool_)
@@ -100,8 +101,8 @@ def differs_rows(
     texts_new = None if _is_empty(new.raw) else new.raw.take(index_new)  # type: ignore[union-attr]
     if texts_old is None and texts_new is None:
         return changed
-    for name in names:
-        changed |= differs(_texts(texts_old, name, len(changed)), _texts(texts_new, name, len(changed)))
+    for one, other in names:
+        changed |= differs(_texts(texts_old, one, len(changed)), _texts(texts_new, other, len(changed)))
     return changed
 
 

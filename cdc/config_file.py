@@ -72,8 +72,10 @@ _LEAST: dict[tuple[str, str], float] = {
     ("", "log_segment_bytes"): 1 << 20,
 }
 _PERIODIC = ("every", "cron", "strategy", "cursor", "cursor_lag_s", "full_every", "run_timeout_s")
-_STREAMING = ("slot", "publication", "partial_operations", "messages", "confirm_after", "on_slot_lost", "failover",
-              "streaming", "heartbeat_every_s", "wal_warn_at", "wal_confirm_at", "wal_pause_at", "wal_drop_at")  # fmt: skip
+_STREAMING = (
+    "slot", "publication", "partial_operations", "messages", "confirm_after", "on_slot_lost", "failover", "streaming",
+    "heartbeat_every_s", "wal_warn_at", "wal_confirm_at", "wal_pause_at", "wal_drop_at",
+)  # fmt: skip
 """Keys that say something of a slot or a stream."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")

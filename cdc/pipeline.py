@@ -504,6 +504,21 @@ class Pipeline:
             self.merger.ask()
         return min(reached.values()) >= end_lsn
 
+    def awaiting(self, end_lsn: int) -> Callable[[], bool]:
+        """Whether everything up to `end_lsn` is in the lake."""
+        return lambda: self.has_reached(end_lsn)
+
+    def finishing(self) -> Callable[[], bool] | None:
+        """For `--once`, when tables are found and snapshotted: whether what was committed before now is in the lake."""
+        if not self.prepared or not self.discovered or not self.backfill.idle:
+            return None
+        # Behind the last snapshot's rows: they stand at a position that had landed before they were read.
+        return self.awaiting(self.admin.barrier())
+
+    def cancel(self, table: TableId) -> list[str]:
+        """Take back the table's resyncs; their runs' ids."""
+        return self.backfill.cancel(table)
+
     def operator_error(self) -> CdcError | None:
         """An error of a part that only an operator can mend."""
         errors = (w.error for w in self.workers)

@@ -143,8 +143,8 @@ class TableSnapshot:
     lsn: int
     taken_at_us: int
     by_runs: bool = False
-    """The lake's changes of this table were found by periodic runs and have no transaction ids: those at `lsn` and behind
-    it may not be in the snapshot, those before it are."""
+    """The lake's changes of this table were found by periodic runs and have no transaction ids. Those of runs before
+    `taken_at_us`, by the source's clock, are in the snapshot; others may not be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,8 +201,9 @@ class RunTable:
 class RunSnapshot:
     """An open snapshot of all tables of a source.
 
-    `lsn`: the server's position, read after the snapshot was taken; `clock_us`: its clock before that; `alive`: ids of
-    the transactions that were open before that, so all that the snapshot does not see were alive or began later.
+    `lsn` and `taken_at_us`: the server's position and clock, read after the snapshot was taken; `clock_us`: its clock
+    before that; `alive`: ids of the transactions that were open before that, so all that the snapshot does not see were
+    alive or began later.
     """
 
     lsn: int
@@ -232,8 +233,8 @@ class RunReader(Protocol):
         be had within `lock_timeout`, or the tables change meanwhile."""
 
     def read(self, schema: TableSchema, past: Past | None = None) -> Iterator[RowsRead]:
-        """All rows of a table of the snapshot, or those `past` a value, in pieces of bounded size, in no order. An error
-        leaves the snapshot open for other tables."""
+        """All rows of a table of the snapshot, or those `past` a value, in pieces of bounded size, in no order. An
+        error leaves the snapshot open for other tables."""
 
     def end(self) -> None:
         """Close the open snapshot, if any; the connection stays."""
@@ -329,9 +330,9 @@ __all__ = [
     "Boundary",
     "Finding",
     "ObjectStore",
+    "Past",
     "Portion",
     "PushResult",
-    "Past",
     "RowsRead",
     "RunReader",
     "RunSnapshot",

@@ -130,6 +130,8 @@ class _Comparison:
         self._chunk_rows = chunk_rows
         self._show_values = show_values
         self._prefix = system_prefix(c.name for c in schema.columns)
+        self._runs_from_us: int | None = None
+        """Where changes have no transaction ids: when the snapshot began, by the clock that runs are dated by."""
 
     def run(self) -> None:
         left_out: dict[str, tuple[str, ...]] | None = None
@@ -152,6 +154,7 @@ class _Comparison:
         """Compare all rows, or those of `keys` (canonical → texts); the keys that this round could not compare."""
         snapshot = self._reader.begin(self._schema)
         self._schema = snapshot.schema
+        self._runs_from_us = snapshot.taken_at_us if snapshot.by_runs else None
         theirs = self._folder / f"source-{number}.parquet"
         ours = self._folder / f"lake-{number}.parquet"
         rows = self._write(theirs, self._read_source(None if keys is None else list(keys.values())))
@@ -171,6 +174,9 @@ class _Comparison:
         if self._schema.key:
             self._compare(theirs, ours, pa.array(list(unseen), pa.string()))
             return unseen if keys is None else {k: t for k, t in unseen.items() if k in keys}
+        if snapshot.by_runs and any(True for _ in self._changelog(snapshot.visibility, [])):
+            # What was changed before the snapshot and what behind it is one change: nothing can be undone.
+            raise _Void
         self._compare_multisets(theirs, ours, snapshot.visibility)
         return {}
 
@@ -178,22 +184,26 @@ class _Comparison:
         """Rows of the changelog whose transactions the snapshot does not see. Files are passed over by statistics."""
         changelog = DeltaLog(self._store, changelog_path(self._report.source, self._report.table))
         xid, op = system_name("_xid", self._prefix), system_name("_op", self._prefix)
+        later, at = self._runs_from_us, system_name("_committed_at", self._prefix)
         for live in changelog.files():
             with changelog.open_file(live.path) as file:
                 # A column whose type has changed has a name of its own there.
                 held = {
                     (f.metadata or {}).get(SOURCE_NAME, f.name.encode()).decode(): f.name for f in file.schema_arrow
                 }
-                known = {held[c]: c for c in (xid, op, *columns) if c in held}
+                known = {held[c]: c for c in (xid, op, *([at] if later is not None else []), *columns) if c in held}
                 index = file.schema_arrow.get_field_index(xid)
                 for group in range(file.metadata.num_row_groups):
                     statistics = file.metadata.row_group(group).column(index).statistics
-                    if statistics is not None and statistics.has_min_max and _all_seen(statistics, visibility):
+                    bounded = later is None and statistics is not None and statistics.has_min_max
+                    if bounded and _all_seen(statistics, visibility):
                         continue
                     table = file.read_row_group(group, columns=list(known))
                     table = table.rename_columns([known[name] for name in table.column_names])
                     xids = table.column(xid).to_numpy()
                     mask = ~visibility.sees(xids.astype(np.uint32)) & (xids != 0)
+                    if later is not None:
+                        mask = table.column(at).cast(pa.int64()).to_numpy() >= later
                     if mask.any():
                         yield table.filter(pa.array(mask))
 

@@ -244,6 +244,12 @@ def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict
     return found
 
 
+def as_read(described: Described, published: Published, config: SourceConfig) -> TableSchema:
+    """A table as snapshots and runs read it. Runs know every old row whole, whatever its replica identity."""
+    schema = declared(described.sent(published.columns), config)
+    return replace(schema, identity="f") if config.is_periodic else schema
+
+
 def read_whole(connection: psycopg.Connection[Any], config: SourceConfig) -> dict[int, Published]:
     """Selected tables of a source without publications: all rows and all columns, generated ones too."""
     tables = candidates(connection, config)

@@ -8,7 +8,6 @@ of any `wal_level` and on a standby. The snapshot stays open for the whole run. 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +53,8 @@ CLOCK = "select (extract(epoch from clock_timestamp()) * 1000000)::int8"
 
 TAKEN = """
 select pg_current_snapshot()::text,
-       case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text
+       case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text,
+       (extract(epoch from clock_timestamp()) * 1000000)::int8
 """
 
 IDENTITY = """
@@ -117,7 +117,7 @@ class PostgresRunReader:
             for oid, found in self._described.items():
                 if oid not in refused and (oid not in before or found.schema.table != before[oid].schema.table):
                     raise SourceUnavailable(f"{self._where} table {found.schema.table} was renamed while the run began")
-                schema = catalog.declared(found.sent(published[oid].columns), self._config)
+                schema = catalog.as_read(found, published[oid], self._config)
                 tables.append(
                     RunTable(
                         schema=schema, storage=found.relfilenode, bytes=sizes.get(oid, 0), refused=refused.get(oid)
@@ -125,7 +125,7 @@ class PostgresRunReader:
                 )
         return RunSnapshot(
             lsn=parse_lsn(taken[1]),
-            taken_at_us=time.time_ns() // 1000,
+            taken_at_us=int(taken[2]),
             clock_us=int(clock[0]),
             alive=alive,
             tables=tables,
@@ -134,7 +134,7 @@ class PostgresRunReader:
     def read(self, schema: TableSchema, past: Past | None = None) -> Iterator[RowsRead]:
         described = self._described[schema.oid]
         relation = sql.SQL("{}" if described.kind == "p" else "only {}").format(sql.Identifier(*schema.table))
-        where = sql.SQL("")
+        where: sql.Composable = sql.SQL("")
         if past is not None:
             column = schema.column(past.column)
             where = sql.SQL("where {0} >= {1}::{2} or {0} is null").format(
@@ -217,7 +217,8 @@ class PostgresRunReader:
             if not readable:
                 name = sql.Identifier(*table).as_string(connection)
                 schema = sql.Identifier(table.schema).as_string(connection)
-                fix = f"grant usage on schema {schema} to {role}; grant select on {name} to {role}; then cdc resync {table}"
+                fix = f"grant usage on schema {schema} to {role}; grant select on {name} to {role};"
+                fix += f" then cdc resync {table}"
                 refused[oid] = f"role {user!r} may not read {table}", fix
             elif hidden:
                 fix = f'alter role {role} bypassrls; then cdc resync {table} (or exclude = ["{table}"])'
@@ -228,7 +229,9 @@ class PostgresRunReader:
         """LOCK TABLE takes no snapshot: the first query behind it does."""
         connection.execute("begin isolation level repeatable read read only")
         for found in sorted(tables, key=lambda t: t.schema.table):
-            pattern = "lock table {} in access share mode" if found.kind == "p" else "lock table only {} in access share mode"
+            pattern = (
+                "lock table {} in access share mode" if found.kind == "p" else "lock table only {} in access share mode"
+            )
             connection.execute(sql.SQL(pattern).format(sql.Identifier(*found.schema.table)))
 
 
@@ -241,6 +244,4 @@ def typed(schema: TableSchema, data: pa.Buffer) -> RowsRead:
         values, mask = cast(column, text)
         columns.append(values)
         masks.append(mask)
-    return RowsRead(
-        columns=columns, raw=build_raw(names, texts, masks), rows=len(texts[0]), last_key=None, done=False
-    )
+    return RowsRead(columns=columns, raw=build_raw(names, texts, masks), rows=len(texts[0]), last_key=None, done=False)

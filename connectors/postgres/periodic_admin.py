@@ -19,8 +19,16 @@ from cdc.ports import Finding, SourceStatus
 from cdc.table import TableSchema
 from cdc.types import DATE, INT2, INT4, INT8, TIMESTAMP, TIMESTAMPTZ
 from connectors.postgres import catalog, check
-from connectors.postgres.connection import MANY_HOSTS, MANY_HOSTS_FIX, POOLER, POOLER_FIX, connect, describe
-from connectors.postgres.connection import many_hosts, translated
+from connectors.postgres.connection import (
+    MANY_HOSTS,
+    MANY_HOSTS_FIX,
+    POOLER,
+    POOLER_FIX,
+    connect,
+    describe,
+    many_hosts,
+    translated,
+)
 from connectors.postgres.replication import parse_lsn
 
 FACTS = """
@@ -121,8 +129,8 @@ class PeriodicAdmin:
             yield Finding(
                 name="late commits",
                 severity="warning",
-                message="a standby does not tell which transactions are open: what commits later than cursor_lag_s after"
-                " its cursor's value is found by the next full comparison only",
+                message="a standby does not tell which transactions are open: what commits later than cursor_lag_s"
+                " after its cursor's value is found by the next full comparison only",
                 fix="point the dsn at the primary, or raise cursor_lag_s above your longest transaction",
                 object=self._where,
             )
@@ -197,7 +205,7 @@ class PeriodicAdmin:
                 name="cursor",
                 severity="warning",
                 message=f"table {table} {why}: every run reads it whole",
-                fix="a source of its own with strategy = \"diff\" tells how often that is",
+                fix='a source of its own with strategy = "diff" tells how often that is',
                 object=table,
             )
             return

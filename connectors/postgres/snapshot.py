@@ -42,9 +42,7 @@ where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
   and coalesce(a.datname, p.database, current_database()) = current_database()
 """
 
-POSITION = """
-select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text
-"""
+CLOCK = "select (extract(epoch from clock_timestamp()) * 1000000)::int8"
 
 NOTHING = sql.Composed([])
 BLOCKS_PER_CHUNK = 4096
@@ -84,7 +82,7 @@ class PostgresSnapshotReader:
         where = f"{self._where} table {schema.table}"
         with translated(where):
             connection = self._ready()
-            before = connection.execute(POSITION).fetchone() if self._config.is_periodic else None
+            before = connection.execute(CLOCK).fetchone() if self._config.is_periodic else None
             found = catalog.published(connection, self._config).get(schema.oid)
             described = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if found is None or described is None:
@@ -95,8 +93,8 @@ class PostgresSnapshotReader:
             connection.execute("begin isolation level repeatable read read only")
             connection.execute(sql.SQL("lock table {} in access share mode").format(self._relation(described)))
             row = connection.execute(
-                "select pg_current_snapshot()::text, pg_is_in_recovery(),"
-                " case when not pg_is_in_recovery() then pg_current_wal_insert_lsn()::text end"
+                "select pg_current_snapshot()::text, pg_is_in_recovery(), case when pg_is_in_recovery()"
+                " then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text"
             ).fetchone()
             assert row is not None
             if row[1] and not self._config.is_periodic:
@@ -111,7 +109,7 @@ class PostgresSnapshotReader:
                 # What is locked, and would be read, is whatever has the old name by now.
                 raise SourceUnavailable(f"{where} was renamed while its snapshot began")
             self._operators = catalog.operators(connection, under_lock.schema)
-        readable = catalog.declared(under_lock.sent(found.columns), self._config)
+        readable = catalog.as_read(under_lock, found, self._config)
         self._open = replace(under_lock, schema=readable)
         self._filter = found.row_filter
         xmin, xmax, running = row[0].split(":")
@@ -123,9 +121,9 @@ class PostgresSnapshotReader:
             ),
             schema=readable,
             relfilenode=under_lock.relfilenode,
-            # A run whose position was read before this one's cannot have seen more than this snapshot does.
-            lsn=parse_lsn(before[0] if before is not None else row[2]),
-            taken_at_us=time.time_ns() // 1000,
+            lsn=parse_lsn(row[2]),
+            # A run whose clock was read behind its snapshot, and before this one, cannot have seen more than this one.
+            taken_at_us=int(before[0]) if before is not None else time.time_ns() // 1000,
             by_runs=before is not None,
         )
 
@@ -136,7 +134,7 @@ class PostgresSnapshotReader:
             found = catalog.published(connection, self._config)
             described = catalog.describe(connection, list(found))
         tables = [
-            Fingerprint(schema=catalog.declared(described[oid].sent(table.columns), self._config))
+            Fingerprint(schema=catalog.as_read(described[oid], table, self._config))
             for oid, table in found.items()
             if oid in described and only in (None, table.table)
         ]

@@ -20,19 +20,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
         "cdc.ports", "cdc.units", "cdc.config", "cdc.config_file", "cdc.failpoints", "cdc.metrics", "cdc.registry",
-        "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
+        "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts", "cdc.schedule",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
         "cdc.keys", "cdc.lake.*", "cdc.differences", "cdc.relations", "cdc.models",
+        "cdc.compare", "cdc.changes", "cdc.cursor",
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
         "cdc.backfill", "cdc.watch", "cdc.discovery", "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync",
-        "cdc.verify",
+        "cdc.verify", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin",
     ),
     "process": (
         "cdc.daemon", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status", "cdc.demo.*",
+        "cdc.periodic_pipeline",
     ),
     "command line": ("cdc.verbs.*", "cdc.cli", "cdc.__main__"),
 }  # fmt: skip
