@@ -6,8 +6,8 @@ For one that was open, it is past what had been read before *it* began. So each 
 transactions that were open just before its snapshot, each with the mark of two runs before it was first seen (two, for
 what begins between the look and the snapshot). `lag` is added for clocks that are not the server's.
 
-Values are integers: a number, days, or microseconds since 1970. Only null is in no order: such rows are always read. It
-does not see a column that is written with older values, or not at all: that, and deletes, only a full comparison finds.
+Values are integers: a number, days, or microseconds since 1970. Only null is in no order: such rows are always read. The
+first two or three runs read the whole table, because what was open then has no such mark. It does not see a column that is written with older values, or not at all: that, and deletes, only a full comparison finds.
 Pure, JSON in and out.
 """
 
@@ -79,7 +79,7 @@ class Memory:
 
 def fresh(version: int, storage: int, full_at: float, mark: int | None, alive: Collection[str]) -> Memory:
     """What the first run leaves, which has read the whole table: what is open then may be about to show anything."""
-    return Memory(version, storage, full_at, (mark, mark), dict.fromkeys(sorted(alive)))
+    return Memory(version, storage, full_at, (mark,), dict.fromkeys(sorted(alive)))
 
 
 def highest(values: pa.Array, column: Column, clock_us: int) -> int | None:

@@ -292,7 +292,8 @@ class Daemon:
             if not pipeline.prepared:
                 return None
             if not awaited:
-                awaited.append(pipeline.awaiting(int(args["lsn"])))
+                logged = bool(args.get("logged"))
+                awaited.append(pipeline.landing() if logged else pipeline.awaiting(int(args["lsn"])))
             if not awaited[0]():
                 return None
             pipeline.beat()  # `status` is not to say less than what we answer

@@ -34,7 +34,7 @@ from cdc.comparison import Comparison
 from cdc.config import SourceConfig
 from cdc.cursor import KINDS, Memory, fresh, highest, text_of
 from cdc.differences import frozen, reading_reason
-from cdc.errors import CdcError, SchemaConflict, SourceRefused, Verdict
+from cdc.errors import CdcError, LogFull, SchemaConflict, SourceRefused, SourceUnavailable, Verdict
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.held import HeldRows
@@ -49,6 +49,8 @@ from cdc.window import Stamp, control_batch, read_batch
 
 log = logging.getLogger(__name__)
 
+ROOM_S = 60.0
+"""How long a log that is full may stay as full as it is before a run is given up."""
 PORTION_BYTES = 8 << 20
 """Changes of about this size are logged together."""
 FULL_KINDS = ("first", "resync")
@@ -139,8 +141,10 @@ class PeriodicRuns:
         stop_table: Callable[[TableId, CdcError], None],
         rests: Callable[[TableId], bool],
         halted: Callable[[], bool],
+        make_room: Callable[[], None],
     ) -> None:
-        """`marks`: tables that the lake says need to be read whole; `rests`: whether a table is stopped or paused."""
+        """`marks`: tables that the lake says need to be read whole; `rests`: whether a table is stopped; `make_room`
+        waits a moment for what is logged to land."""
         self._config = config
         self._source = config.name
         self._reader = reader
@@ -154,6 +158,8 @@ class PeriodicRuns:
         self._stop_table = stop_table
         self._rests = rests
         self._halted = halted
+        self._make_room = make_room
+        self._deadline = 0.0
         self.now: str = ""
         """The table that is being read, empty between runs."""
 
@@ -169,6 +175,7 @@ class PeriodicRuns:
             raise
 
     def _run(self) -> Counts:
+        self._deadline = time.monotonic() + self._config.run_timeout_s
         before = self._log.position(self._source)
         assert before is not None
         try:
@@ -293,9 +300,31 @@ class PeriodicRuns:
                 raise
             self._fail(work, e)
 
-    def _check_halted(self) -> None:
+    def _check(self) -> None:
+        """Between two pieces of work: whether there is still time for more."""
         if self._halted():
             raise Halted
+        if time.monotonic() > self._deadline:
+            raise SourceUnavailable(
+                f"source {self._source}: a run was given up after {self._config.run_timeout_s:g} s (run_timeout_s)",
+                hint="raise run_timeout_s, or divide the tables between several sources",
+            )
+
+    def _logged(self, append: Callable[[], object]) -> None:
+        """Append, waiting for landing to make room where that is all that is missing."""
+        smallest, patient_until = self._log.size_bytes(), time.monotonic() + ROOM_S
+        while True:
+            try:
+                append()
+                return
+            except LogFull:
+                size = self._log.size_bytes()
+                if size < smallest:
+                    smallest, patient_until = size, time.monotonic() + ROOM_S
+                if time.monotonic() > patient_until:
+                    raise
+                self._make_room()
+                self._check()
 
     def _fail(self, work: Work, error: CdcError) -> None:
         work.failed = True
@@ -305,7 +334,7 @@ class PeriodicRuns:
         """What the source has of a table, and what its cursor has come to."""
         column = work.cursor
         for piece in self._reader.read(work.found.schema, work.past):
-            self._check_halted()
+            self._check()
             work.rows += piece.rows
             run.counts.read += piece.rows
             if column is not None and piece.rows:
@@ -363,7 +392,11 @@ class PeriodicRuns:
             self._state.set(shape_fact(self._source, table), work.schema.version, tx)
 
         kind = "chunk" if number else "control"
-        self._log.append_chunk(self._source, [batch], run=entry.id, chunk=number, kind=kind, within=progress)
+        self._logged(
+            lambda: self._log.append_chunk(
+                self._source, [batch], run=entry.id, chunk=number, kind=kind, within=progress
+            )
+        )
 
     def _end_row(self, run: _Open, work: Work, entry: Run) -> Batch:
         """The row that makes what was read count. Its place in the count is taken before it is logged."""
@@ -403,7 +436,7 @@ class PeriodicRuns:
             held = HeldRows(self._store, self._source, work.table, work.shape, Path(folder))
             comparison = Comparison(
                 work.schema, work.shape, held, Path(folder),
-                source_bytes=work.found.bytes, partial=work.past is not None, check=self._check_halted,
+                source_bytes=work.found.bytes, partial=work.past is not None, check=self._check,
             )  # fmt: skip
             try:
                 for piece in self._pieces(run, work):
@@ -441,7 +474,8 @@ class PeriodicRuns:
 
     def _flush(self, run: _Open) -> None:
         if run.held:
-            self._log.append(self._source, Portion(batches=run.held, head_lsn=run.snapshot.lsn))
+            portion = Portion(batches=run.held, head_lsn=run.snapshot.lsn)
+            self._logged(lambda: self._log.append(self._source, portion))
             failpoint("periodic.after_portion")
         run.held, run.held_bytes = [], 0
 
@@ -452,15 +486,13 @@ class PeriodicRuns:
         changed = run.seq > 0 or bool(run.ends)
         lsn = run.at.lsn if changed else max(run.before.lsn, run.snapshot.lsn)
         failpoint("periodic.before_boundary")
-        self._log.append(
-            self._source,
-            Portion(
-                batches=[*run.held, *run.ends],
-                boundary=Boundary(self._epoch, lsn, lsn),
-                head_lsn=run.snapshot.lsn,
-                committed_at_us=run.at.at_us if changed else 0,
-            ),
+        portion = Portion(
+            batches=[*run.held, *run.ends],
+            boundary=Boundary(self._epoch, lsn, lsn),
+            head_lsn=run.snapshot.lsn,
+            committed_at_us=run.at.at_us if changed else 0,
         )
+        self._logged(lambda: self._log.append(self._source, portion))
         failpoint("periodic.after_boundary")
 
     def _note(self, run: _Open, work: Work) -> None:
@@ -471,7 +503,9 @@ class PeriodicRuns:
                 kept = {**self._memory(run, work).to_json(), "epoch": self._epoch}
                 self._state.set(cursor_fact(self._source, work.table), kept, tx)
             if work.whole:
-                self._state.set(whole_fact(self._source, work.table), work.schema.version, tx)
+                # Of a frozen table there is more to read when it thaws.
+                version = work.schema.version if work.shape is work.schema else None
+                self._state.set(whole_fact(self._source, work.table), version, tx)
             for entry in {r.id for r in work.ordered} | ({work.run.id} if work.run else set()) if full else ():
                 self._state.update_run(entry, tx=tx, state="done", rows=work.rows, reason="")
             self._state.update_table(self._source, work.table, tx=tx, state="streaming", reason="", hint="")

@@ -9,6 +9,7 @@ run does is in cdc.periodic.
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -116,7 +117,8 @@ class PeriodicPipeline:
 
     def start(self) -> None:
         """Start the threads; returns at once."""
-        # A run that the process before this one did not end, with what it meant to do.
+        shutil.rmtree(self._temp / "run", ignore_errors=True)
+        # A run that the process before this one did not end.
         for entry in self._state.history(HISTORY, self.name, limit=1):
             if entry.outcome == "running":
                 self._state.finish_history(entry.id, "interrupted")
@@ -363,7 +365,7 @@ class PeriodicPipeline:
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
             vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins,
             landed=lambda: self._landed_cut(doubtful_lsn),
-            wish=lambda table, keys: self.read_anew(table, "values that nobody knows"), read_anew=self.read_anew,
+            wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
             stop_table=self.stop_table, is_stopped=self.rests, check_lease=self._lease.check,
         )  # fmt: skip
         gate = ConfirmGate(
@@ -375,7 +377,7 @@ class PeriodicPipeline:
         self._runs = PeriodicRuns(
             self._source_config, self._reader, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "run", marks=lambda: set(self.marks()),
-            stop_table=self.stop_table, rests=self.rests, halted=self._stop.is_set,
+            stop_table=self.stop_table, rests=self.rests, halted=self._stop.is_set, make_room=self._make_room,
         )  # fmt: skip
 
     def _landed_cut(self, doubtful_lsn: int) -> LandedCut | None:
@@ -385,6 +387,10 @@ class PeriodicPipeline:
         if cut is not None and doubtful_lsn and cut.boundary.lsn <= doubtful_lsn:
             return replace(cut, common=False)
         return cut
+
+    def _make_room(self) -> None:
+        self.lander.ask()
+        self._stop.wait(READ_S)
 
     def _logged_lsn(self) -> int:
         logged = self._log.position(self.name)
@@ -459,10 +465,13 @@ class PeriodicPipeline:
         )
 
     def read_anew(self, table: TableId, reason: str) -> None:
-        """Order that a table is read whole, unless that was done in the shape that asks for it."""
+        """For a shape that came: order that its table is read whole, unless the run that brought it has done that."""
         latest = self._book.latest(table)
-        if latest is not None and self._state.get(whole_fact(self.name, table)) == latest.version:
-            return
+        if latest is None or self._state.get(whole_fact(self.name, table)) != latest.version:
+            self.read_whole(table, reason)
+
+    def read_whole(self, table: TableId, reason: str) -> None:
+        """Order that a table is read whole; until that has landed, the lake says that it must be."""
         self.mark([table], True)
         log.warning("a table is read anew", extra={"source": self.name, "table": str(table), "why": reason})
         self._order(table, reason, whole=True)
@@ -517,6 +526,11 @@ class PeriodicPipeline:
         with self._orders:
             number = self._begun + 1
         return self._behind_run(number)
+
+    def landing(self) -> Callable[[], bool]:
+        """Whether what is logged now is in the lake; no run is ordered."""
+        lsn = self._logged_lsn()
+        return lambda: self.has_reached(lsn)
 
     def finishing(self) -> Callable[[], bool] | None:
         """For `--once`: whether one run of this process is in the lake."""

@@ -508,6 +508,10 @@ class Pipeline:
         """Whether everything up to `end_lsn` is in the lake."""
         return lambda: self.has_reached(end_lsn)
 
+    def landing(self) -> Callable[[], bool]:
+        """Whether what is logged now is in the lake."""
+        return self.awaiting(self._logged_lsn())
+
     def finishing(self) -> Callable[[], bool] | None:
         """For `--once`, when tables are found and snapshotted: whether what was committed before now is in the lake."""
         if not self.prepared or not self.discovered or not self.backfill.idle:

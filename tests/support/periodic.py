@@ -19,6 +19,8 @@ create table orders (id int primary key, note text, total numeric(10,2), tags te
                      updated_at timestamptz default now());
 create table pairs (a text, b int, at timestamp, updated_at timestamptz, primary key (a, b));
 create table events (what text, data jsonb, n numeric);
+create table swaps (id int primary key, v int not null unique, updated_at timestamptz default now());
+insert into swaps select g, 100 - g from generate_series(1, 20) g;
 create index on orders (updated_at);
 create index on pairs (updated_at);
 """
@@ -116,6 +118,8 @@ class Workload:
             lambda: f"insert into events select '{key}', '{{\"k\": {n(3)}}}', {total} from generate_series(1, {n(5)})",
             lambda: f"delete from events where ctid in (select ctid from events limit {n(4)})",
             lambda: f"update events set n = {total} where data->>'k' = '{n(3)}'",
+            lambda: f"update swaps set id = id + 100, updated_at = {stamp} where id = {n(30)}",
+            lambda: f"delete from swaps where v = {n(100)}",
             lambda: "select 1",
         ]
         return self._rng.choice(choices)()
@@ -137,6 +141,9 @@ class Workload:
                 "alter table orders alter column total type numeric(12,3)",
                 "alter table orders alter column note type varchar using left(note, 50)",
                 f"alter table pairs rename column at to at{n}; alter table pairs rename column at{n} to at",
+                "alter table swaps drop constraint if exists swaps_pkey",
+                "alter table swaps drop constraint if exists swaps_pkey; alter table swaps add primary key (v)",
+                "alter table swaps drop constraint if exists swaps_pkey; alter table swaps add primary key (id)",
                 "truncate events",
                 "truncate pairs",
                 f"alter table orders add column gone{n} int; alter table orders drop column gone{n}",
