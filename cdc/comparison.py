@@ -1,13 +1,14 @@
 """One table's two sides, what its source has and what the lake holds, cut into parts and compared part by part.
 
 The source's rows are handed over in any order and sorted into parts by the hash of their key, on disk when they do not
-fit; the lake's are read part by part (cdc.lake.held). So memory is bounded by two parts, whatever the table's size.
+fit; the lake's too, bucket by bucket (cdc.lake.held). So memory is bounded by two parts, whatever the table's size.
 What is equal is decided in cdc.compare; what becomes of a difference, by the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from cdc.ports import RowsRead
 from cdc.table import TableSchema
 from cdc.types import arrow_fields
 
-PART_BYTES = 8 << 20
+PART_BYTES = 4 << 20
 """Bytes of a table, as its source or Parquet count them, that are compared at once."""
-PART_ROWS = 1 << 16
+PART_ROWS = 1 << 15
 PARTS_MAX = 1 << 12
 
 
@@ -80,22 +81,30 @@ class Comparison:
 
     def parts(self) -> Iterator[tuple[Images, Images, Found]]:
         """Part by part: both sides in the columns of the schema, and what is different between them."""
-        if not self._schema.key:
-            for columns, raw, rows in self._held.slices():
-                keys = self._text(columns, raw, rows, new=False)
-                batch = pa.RecordBatch.from_arrays([keys, *columns, raw], schema=self._old.schema)
-                self._old.add(batch, bucket_of(keys, self._parts))
-        for part in self._new.parts() if self._partial else range(self._parts):
-            self._check()
-            new = self._new.read(part).combine_chunks()
-            old = (self._held.part(part, self._parts) if self._schema.key else self._old.read(part)).combine_chunks()
-            if not new.num_rows and not old.num_rows:
+        wanted = set(self._new.parts()) if self._partial else set(range(self._parts))
+        for bucket in range(self._held.buckets):
+            mine = [part for part in range(bucket, self._parts, self._held.buckets) if part in wanted]
+            if not mine:
                 continue
-            found = self._found(old, new)
-            if self._partial:
-                found = Found(found.inserted, np.empty(0, np.int64), found.updated_old, found.updated_new)
-            if found.rows:
-                yield self._as_now(old), _images(new), found
+            self._take_held(bucket)
+            for part in mine:
+                self._check()
+                new, old = self._new.read(part).combine_chunks(), self._old.read(part).combine_chunks()
+                if new.num_rows or old.num_rows:
+                    found = self._found(old, new)
+                    if found.rows:
+                        yield self._as_now(old), _images(new), found
+            pa.default_memory_pool().release_unused()
+
+    def _take_held(self, bucket: int) -> None:
+        """Sort the lake's rows of a bucket into its parts; what was left of the bucket before is not wanted."""
+        self._old.close()
+        for batch in self._held.slices(bucket):
+            if not self._schema.key:
+                columns = batch.columns
+                keys = self._text(columns[1:-1], columns[-1], batch.num_rows, new=False)
+                batch = pa.RecordBatch.from_arrays([keys, *columns[1:]], schema=self._old.schema)
+            self._old.add(batch, bucket_of(batch.column(0), self._parts))
 
     def close(self) -> None:
         self._new.close()
@@ -110,12 +119,15 @@ class Comparison:
             _cast(_one(new.column(1 + j)), old.schema.field(1 + i).type, self._shape) for i, j in self._pairs
         ]
         last = new.num_columns - 1
-        return by_key(
+        found = by_key(
             Rows(keys_old, columns_old, _one(old.column(old.num_columns - 1))),
             Rows(keys_new, columns_new, _one(new.column(last))),
             self._new_names,
             self._old_names,
         )
+        if self._partial:
+            found = replace(found, deleted=np.empty(0, np.int64))
+        return found
 
     def _text(self, columns: list[pa.Array], raw: pa.Array | None, rows: int, *, new: bool) -> pa.Array:
         """A row's whole content, in the columns that both sides have."""
@@ -140,7 +152,7 @@ class Comparison:
 
 def _parts(held: HeldRows, source_bytes: int) -> int:
     """A power of two of parts, each small enough to be held in memory on both sides."""
-    size, rows, n = max(source_bytes, held.bytes), held.rows, held.parts
+    size, rows, n = max(source_bytes, held.bytes), held.rows, held.buckets
     while n < PARTS_MAX and (size > n * PART_BYTES or rows > n * PART_ROWS):
         n *= 2
     return n

@@ -6,9 +6,9 @@ For one that was open, it is past what had been read before *it* began. So each 
 transactions that were open just before its snapshot, each with the mark of two runs before it was first seen (two, for
 what begins between the look and the snapshot). `lag` is added for clocks that are not the server's.
 
-Values are integers: a number, days, or microseconds since 1970. Only null is in no order: such rows are always read. The
-first two or three runs read the whole table, because what was open then has no such mark. It does not see a column that is written with older values, or not at all: that, and deletes, only a full comparison finds.
-Pure, JSON in and out.
+Values are integers: a number, days, or microseconds since 1970. Null is in no order: such rows are always read. The
+first two or three runs read the whole table, because what was open then has no such mark. A column that is written with
+older values, or not at all, is not seen; nor are deletes: that only a full comparison finds. Pure, JSON in and out.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 ROOM_S = 60.0
 """How long a log that is full may stay as full as it is before a run is given up."""
-PORTION_BYTES = 8 << 20
+PORTION_BYTES = 4 << 20
 """Changes of about this size are logged together."""
 FULL_KINDS = ("first", "resync")
 

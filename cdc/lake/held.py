@@ -1,8 +1,8 @@
-"""The rows that `current` holds of a table, in a given shape and cut into parts: what a comparison begins from.
+"""The rows that `current` holds of a table, in a given shape, bucket by bucket: what a comparison begins from.
 
-A file of a table with a key holds one bucket of keys, so a part is read from the files that may have it and nothing is
-sorted; a table without a key is read through once. Rows of files that lack a column show its missing value. Reads one
-version of the table, changes nothing, and holds one part in memory at a time.
+A file of a table with a key holds one bucket of keys, so the rows of a bucket are found without looking at the others;
+a table without a key is one bucket. Rows of files that lack a column show its missing value. Reads one version of the
+table, changes nothing, and holds one slice of a file in memory at a time.
 """
 
 from __future__ import annotations
@@ -57,32 +57,29 @@ class HeldRows:
         return total
 
     @property
-    def parts(self) -> int:
-        """The least number of parts, a power of two, of which none needs more than its own rows of a file."""
+    def buckets(self) -> int:
+        """Number of buckets that the files are of, a power of two; 1 if the table has no key."""
         return max((of for _, _, of in self._of), default=1)
 
-    def part(self, number: int, of: int) -> pa.Table:
-        """Rows of a table with a key whose hash is in part `number` of `of` (a power of two), as `schema` has them.
-        SchemaConflict if a value does not fit its column's type."""
-        batches = []
+    def slices(self, bucket: int) -> Iterator[pa.RecordBatch]:
+        """Rows of one of the buckets, a few megabytes at a time: their keys (null without a key), columns of the shape
+        and `_raw`, as `schema` has them. SchemaConflict if a value does not fit its column's type."""
         names = [self._layout.names[i] for i in self._layout.key_index]
-        for live, bucket, buckets in self._of:
-            if (number - bucket) % min(of, buckets):
+        for live, own, of in self._of:
+            if bucket % of != own:
                 continue
             old = OldFile(self._fetcher.open(live.path), self._layout, None)
             for _, data, columns, raw in old.slices(self._missing):
-                keys = key_of([columns[i] for i in self._layout.key_index], raw, names)
-                batch = pa.RecordBatch.from_arrays([keys, *columns, _map(raw, data.num_rows)], schema=self.schema)
-                mine = bucket_of(keys, of) == number
-                batches.append(batch if mine.all() else batch.filter(pa.array(mine)))
-        return pa.Table.from_batches(batches, self.schema)
+                n = data.num_rows
+                keys = key_of([columns[i] for i in self._layout.key_index], raw, names) if names else _no_keys(n)
+                batch = pa.RecordBatch.from_arrays([keys, *columns, _map(raw, n)], schema=self.schema)
+                if of < self.buckets:
+                    batch = batch.filter(pa.array(bucket_of(keys, self.buckets) == bucket))
+                yield batch
 
-    def slices(self) -> Iterator[tuple[list[pa.Array], pa.Array, int]]:
-        """All rows, a slice at a time: columns of the shape, `_raw`, and how many they are."""
-        for live in self._files:
-            old = OldFile(self._fetcher.open(live.path), self._layout, None)
-            for _, data, columns, raw in old.slices(self._missing):
-                yield columns, _map(raw, data.num_rows), data.num_rows
+
+def _no_keys(rows: int) -> pa.Array:
+    return pa.nulls(rows, pa.string())
 
 
 def _map(raw: pa.Array, rows: int) -> pa.Array:

@@ -25,7 +25,7 @@ from connectors.postgres.connection import connect, describe, take_any_bytes, tr
 from connectors.postgres.replication import parse_lsn
 from connectors.postgres.snapshot import parse_csv
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 2 << 20
 """Text of one piece at most, a longer row apart: it is held several times while it is cast."""
 
 READABLE = """
