@@ -137,8 +137,8 @@ def test_five_million_rows_are_compared_in_little_memory(database: str, tmp_path
         peak = peak_rss_mb(daemon)
         daemon.verified(timeout_s=1200)
         counts = [run["counts"] for run in daemon.source()["runs"]["history"] if run["outcome"] == "done"]
-        assert sum(c["updated"] for c in counts) == 3 * ROWS // 100
+        assert sum(c["updated"] for c in counts) == 3 * ROWS // 100 + 9 + 18  # of those inserted before
         assert sum(c["inserted"] for c in counts) == 2700
-        assert sum(c["deleted"] for c in counts) >= ROWS // 50
+        assert sum(c["deleted"] for c in counts) == ROWS // 50 + 3 * 18
         assert daemon.stop(120) == 0
     assert peak < RSS_MAX_MB
