@@ -18,7 +18,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,14 +292,14 @@ class PeriodicRuns:
             else:
                 self._compare(run, work)
         except NotUnique as e:
-            self._fail(work, SourceRefused(
+            self._fail(run, work, SourceRefused(
                 f"table {work.table}: {e}, as the lake tells keys apart ({', '.join(work.schema.key)})",
                 hint=f'look for rows that share a key (a corrupt index?), or leave it out: exclude = ["{work.table}"]',
             ))  # fmt: skip
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise
-            self._fail(work, e)
+            self._fail(run, work, e)
 
     def _check(self) -> None:
         """Between two pieces of work: whether there is still time for more."""
@@ -326,21 +327,23 @@ class PeriodicRuns:
                 self._make_room()
                 self._check()
 
-    def _fail(self, work: Work, error: CdcError) -> None:
+    def _fail(self, run: _Open, work: Work, error: CdcError) -> None:
         work.failed = True
+        run.counts.failed += 1
         self._stop_table(work.table, error)
 
-    def _pieces(self, run: _Open, work: Work) -> Iterator[RowsRead]:
+    def _pieces(self, run: _Open, work: Work) -> Generator[RowsRead]:
         """What the source has of a table, and what its cursor has come to."""
         column = work.cursor
-        for piece in self._reader.read(work.found.schema, work.past):
-            self._check()
-            work.rows += piece.rows
-            run.counts.read += piece.rows
-            if column is not None and piece.rows:
-                mark = highest(piece.columns[work.schema.columns.index(column)], column, run.snapshot.clock_us)
-                work.mark = max((m for m in (mark, work.mark) if m is not None), default=None)
-            yield piece
+        with closing(self._reader.read(work.found.schema, work.past)) as pieces:
+            for piece in pieces:
+                self._check()
+                work.rows += piece.rows
+                run.counts.read += piece.rows
+                if column is not None and piece.rows:
+                    mark = highest(piece.columns[work.schema.columns.index(column)], column, run.snapshot.clock_us)
+                    work.mark = max((m for m in (mark, work.mark) if m is not None), default=None)
+                yield piece
 
     def _read_whole(self, run: _Open, work: Work) -> None:
         table, schema = work.table, work.schema
@@ -349,13 +352,14 @@ class PeriodicRuns:
         seen = {} if schema.key else {"xmin": "0", "xmax": "0", "xip": ""}
         facts = {"event": "begin", "kind": entry.kind, "oid": str(schema.oid), **seen}
         self._log_chunk(run, work, 0, control_batch(schema, facts, self._stamp(run, table, entry.id)))
-        for number, piece in enumerate(self._pieces(run, work), 1):
-            stamp = self._stamp(run, table, entry.id)
-            batch = read_batch(schema, piece.columns, piece.raw, stamp, piece.rows)
-            metrics.count_kept_as_text(self._source, table, batch.kept_as_text())
-            self._log_chunk(run, work, number, batch)
-            metrics.SNAPSHOT_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(piece.rows)
-            failpoint("periodic.after_chunk")
+        with closing(self._pieces(run, work)) as pieces:
+            for number, piece in enumerate(pieces, 1):
+                stamp = self._stamp(run, table, entry.id)
+                batch = read_batch(schema, piece.columns, piece.raw, stamp, piece.rows)
+                metrics.count_kept_as_text(self._source, table, batch.kept_as_text())
+                self._log_chunk(run, work, number, batch)
+                metrics.SNAPSHOT_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(piece.rows)
+                failpoint("periodic.after_chunk")
         run.counts.snapshot += work.rows
         run.ends.append(self._end_row(run, work, entry))
 
@@ -439,8 +443,9 @@ class PeriodicRuns:
                 source_bytes=work.found.bytes, partial=work.past is not None, check=self._check,
             )  # fmt: skip
             try:
-                for piece in self._pieces(run, work):
-                    comparison.take(piece)
+                with closing(self._pieces(run, work)) as pieces:
+                    for piece in pieces:
+                        comparison.take(piece)
                 self._tell_shape(run, work)
                 for old, new, found in comparison.parts():
                     self._log_found(run, work, old, new, found)

@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -232,9 +232,9 @@ class RunReader(Protocol):
         """Lock the selected tables in ACCESS SHARE mode, then take the snapshot. SourceUnavailable if a lock is not to
         be had within `lock_timeout`, or the tables change meanwhile."""
 
-    def read(self, schema: TableSchema, past: Past | None = None) -> Iterator[RowsRead]:
+    def read(self, schema: TableSchema, past: Past | None = None) -> Generator[RowsRead]:
         """All rows of a table of the snapshot, or those `past` a value, in pieces of bounded size, in no order. An
-        error leaves the snapshot open for other tables."""
+        error, or closing it early, leaves the snapshot open for other tables."""
 
     def end(self) -> None:
         """Close the open snapshot, if any; the connection stays."""

@@ -8,7 +8,8 @@ of any `wal_level` and on a standby. The snapshot stays open for the whole run. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import psycopg
@@ -131,7 +132,7 @@ class PostgresRunReader:
             tables=tables,
         )
 
-    def read(self, schema: TableSchema, past: Past | None = None) -> Iterator[RowsRead]:
+    def read(self, schema: TableSchema, past: Past | None = None) -> Generator[RowsRead]:
         described = self._described[schema.oid]
         relation = sql.SQL("{}" if described.kind == "p" else "only {}").format(sql.Identifier(*schema.table))
         where: sql.Composable = sql.SQL("")
@@ -147,18 +148,20 @@ class PostgresRunReader:
                 if not schema.columns:
                     row = connection.execute(sql.SQL("select count(*) from {} {}").format(relation, where)).fetchone()
                     yield RowsRead(columns=[], raw=None, rows=int(row[0]) if row else 0, last_key=None, done=True)
-                    return
-                names = sql.SQL(", ").join(sql.Identifier(c.name) for c in schema.columns)
-                query = sql.SQL("copy (select {} from {} {}) to stdout (format csv)").format(names, relation, where)
-                for data in self._pieces(connection, query):
-                    yield typed(schema, data)
-                connection.execute("release savepoint piece")
-            except psycopg.Error:
-                if connection.info.transaction_status == psycopg.pq.TransactionStatus.INERROR:
+                else:
+                    names = sql.SQL(", ").join(sql.Identifier(c.name) for c in schema.columns)
+                    query = sql.SQL("copy (select {} from {} {}) to stdout (format csv)").format(names, relation, where)
+                    with closing(self._pieces(connection, query)) as pieces:
+                        for data in pieces:
+                            yield typed(schema, data)
+            except BaseException:
+                # Also where whoever reads gave up in between: the snapshot is for the other tables too.
+                if not connection.closed:
                     connection.execute("rollback to savepoint piece")
                 raise
+            connection.execute("release savepoint piece")
 
-    def _pieces(self, connection: psycopg.Connection[Any], query: sql.Composed) -> Iterator[pa.Buffer]:
+    def _pieces(self, connection: psycopg.Connection[Any], query: sql.Composed) -> Generator[pa.Buffer]:
         """What a COPY sends, cut between rows: the server sends them one by one."""
         any_bytes = take_any_bytes(connection, local=True)
         with connection.cursor() as cursor, cursor.copy(query) as copy:
