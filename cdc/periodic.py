@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 ROOM_S = 60.0
 """How long a log that is full may stay as full as it is before a run is given up."""
+TRIM_PIECES = 16
+"""After so many pieces of a table, what the allocator keeps is given back."""
 PORTION_BYTES = 4 << 20
 """Changes of about this size are logged together."""
 FULL_KINDS = ("first", "resync")
@@ -336,8 +338,10 @@ class PeriodicRuns:
         """What the source has of a table, and what its cursor has come to."""
         column = work.cursor
         with closing(self._reader.read(work.found.schema, work.past)) as pieces:
-            for piece in pieces:
+            for number, piece in enumerate(pieces, 1):
                 self._check()
+                if number % TRIM_PIECES == 0:
+                    pa.default_memory_pool().release_unused()
                 work.rows += piece.rows
                 run.counts.read += piece.rows
                 if column is not None and piece.rows:

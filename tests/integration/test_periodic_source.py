@@ -87,6 +87,7 @@ def test_a_role_that_may_only_select_and_a_server_without_slots(bare: tuple[str,
         assert changes(daemon, "orders") == [("d", 2), ("u", 1), ("c", 99)]
 
 
+@pytest.mark.slow
 def test_a_table_that_may_not_be_read_stops_alone_and_check_names_the_grant(
     bare: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_check_says_what_a_cursor_lacks(database: str, tmp_path: Path) -> None:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_once_does_one_run_and_ends(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS)
     with periodic(tmp_path, database) as daemon:
@@ -137,6 +139,7 @@ def test_run_once_does_one_run_and_ends(database: str, tmp_path: Path) -> None:
         assert rows_of(daemon, "select count(*) from shop.orders") == [[49]]
 
 
+@pytest.mark.slow
 def test_runs_come_by_themselves_and_a_daemon_that_was_down_does_the_missed_ones_once(
     database: str, tmp_path: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_runs_come_by_themselves_and_a_daemon_that_was_down_does_the_missed_ones
         assert len(history(daemon)) == runs, "the last one began less than an hour ago"
 
 
+@pytest.mark.slow
 def test_a_pause_holds_runs_back_and_a_paused_table_takes_no_part(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS, "create table other (id int primary key)")
     with periodic(tmp_path, database) as daemon:
@@ -172,6 +176,7 @@ def test_a_pause_holds_runs_back_and_a_paused_table_takes_no_part(database: str,
         daemon.settled()
 
 
+@pytest.mark.slow
 def test_all_tables_of_a_run_stand_at_one_position_and_are_of_one_moment(database: str, tmp_path: Path) -> None:
     execute(database, "create table a (id int primary key)", "create table b (id int primary key)")
     with periodic(tmp_path, database) as daemon:
@@ -192,6 +197,7 @@ def test_all_tables_of_a_run_stand_at_one_position_and_are_of_one_moment(databas
         assert places[0] == places[1]
 
 
+@pytest.mark.slow
 def test_a_wrong_server_is_refused(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS)
     with periodic(tmp_path / "one", database) as daemon:
@@ -212,6 +218,7 @@ def test_a_wrong_server_is_refused(database: str, tmp_path: Path) -> None:
                 connection.execute("drop database elsewhere with (force)")
 
 
+@pytest.mark.slow
 def test_a_lost_disk_costs_a_comparison_and_nothing_else(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS)
     with periodic(tmp_path, database) as daemon:
@@ -223,6 +230,7 @@ def test_a_lost_disk_costs_a_comparison_and_nothing_else(database: str, tmp_path
         assert changes(daemon, "orders") == [("u", 3)]
 
 
+@pytest.mark.slow
 def test_a_restored_server_begins_a_new_epoch_and_only_what_differs_changes(tmp_path: Path) -> None:
     with private_server(tmp_path / "server", fresh=True) as server:
         execute(server.dsn(), *ORDERS)
@@ -252,6 +260,7 @@ def read_of_last(daemon: Daemon) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_a_cursor_reads_what_is_new_and_finds_ties_nulls_and_late_commits(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS)
     with periodic(tmp_path, database, CURSOR) as daemon, psycopg.connect(database) as late:
@@ -281,6 +290,7 @@ def test_a_cursor_reads_what_is_new_and_finds_ties_nulls_and_late_commits(databa
         assert changes(daemon, "orders").count(("u", 49)) == 0, "read again is not changed"
 
 
+@pytest.mark.slow
 def test_a_full_comparison_comes_when_it_is_due(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS)
     with periodic(tmp_path, database, {**CURSOR, "full_every": "1s"}) as daemon:
@@ -294,6 +304,7 @@ def test_a_full_comparison_comes_when_it_is_due(database: str, tmp_path: Path) -
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_read_stops_alone_and_the_run_goes_on(database: str, tmp_path: Path) -> None:
     with psycopg.connect(database) as connection:
         if connection.info.server_version < 180000:
@@ -314,6 +325,7 @@ def test_a_table_that_cannot_be_read_stops_alone_and_the_run_goes_on(database: s
         daemon.settled().verified()
 
 
+@pytest.mark.slow
 def test_partitions_inheritance_and_tables_without_columns(database: str, tmp_path: Path) -> None:
     execute(
         database,
@@ -344,6 +356,7 @@ def test_partitions_inheritance_and_tables_without_columns(database: str, tmp_pa
         assert rows_of(daemon, "select count(*) from shop.bare") == [[3]]
 
 
+@pytest.mark.slow
 def test_a_contract_holds_for_runs_too(database: str, tmp_path: Path) -> None:
     execute(database, "create table cold (id int primary key, a int)", "create table strict (id int primary key)",
             "insert into cold values (1, 1), (2, 2)", "insert into strict values (1)")  # fmt: skip
@@ -366,6 +379,7 @@ def test_a_contract_holds_for_runs_too(database: str, tmp_path: Path) -> None:
         daemon.settled().verified("strict")
 
 
+@pytest.mark.slow
 def test_what_was_a_stream_goes_on_as_runs_and_back(database: str, tmp_path: Path) -> None:
     execute(database, *ORDERS, "create table loose (v int)", "insert into loose values (1), (1)")
     keys = {"slot": None, "publication": None, "tables": ["public.*"]}
@@ -395,6 +409,7 @@ def test_what_was_a_stream_goes_on_as_runs_and_back(database: str, tmp_path: Pat
         assert daemon.ask("teardown", "--yes").code == 0
 
 
+@pytest.mark.slow
 def test_a_standby_is_read_like_a_primary(tmp_path: Path) -> None:
     with (
         private_server(tmp_path / "primary", fresh=True) as primary,
