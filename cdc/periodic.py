@@ -507,7 +507,10 @@ class PeriodicRuns:
     def _note(self, run: _Open, work: Work) -> None:
         """What is remembered of a table. All of it may be lost: then more is read than needed."""
         full = work.past is None
-        with self._state.transaction() as tx:
+        # Under the log's lock no table is stopped: landing may have done so already, for what this run brought.
+        with self._log.lock(), self._state.transaction() as tx:
+            if self._rests(work.table):
+                return
             if work.cursor is not None:
                 kept = {**self._memory(run, work).to_json(), "epoch": self._epoch}
                 self._state.set(cursor_fact(self._source, work.table), kept, tx)

@@ -122,6 +122,7 @@ class PeriodicPipeline:
         for entry in self._state.history(HISTORY, self.name, limit=1):
             if entry.outcome == "running":
                 self._state.finish_history(entry.id, "interrupted")
+        self._tell()
         for worker in self.workers:
             worker.start()
 
@@ -220,6 +221,7 @@ class PeriodicPipeline:
             counts = self._runs.run()
         except Halted:
             self._state.finish_history(history, "interrupted")
+            self._tell()
             raise
         except BaseException as e:
             known = e if isinstance(e, CdcError) else None
