@@ -30,6 +30,8 @@ PART_BYTES = 4 << 20
 """Bytes of a table, as its source or Parquet count them, that are compared at once."""
 PART_ROWS = 1 << 15
 PARTS_MAX = 1 << 12
+SPILL_BYTES = 4 << 20
+"""Rows of one side that are held before they go to disk, sorted."""
 
 
 class Comparison:
@@ -59,8 +61,8 @@ class Comparison:
         self._parts = _parts(held, 0 if partial else source_bytes)
         numbered = [pa.field(str(i), f.type) for i, f in enumerate(arrow_fields(schema))]
         rows = pa.schema([pa.field("key", pa.string()), *numbered, pa.field("raw", RAW_TYPE)])
-        self._new = Spill(folder / "new", rows)
-        self._old = Spill(folder / "old", held.schema)
+        self._new = Spill(folder / "new", rows, memory_bytes=SPILL_BYTES)
+        self._old = Spill(folder / "old", held.schema, memory_bytes=SPILL_BYTES)
         # Of a frozen table only the columns that the lake holds count.
         numbers = {c.attnum: i for i, c in enumerate(schema.columns)}
         self._pairs = [(i, numbers[c.attnum]) for i, c in enumerate(shape.columns) if c.attnum in numbers]
