@@ -102,12 +102,11 @@ class Pipeline:
         self._prepared = threading.Event()
         self._built = False
         self._settled = False
-        self._let_go = ""
-        self._reopen = ""
+        self._let_go = self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]
-        self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
-        self._turns |= {f"backfill:{lane}": threading.Lock() for lane in lanes}
+        parts = ("land", "merge", "backfill", "guard", *(f"backfill:{lane}" for lane in lanes))
+        self._turns = {part: threading.Lock() for part in parts}
         self._load = LoadLimit(source.snapshot_pause_active, lambda: self.admin.status().active_clients)
         self._resting = False
         self._stopped: set[TableId] = set()
