@@ -206,9 +206,10 @@ class Backfill:
 
     def _tell(self, why: str) -> None:
         """Say of all runs why nothing is read."""
-        for run in self._state.runs(self._source, states=["running"]):
-            if run.reason != why:
-                self._state.update_run(run.id, reason=why)
+        with self._lock:
+            for run in self._state.runs(self._source, states=["pending", "running"]):
+                if run.reason != why:
+                    self._state.update_run(run.id, reason=why)
 
     def _claim(self, lane: Lane) -> Callable[[], bool] | None:
         """What the lane does next; no other lane does it meanwhile."""
