@@ -173,6 +173,11 @@ class Backfill:
         """Do nothing any more: soon after, no step is at work. Thread-safe, and for good."""
         self._halted = True
 
+    def takes(self) -> list[int]:
+        """One number a lane, odd while it takes a snapshot that has not been held against the log (rule 1). Whoever
+        forgets logged transactions that no snapshot can miss any more waits for those that are being taken."""
+        return [lane.takes for lane in self._lanes]
+
     @property
     def idle(self) -> bool:
         """Whether nothing is ordered."""
@@ -203,9 +208,10 @@ class Backfill:
 
     def _tell(self, why: str) -> None:
         """Say of all runs why nothing is read."""
-        for run in self._state.runs(self._source, states=["running"]):
-            if run.reason != why:
-                self._state.update_run(run.id, reason=why)
+        with self._lock:
+            for run in self._state.runs(self._source, states=["pending", "running"]):
+                if run.reason != why:
+                    self._state.update_run(run.id, reason=why)
 
     def _claim(self, lane: Lane) -> Callable[[], bool] | None:
         """What the lane does next; no other lane does it meanwhile."""
@@ -216,8 +222,12 @@ class Backfill:
                     self._wishes.remove(wish)
                     self._claims[lane.number] = ("", None, wish.table)
                     return partial(self._guarded, lane, wish.table, partial(self._read_keys, wish=wish))
-            runs = self._state.runs(self._source, states=["pending", "running"])
+            # A run of single keys belongs to the lane that has made it.
+            runs = [r for r in self._state.runs(self._source, states=["pending", "running"]) if r.kind != "keys"]
             self._open = bool(runs)
+            if not runs:
+                for known in (self._sizes, self._filtered, self._not_before, self._before):
+                    known.clear()
             runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]
             running = [r for r in runs if r.state == "running"]
             now = time.monotonic()
@@ -413,16 +423,17 @@ class Backfill:
 
     def _read_keyless(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
         """Rule 16: one snapshot of the whole table, its visibility in the begin row."""
-        snapshot = lane.reader.begin(schema)
-        renamed = snapshot.schema.table != run.table
-        if renamed or self._book.register(snapshot.schema).version != schema.version:
-            raise Later("the table changed; the run begins again", RETRY_S)
-        seen = snapshot.visibility
-        with self._log.lock():
-            if self._log.hidden(self._source, seen, through_lsn=None):
-                raise Later("waits for a logged transaction to become visible", RETRY_S)
-            running = ",".join(map(str, sorted(seen.in_progress)))
-            self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
+        with lane.taking():
+            snapshot = lane.reader.begin(schema)
+            renamed = snapshot.schema.table != run.table
+            if renamed or self._book.register(snapshot.schema).version != schema.version:
+                raise Later("the table changed; the run begins again", RETRY_S)
+            seen = snapshot.visibility
+            with self._log.lock():
+                if self._log.hidden(self._source, seen, through_lsn=None):
+                    raise Later("waits for a logged transaction to become visible", RETRY_S)
+                running = ",".join(map(str, sorted(seen.in_progress)))
+                self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
         after: tuple[str, ...] | None = None
         while True:
             current = self._state.run(run.id)
@@ -438,6 +449,9 @@ class Backfill:
                 self._appender.append(current, schema, snapshot, rows, [], whole_step(rows))
             failpoint("backfill.after_chunk")
             after = rows.last_key
+            self._rate.took(rows.rows, rows.bytes)
+            while (held := self._rate.wait_s()) > 0 and not self._halted:
+                time.sleep(min(held, PAUSED_S))
 
     def _read_keys(self, lane: Lane, wish: Wish) -> bool:
         """Rule 9: rows whose unknown columns nothing in the lake knows are read once more by key."""
@@ -446,8 +460,10 @@ class Backfill:
             raise InvariantBroken(f"keys of table {wish.table} cannot be read again: it has no key")
         keys = wish.keys[:KEYS_PER_CHUNK]
         mark = lane.mark()
-        snapshot = lane.reader.begin(schema)
-        if self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
+        with lane.taking():
+            snapshot = lane.reader.begin(schema)
+            hidden = self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn)
+        if hidden:
             self.wish(wish.table, wish.keys)
             raise Later(seconds=RETRY_S, whole=False)
         under_lock = self._book.register(snapshot.schema)

@@ -117,6 +117,7 @@ class Pipeline:
         self._discover_at = 0.0
         self._shapes_seen = 0
         self._look_at = 0.0
+        self._prune: tuple[int, list[int]] = (0, [])
         self._renew_at = 0.0
         self.workers = [
             Worker(
@@ -308,6 +309,7 @@ class Pipeline:
         lake = self._config.lake
         self._epoch = anchor.epoch
         self._discover_at = self._look_at = 0.0
+        self._prune = 0, []
         self._heads.clear()
         self._caught_up_at.clear()
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
@@ -398,8 +400,12 @@ class Pipeline:
             self._discover_at = now if again else now + self._source_config.watch_every_s
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
-            self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
+            self._prune = self.admin.status().oldest_xmin, self.backfill.takes()
+        xmin, taking = self._prune
+        if xmin and not any(old % 2 and old == new for old, new in zip(taking, self.backfill.takes(), strict=True)):
+            # Snapshots that were being taken then know what they miss; a later one cannot begin below that.
+            self._log.prune_xids(self.name, xmin)
+            self._prune = 0, []
         return self.backfill.step(pause=self._pause())
 
     def _lane_step(self, lane: int) -> bool:
