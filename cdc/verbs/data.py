@@ -231,7 +231,11 @@ def _show_report(call: Call, report: TableReport) -> None:
         return
     verdict = "equal" if report.equal else "DIFFERENT" if any(report.counts.values()) else "not fully compared"
     rest = f", {report.not_compared} keys not compared: they changed in every round" if report.not_compared else ""
+    rest += f", a sample of {report.sample:g} %" if report.sample < 100 else ""
+    rest += f", by cells: {report.why}" if report.by == "cells" else ""
     line(f"{name}: {verdict}, {report.rows} rows{rest}")
+    if report.left_out:
+        line(f"  not in the lake, which is frozen: {', '.join(report.left_out)}")
     for kind, keys in (("missing", report.missing), ("extra", report.extra), ("different", report.different)):
         if report.counts[kind]:
             more = ", …" if report.counts[kind] > len(keys[:20]) else ""
