@@ -83,7 +83,8 @@ class Backfill:
         self._claims: dict[int, tuple[str, int | None, TableId]] = {}
         """What each lane is at: run, range, table."""
         self._sizes: dict[str, ChunkSize] = {}
-        self._open = True
+        self.open = True
+        """Whether anything was ordered when somebody last looked."""
         self._wishes: list[Wish] = []
         self._lock = threading.RLock()
         self._before: dict[str, set[str]] = {}
@@ -194,7 +195,7 @@ class Backfill:
             return False
         if lane.chunk is not None:
             return self._guarded(lane, lane.chunk.run.table, self._settle, lane.chunk.run)
-        if number and not self._open:
+        if number and not self.open:
             return False
         held = self._rate.wait_s()
         if held > 0:
@@ -224,7 +225,7 @@ class Backfill:
                     return partial(self._guarded, lane, wish.table, partial(self._read_keys, wish=wish))
             # A run of single keys belongs to the lane that has made it.
             runs = [r for r in self._state.runs(self._source, states=["pending", "running"]) if r.kind != "keys"]
-            self._open = bool(runs)
+            self.open = bool(runs)
             if not runs:
                 for known in (self._sizes, self._filtered, self._not_before, self._before):
                     known.clear()

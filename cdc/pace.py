@@ -78,7 +78,10 @@ class LoadLimit:
         """Why snapshots must wait; empty if they need not. `idle`: nobody wants to know. Asks the server, once a second
         at most; its errors are the caller's."""
         now = time.monotonic()
-        if self._limit and not idle and now >= self._ask_at:
+        if idle or not self._limit:
+            # What was found is old by the time that somebody wants to know again.
+            self._why = ""
+        elif now >= self._ask_at:
             self._ask_at = now + ACTIVE_S
             active = self._active()
             self._why = f"is paused: {active} clients are active (more than {self._limit})"

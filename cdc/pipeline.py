@@ -410,9 +410,11 @@ class Pipeline:
 
     def _lane_step(self, lane: int) -> bool:
         """A step of a reader that works beside the first one."""
-        if self._paused():
-            return False
-        return self._in_turn(f"backfill:{lane}", lambda: self.backfill.step(lane, self._pause()))
+
+        def step() -> bool:
+            return self.backfill.open and not self._paused() and self.backfill.step(lane, self._pause())
+
+        return self._in_turn(f"backfill:{lane}", step)
 
     def _pause(self) -> str:
         """Why snapshots must not read now; empty if they may."""
@@ -420,7 +422,7 @@ class Pipeline:
             return "waits for the stream to be opened anew"
         if self.guard.pauses_snapshots:
             return "is paused by the WAL guard"
-        return self._load.why(self.backfill.idle)
+        return self._load.why(idle=not self.backfill.open)
 
     # ---- tables ----
 

@@ -17,12 +17,14 @@ from tests.support.waiting import wait_until
 from tests.support.witness import Witness, assert_exactly_once, changelog
 
 TABLES = [f"public.t{i}" for i in range(6)] + [f"public.pgbench_{n}" for n in ("accounts", "branches", "tellers")]
-ROWS = 60_000
+ROWS = 30_000
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ten_tables_ten_kills_and_none_is_read_twice_from_the_start(tmp_path: Path, rng: random.Random) -> None:
+    # Ten processes on a busy machine: what is tested is not how soon a lease is renewed.
+    patient = {"lease_ttl_s": 300}
     with private_server(tmp_path / "postgres") as server:
         dsn = server.dsn()
         subprocess.run([server.binary("pgbench"), "-i", "-s", "2", "-q", dsn], check=True, capture_output=True)
@@ -37,17 +39,17 @@ def test_ten_tables_ten_kills_and_none_is_read_twice_from_the_start(tmp_path: Pa
         )
         script = tmp_path / "moves.sql"
         script.write_text(
-            "\\set t random(0, 5)\n\\set i random(1, 60000)\n\\set j random(1, 1000000000)\n"
+            "\\set t random(0, 5)\n\\set i random(1, 30000)\n\\set j random(1, 1000000000)\n"
             + "\n".join(
                 f"update t{i} set n = n + 1 where id = :i;\n"
-                f"update t{i} set id = :j + 60000 where id = :i + {i} and not exists"
-                f" (select from t{i} where id = :j + 60000);"
+                f"update t{i} set id = :j + 30000 where id = :i + {i} and not exists"
+                f" (select from t{i} where id = :j + 30000);"
                 for i in range(6)
             )
             + "\n"
         )
         options = {"readers": 3, "chunk_rows": 3000}
-        with Daemon(tmp_path / "daemon", dsn, source=options) as daemon:
+        with Daemon(tmp_path / "daemon", dsn, source=options, lake=patient) as daemon:
             assert daemon.ask("setup").code == 0
             witness = Witness(dsn, f"witness_{daemon.slot}")
             command = [server.binary("pgbench"), "-n", "-c", "2", "-R", "30", "-T", "900"]

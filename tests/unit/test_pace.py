@@ -86,6 +86,7 @@ def test_a_busy_source_is_asked_once_a_second_and_only_while_something_is_to_be_
     assert len(asked) == 1
     clock.now += 1.5
     assert limit.why(idle=False) == "is paused: 7 clients are active (more than 6)"
+    assert limit.why(idle=True) == "", "an order that comes later is not held up by what was once"
     assert LoadLimit(0, active).why(idle=False) == ""
     assert len(asked) == 2
 
