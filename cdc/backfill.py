@@ -21,12 +21,12 @@ from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
 from cdc.candidates import Candidates
 from cdc.errors import CdcError, FilterRefused, InvariantBroken, NotPublished, SourceRefused, Verdict
 from cdc.failpoints import failpoint
-from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
+from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key
 from cdc.log import EventLog
 from cdc.pace import FIRST_BLOCKS, FIRST_ROWS, ChunkSize, RateLimit
-from cdc.ports import RowsRead, SnapshotReader
+from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
 from cdc.ranges import details_of, first_free, ranges_of
-from cdc.reading import RETRY_S, Anew, Lane, Later, Wish
+from cdc.reading import RETRY_S, Anew, Lane, Later, Piece, Wish
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.state import State
@@ -40,8 +40,7 @@ PAUSED_S = 0.5
 
 
 class Backfill:
-    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel` and `wish` may be called from
-    any."""
+    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel`, `wish` may be by any."""
 
     def __init__(
         self,
@@ -174,6 +173,11 @@ class Backfill:
         """Do nothing any more: soon after, no step is at work. Thread-safe, and for good."""
         self._halted = True
 
+    def takes(self) -> list[int]:
+        """One number a lane, odd while it takes a snapshot that has not been held against the log (rule 1). Whoever
+        forgets logged transactions that no snapshot can miss any more waits for those that are being taken."""
+        return [lane.takes for lane in self._lanes]
+
     @property
     def idle(self) -> bool:
         """Whether nothing is ordered."""
@@ -204,9 +208,10 @@ class Backfill:
 
     def _tell(self, why: str) -> None:
         """Say of all runs why nothing is read."""
-        for run in self._state.runs(self._source, states=["running"]):
-            if run.reason != why:
-                self._state.update_run(run.id, reason=why)
+        with self._lock:
+            for run in self._state.runs(self._source, states=["pending", "running"]):
+                if run.reason != why:
+                    self._state.update_run(run.id, reason=why)
 
     def _claim(self, lane: Lane) -> Callable[[], bool] | None:
         """What the lane does next; no other lane does it meanwhile."""
@@ -217,8 +222,12 @@ class Backfill:
                     self._wishes.remove(wish)
                     self._claims[lane.number] = ("", None, wish.table)
                     return partial(self._guarded, lane, wish.table, partial(self._read_keys, wish=wish))
-            runs = self._state.runs(self._source, states=["pending", "running"])
+            # A run of single keys belongs to the lane that has made it.
+            runs = [r for r in self._state.runs(self._source, states=["pending", "running"]) if r.kind != "keys"]
             self._open = bool(runs)
+            if not runs:
+                for known in (self._sizes, self._filtered, self._not_before, self._before):
+                    known.clear()
             runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]
             running = [r for r in runs if r.state == "running"]
             now = time.monotonic()
@@ -253,16 +262,16 @@ class Backfill:
         except Later as e:
             self._wait(lane, run, e)
             return False
-        except Anew as e:
-            assert run is not None
-            lane.chunk = None
-            return self._start_anew(run, str(e))
         except NotPublished as e:
             # As in `_start`: no error of the table. It may come back, and is read anew then.
             lane.chunk = None
             if run is not None:
                 self._state.update_run(run.id, state="failed", reason=e.args[0])
             return True
+        except Anew as e:
+            assert run is not None
+            lane.chunk = None
+            return self._start_anew(run, str(e))
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
                 raise
@@ -336,29 +345,41 @@ class Backfill:
         if not schema.key or run.details.get("epoch") != position.epoch:
             # The one snapshot of a keyless table ended with the process; another epoch is another history.
             raise Anew("the run was interrupted")
-        if run.kind in WHOLE_KINDS and "ranges" not in run.details and run.last_key is None and len(self._lanes) > 1:
-            return self._plan(lane, run, schema)
-        piece = self._next(run, schema, number)
-        if piece is None:
-            raise Later("waits for the lake to hold what it has read")
-        took = lane.read(run, schema, piece.read, piece.step)
+        whole, planned = run.kind in WHOLE_KINDS, "ranges" in run.details or run.last_key is not None
+        if whole and not planned and len(self._lanes) > 1:
+            took = lane.read(run, schema, partial(self._plan, run, schema))
+        else:
+            piece = self._next(run, schema, number)
+            if piece is None and self._whole_pending(run.table):
+                # The lake may hold it only when the whole table has been read, and that waits for us.
+                raise Anew("the whole table is read before")
+            if piece is None:
+                raise Later("waits for the lake to hold what it has read")
+            took = lane.read(run, schema, lambda _: piece)
         assert lane.chunk is not None
         rows, size = lane.chunk.rows, self._sizes[run.id]
-        if "keys" not in piece.read:
+        if lane.chunk.step.asked is None:
             size.learn(took, rows.rows, rows.bytes, rows_max=self._bounds[0], bytes_max=self._bounds[1])
         self._rate.took(rows.rows, rows.bytes)
         return self._settle(lane)
 
-    def _plan(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
-        """Decide how the run reads its table. Behind its begin row, for the sake of decision 31."""
-        _, snapshot = lane.begin(run, schema)
+    def _whole_pending(self, table: TableId) -> bool:
+        return any(r.kind in WHOLE_KINDS for r in self._state.runs(self._source, table, states=["pending"]))
+
+    def _plan(self, run: Run, schema: TableSchema, snapshot: TableSnapshot) -> Piece:
+        """Decide how the run reads its table, and begin with its first range. Behind the begin row, for the sake of
+        decision 31."""
         plan = snapshot.plan(PARTS_MAX)
         with self._log.lock():
             now = self._state.run(run.id)
-            if now is not None and now.state == "running":
-                details = {**now.details, "relfilenode": snapshot.relfilenode, **details_of(plan)}
-                self._state.update_run(run.id, details=details)
-        return True
+            if now is None or now.state != "running":
+                raise Later(seconds=0.0)
+            # Blocks are those of one file; keys are of any, as long as nothing was read.
+            file = {"relfilenode": snapshot.relfilenode} if plan.strategy == "blocks" else {}
+            run = self._state.update_run(run.id, details={**now.details, **file, **details_of(plan)})
+        piece = self._next(run, schema, 0)
+        assert piece is not None
+        return piece
 
     def _next(self, run: Run, schema: TableSchema, number: int) -> Piece | None:
         """What the run reads next; None if it must wait."""
@@ -402,16 +423,17 @@ class Backfill:
 
     def _read_keyless(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
         """Rule 16: one snapshot of the whole table, its visibility in the begin row."""
-        snapshot = lane.reader.begin(schema)
-        renamed = snapshot.schema.table != run.table
-        if renamed or self._book.register(snapshot.schema).version != schema.version:
-            raise Later("the table changed; the run begins again", RETRY_S)
-        seen = snapshot.visibility
-        with self._log.lock():
-            if self._log.hidden(self._source, seen, through_lsn=None):
-                raise Later("waits for a logged transaction to become visible", RETRY_S)
-            running = ",".join(map(str, sorted(seen.in_progress)))
-            self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
+        with lane.taking():
+            snapshot = lane.reader.begin(schema)
+            renamed = snapshot.schema.table != run.table
+            if renamed or self._book.register(snapshot.schema).version != schema.version:
+                raise Later("the table changed; the run begins again", RETRY_S)
+            seen = snapshot.visibility
+            with self._log.lock():
+                if self._log.hidden(self._source, seen, through_lsn=None):
+                    raise Later("waits for a logged transaction to become visible", RETRY_S)
+                running = ",".join(map(str, sorted(seen.in_progress)))
+                self._appender.begin(run, schema, {"xmin": str(seen.xmin), "xmax": str(seen.xmax), "xip": running})
         after: tuple[str, ...] | None = None
         while True:
             current = self._state.run(run.id)
@@ -427,6 +449,9 @@ class Backfill:
                 self._appender.append(current, schema, snapshot, rows, [], whole_step(rows))
             failpoint("backfill.after_chunk")
             after = rows.last_key
+            self._rate.took(rows.rows, rows.bytes)
+            while (held := self._rate.wait_s()) > 0 and not self._halted:
+                time.sleep(min(held, PAUSED_S))
 
     def _read_keys(self, lane: Lane, wish: Wish) -> bool:
         """Rule 9: rows whose unknown columns nothing in the lake knows are read once more by key."""
@@ -435,8 +460,10 @@ class Backfill:
             raise InvariantBroken(f"keys of table {wish.table} cannot be read again: it has no key")
         keys = wish.keys[:KEYS_PER_CHUNK]
         mark = lane.mark()
-        snapshot = lane.reader.begin(schema)
-        if self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
+        with lane.taking():
+            snapshot = lane.reader.begin(schema)
+            hidden = self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn)
+        if hidden:
             self.wish(wish.table, wish.keys)
             raise Later(seconds=RETRY_S, whole=False)
         under_lock = self._book.register(snapshot.schema)

@@ -39,6 +39,20 @@ class SourceConfig:
     tables: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     mode: str = "stream"
+    """stream: logical replication; snapshot: periodic runs that compare, with no right but SELECT."""
+    every: str = ""
+    """Of mode snapshot: a run is due this long after the last one began, as a duration."""
+    cron: str = ""
+    """Or when it is due, as a cron expression in UTC."""
+    strategy: str = "diff"
+    """diff: a run reads every table whole; cursor: only rows past the highest `cursor` that was read."""
+    cursor: str = ""
+    cursor_lag_s: float = 300.0
+    """How far behind the highest value a run begins: for clocks that differ."""
+    full_every: str = "1d"
+    """How often strategy cursor reads a table whole all the same, which alone finds deletes."""
+    run_timeout_s: float = 21_600.0
+    """Bound of the snapshot that one run holds open."""
     slot: str = ""
     publication: tuple[str, ...] = ()
     partial_operations: tuple[str, ...] = ()
@@ -84,6 +98,11 @@ class SourceConfig:
     """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
     table: dict[str, TableConfig] = field(default_factory=dict)
     """By `schema.table`."""
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether its tables are compared now and then, and no stream is read."""
+        return self.mode == "snapshot"
 
     def declared(self, table: str, column: str) -> str:
         """The type that the configuration wants for a column, empty if it says none."""

@@ -37,18 +37,17 @@ SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
 
 # Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
 _LATER_KEYS: dict[str, frozenset[str]] = {
-    "source": frozenset({"every", "cron", "strategy", "cursor"}),
     "lake": frozenset({"region", "endpoint_url"}),
     "sync": frozenset({"where", "approve", "deletes"}),
 }
 _LATER_VALUES: dict[tuple[str, str], frozenset[str]] = {
-    ("source", "mode"): frozenset({"snapshot"}),
     ("source", "type"): frozenset({"kafka"}),
     ("target", "type"): frozenset({"http", "kafka"}),
     ("sync", "mode"): frozenset({"insert", "update", "mirror", "append"}),
 }
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("source", "mode"): ("stream",),
+    ("source", "mode"): ("stream", "snapshot"),
+    ("source", "strategy"): ("diff", "cursor"),
     ("source", "confirm_after"): ("landed", "log"),
     ("source", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("table", "on_schema_change"): ("evolve", "freeze", "stop"),
@@ -68,6 +67,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "buffer_bytes"): 1 << 20,
     ("source", "spool_bytes_max"): 1 << 20,
     ("source", "poll_sleep_s"): 0,
+    ("source", "cursor_lag_s"): 0,
     ("source", "heartbeat_every_s"): 0,
     ("verify", "every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,
@@ -77,6 +77,12 @@ _LEAST: dict[tuple[str, str], float] = {
     ("", "log_bytes_max"): 8 << 20,
     ("", "log_segment_bytes"): 1 << 20,
 }
+_PERIODIC = ("every", "cron", "strategy", "cursor", "cursor_lag_s", "full_every", "run_timeout_s")
+_STREAMING = (
+    "slot", "publication", "partial_operations", "messages", "confirm_after", "on_slot_lost", "failover", "streaming",
+    "heartbeat_every_s", "wal_warn_at", "wal_confirm_at", "wal_pause_at", "wal_drop_at",
+)  # fmt: skip
+"""Keys that say something of a slot or a stream."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
@@ -144,6 +150,8 @@ class _Reader:
         )  # fmt: skip
         if "source" not in document:
             self.problems.append("no source: write a [source.NAME] section")
+        for name, source in sources.items():
+            self._check_periodic(source, document["source"][name])
         sources = {name: self._finish_source(source) for name, source in sources.items()}
         targets = {name: self._finish_target(target) for name, target in targets.items()}
         self._check_slots(sources)
@@ -346,6 +354,30 @@ class _Reader:
                     self.problems.append(f'{at}.{key}: "{pattern}" names no schema; write "public.{pattern}"')
         return source
 
+    def _check_periodic(self, source: SourceConfig, given: Mapping[str, Any]) -> None:
+        """What goes with mode = "snapshot", and with it only."""
+        at = f"source.{source.name}"
+        if not source.is_periodic:
+            stray = [key for key in _PERIODIC if key in given]
+            if stray:
+                self.problems.append(f'{at}.{stray[0]}: goes with mode = "snapshot" only')
+            return
+        stray = [key for key in _STREAMING if key in given]
+        if stray:
+            self.problems.append(f'{at}.{stray[0]}: goes with mode = "stream" only; there is no slot here')
+        if bool(source.every) == bool(source.cron):
+            self.problems.append(f'{at}: set exactly one of every ("15m") and cron ("0 * * * *")')
+        if (source.strategy == "cursor") != bool(source.cursor):
+            self.problems.append(f'{at}.cursor: names the column of strategy = "cursor"; set both or none')
+        from cdc.schedule import Schedule
+
+        for key, text in (("every", source.every), ("full_every", source.full_every), ("cron", source.cron)):
+            try:
+                if text or key == "full_every":
+                    Schedule(every="" if key == "cron" else text, cron=text if key == "cron" else "")
+            except ValueError as error:
+                self.problems.append(f"{at}.{key}: {error}")
+
     def _finish_target(self, target: TargetConfig) -> TargetConfig:
         self._check_connection(f"target.{target.name}", target)
         return replace(target, origin=target.origin or f"cdc_{target.name}")
@@ -362,6 +394,8 @@ class _Reader:
     def _check_slots(self, sources: dict[str, SourceConfig]) -> None:
         taken: dict[tuple[str, str], str] = {}
         for source in sources.values():
+            if source.is_periodic:
+                continue
             other = taken.setdefault((source.dsn, source.slot), source.name)
             if other != source.name:
                 self.problems.append(

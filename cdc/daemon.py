@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from cdc.errors import CdcError, ConfigError, TimedOut
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
 from cdc.notify import Notifier
+from cdc.periodic_pipeline import PeriodicPipeline
 from cdc.pipeline import Pipeline
 from cdc.ports import ObjectStore
 from cdc.serving import Serving
@@ -51,7 +52,7 @@ class Daemon:
         self._stop = threading.Event()
         self._signals = 0
         self._fatal: BaseException | None = None
-        self._pipelines: dict[str, Pipeline] = {}
+        self._pipelines: dict[str, Pipeline | PeriodicPipeline] = {}
 
     def run(self, *, once: bool = False) -> int:
         """Until a signal, or with `once` until everything committed before now has landed and due syncs have run.
@@ -94,7 +95,8 @@ class Daemon:
         owner = f"{socket.gethostname()} pid {os.getpid()}"
         self._serving = Serving(config, state, store, self._changed_by_others)
         for name, source in config.sources.items():
-            self._pipelines[name] = Pipeline(
+            made = PeriodicPipeline if source.is_periodic else Pipeline
+            self._pipelines[name] = made(
                 config, source, state, event_log, store,
                 owner=owner, own_origins=self._serving.origins, stop=self._stop, on_fatal=self._on_fatal,
                 alert=self._alerts.tell,
@@ -232,7 +234,7 @@ class Daemon:
 
     def _finished(self) -> Pending:
         """For `--once`: polled until everything committed before now is in the lake and due syncs have run."""
-        barriers: dict[str, int] = {}
+        finishing: dict[str, Callable[[], bool]] = {}
         deadline = time.monotonic() + ONCE_TIMEOUT_S
 
         def done() -> dict[str, Any] | None:
@@ -242,14 +244,12 @@ class Daemon:
                 error = pipeline.operator_error()
                 if error is not None:
                     raise error
-                if not pipeline.prepared:
-                    return None
-                if not pipeline.discovered or not pipeline.backfill.idle:
-                    return None
-                if name not in barriers:
-                    # Behind the last snapshot's rows: they stand at a position that had landed before they were read.
-                    barriers[name] = pipeline.admin.barrier()
-                if not pipeline.has_reached(barriers[name]):
+                if name not in finishing:
+                    ended = pipeline.finishing()
+                    if ended is None:
+                        return None
+                    finishing[name] = ended
+                if not finishing[name]():
                     return None
             return {"done": True} if self._serving.settled() else None
 
@@ -269,7 +269,7 @@ class Daemon:
 
     # ---- orders ----
 
-    def _pipeline(self, args: Mapping[str, Any]) -> Pipeline:
+    def _pipeline(self, args: Mapping[str, Any]) -> Pipeline | PeriodicPipeline:
         name = str(args["source"])
         if name not in self._pipelines:
             raise ConfigError(f"the running daemon has no source {name!r}", hint="restart it with this configuration")
@@ -299,7 +299,7 @@ class Daemon:
         pipeline, table = self._pipeline(args), _table(args["table"])
 
         def cancel() -> dict[str, Any] | None:
-            return {"runs": pipeline.backfill.cancel(table)} if pipeline.prepared else None
+            return {"runs": pipeline.cancel(table)} if pipeline.prepared else None
 
         return cancel() or cancel
 
@@ -316,13 +316,18 @@ class Daemon:
 
     def _wait(self, args: dict[str, Any]) -> Pending:
         pipeline = self._pipeline(args)
-        lsn = int(args["lsn"])
+        awaited: list[Callable[[], bool]] = []
 
         def reached() -> dict[str, Any] | None:
             error = pipeline.operator_error()
             if error is not None:
                 raise error
-            if not pipeline.has_reached(lsn):
+            if not pipeline.prepared:
+                return None
+            if not awaited:
+                logged = bool(args.get("logged"))
+                awaited.append(pipeline.landing() if logged else pipeline.awaiting(int(args["lsn"])))
+            if not awaited[0]():
                 return None
             pipeline.beat()  # `status` is not to say less than what we answer
             return pipeline.reached()

@@ -68,6 +68,8 @@ class LandedCut:
 
     boundary: Boundary
     versions: dict[TableId, int]
+    common: bool = True
+    """Whether all tables stand at one position of the source: only then models may read it."""
 
 
 class LogReader:

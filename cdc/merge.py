@@ -121,7 +121,7 @@ class Merger:
             if merged is not None:
                 worked |= self._versions.get(table) != merged
                 versions[table] = self._versions[table] = merged
-        if worked or cut.boundary.lsn != self._saved_lsn:
+        if cut.common and (worked or cut.boundary.lsn != self._saved_lsn):
             self._state.save_cut(self._source, cut.boundary.lsn, versions)
             self._saved_lsn = cut.boundary.lsn
         if whole:

@@ -103,6 +103,11 @@ SNAPSHOT_CHUNK_SECONDS = _histogram(
     "cdc_snapshot_chunk_seconds", "Time of one chunk, from its snapshot to its append.", "source"
 )
 
+RUNS = _counter("cdc_runs", "Runs of a periodic source by outcome (done, failed).", "source", "outcome")
+RUN_SECONDS = _histogram(
+    "cdc_run_seconds", "Time of one run of a periodic source, from its snapshot to the log.", "source"
+)
+
 # Lake
 LANDED_ROWS = _counter("cdc_landed_rows", "Rows committed to changelogs.", "source", "table")
 LANDED_BYTES = _counter("cdc_landed_bytes", "Bytes of Parquet committed to changelogs.", "source")

@@ -32,11 +32,11 @@ from cdc.errors import (
     Standby,
     StoreConflict,
     Undecodable,
-    Verdict,
 )  # fmt: skip
 from cdc.evolution import Evolution
 from cdc.guard import Guard
 from cdc.heads import Heads
+from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
@@ -102,21 +102,22 @@ class Pipeline:
         self._prepared = threading.Event()
         self._built = False
         self._settled = False
-        self._let_go = ""
-        self._reopen = ""
+        self._let_go = self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]
-        self._turns = {part: threading.Lock() for part in ("land", "merge", "backfill", "guard")}
-        self._turns |= {f"backfill:{lane}": threading.Lock() for lane in lanes}
+        parts = ("land", "merge", "backfill", "guard", *(f"backfill:{lane}" for lane in lanes))
+        self._turns = {part: threading.Lock() for part in parts}
         self._load = LoadLimit(source.snapshot_pause_active, lambda: self.admin.status().active_clients)
         self._resting = False
         self._stopped: set[TableId] = set()
         self._gone: set[TableId] = set()
         self._caught_up_at: dict[str, float] = {}
         self._heads = Heads()
+        self._ladder = Ladder(self.name, event_log)
         self._discover_at = 0.0
         self._shapes_seen = 0
         self._look_at = 0.0
+        self._prune: tuple[int, list[int]] = (0, [])
         self._renew_at = 0.0
         self.workers = [
             Worker(
@@ -308,6 +309,7 @@ class Pipeline:
         lake = self._config.lake
         self._epoch = anchor.epoch
         self._discover_at = self._look_at = 0.0
+        self._prune = 0, []
         self._heads.clear()
         self._caught_up_at.clear()
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
@@ -322,7 +324,7 @@ class Pipeline:
             anchored_lsn=anchor.may_confirm_lsn,
             every_s=self._source_config.confirm_every_s,
             anchored_mode=anchor.mode,
-            logged_lsn=self._logged_lsn(),
+            logged_lsn=self._ladder.logged(),
         )
         self.evolution = Evolution(
             self.name, self._state, self._book, self._store,
@@ -352,6 +354,7 @@ class Pipeline:
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
             check_lease=self._lease.check,
         )  # fmt: skip
+        self._ladder.stand_on(self.lander, self.merger)
         self.discovery = Discovery(
             self.name, self._reader, self.admin, self._state, self._book, self._store, self.backfill, self,
             epoch=self._epoch, server=anchor.system_id,
@@ -361,10 +364,6 @@ class Pipeline:
         stream = SourceStream(self.name, self._source, self._book, self._gate, self._epoch)
         self._capture: Stage[Portion, Boundary | None] = Stage(f"capture:{self.name}", stream, self.log_end)
         self._land: Stage[Group, LandPoint] = Stage(f"land:{self.name}", reader, self.lander)
-
-    def _logged_lsn(self) -> int:
-        logged = self._log.position(self.name)
-        return logged.end_lsn if logged is not None else 0
 
     def _save_anchor(self, may_confirm_lsn: int, mode: str) -> None:
         self._lease.check()
@@ -401,8 +400,12 @@ class Pipeline:
             self._discover_at = now if again else now + self._source_config.watch_every_s
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            # No snapshot of ours is open here, and a later one cannot begin below what the server says now.
-            self._log.prune_xids(self.name, self.admin.status().oldest_xmin)
+            self._prune = self.admin.status().oldest_xmin, self.backfill.takes()
+        xmin, taking = self._prune
+        if xmin and not any(old % 2 and old == new for old, new in zip(taking, self.backfill.takes(), strict=True)):
+            # Snapshots that were being taken then know what they miss; a later one cannot begin below that.
+            self._log.prune_xids(self.name, xmin)
+            self._prune = 0, []
         return self.backfill.step(pause=self._pause())
 
     def _lane_step(self, lane: int) -> bool:
@@ -551,28 +554,34 @@ class Pipeline:
 
     def reached(self) -> dict[str, int]:
         """End LSNs up to which the log, the changelogs and the current tables hold everything."""
-        landed = self.lander.landed if self._prepared.is_set() else None
-        return {
-            "logged": self._logged_lsn(),
-            "landed": landed.end_lsn if landed is not None else 0,
-            "merged": self.merger.merged_end_lsn if self._prepared.is_set() else 0,
-        }
+        return self._ladder.reached()
 
     def has_reached(self, end_lsn: int) -> bool:
-        """Whether log, changelogs and current tables hold everything up to `end_lsn`; asks for what is missing."""
-        if not self._prepared.is_set():
-            return False
-        reached = self.reached()
-        if reached["logged"] >= end_lsn > reached["landed"]:
-            self.lander.ask()
-        if reached["landed"] >= end_lsn > reached["merged"]:
-            self.merger.ask()
-        return min(reached.values()) >= end_lsn
+        """Whether they hold everything up to `end_lsn`; asks for what is missing."""
+        return self._prepared.is_set() and self._ladder.has_reached(end_lsn)
+
+    def awaiting(self, end_lsn: int) -> Callable[[], bool]:
+        """Whether everything up to `end_lsn` is in the lake."""
+        return lambda: self.has_reached(end_lsn)
+
+    def landing(self) -> Callable[[], bool]:
+        """Whether what is logged now is in the lake."""
+        return self.awaiting(self._ladder.logged())
+
+    def finishing(self) -> Callable[[], bool] | None:
+        """For `--once`, when tables are found and snapshotted: whether what was committed before now is in the lake."""
+        if not self.prepared or not self.discovered or not self.backfill.idle:
+            return None
+        # Behind the last snapshot's rows: they stand at a position that had landed before they were read.
+        return self.awaiting(self.admin.barrier())
+
+    def cancel(self, table: TableId) -> list[str]:
+        """Take back the table's resyncs; their runs' ids."""
+        return self.backfill.cancel(table)
 
     def operator_error(self) -> CdcError | None:
         """An error of a part that only an operator can mend."""
-        errors = (w.error for w in self.workers)
-        return next((e for e in errors if isinstance(e, CdcError) and e.verdict is not Verdict.RETRY), None)
+        return operator_error(self.workers)
 
     def beat(self) -> None:
         """Write what `status` shows, once a second."""
@@ -593,6 +602,4 @@ class Pipeline:
             "caught_up_at": {**self._caught_up_at, "received": now},
         }
         self._state.set(progress_fact(self.name), facts)
-        for table_state in ("new", "snapshotting", "streaming", "stopped", "removed"):
-            count = sum(t.state == table_state for t in self._state.tables(self.name))
-            metrics.TABLES.labels(self.name, table_state).set(count)
+        count_tables(self._state, self.name)

@@ -8,7 +8,7 @@ or by the connector's own connect and statement time-outs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class SourceIdentity:
     timeline: int
     database: str
     server_version: int
+    head_lsn: int = 0
+    """The server's newest position, where the identity was read without a replication connection."""
     branches: tuple[tuple[int, int], ...] = ()
     """The timelines that `timeline` descends from, oldest first, each with the LSN at which it was left."""
 
@@ -162,6 +164,9 @@ class TableSnapshot:
     taken_at_us: int
     plan: Callable[[int], Plan] = one_range
     """While it is open: how the table is best read, in at most so many ranges. Blocks; errors as `read`."""
+    by_runs: bool = False
+    """The lake's changes of this table were found by periodic runs and have no transaction ids. Those of runs before
+    `taken_at_us`, by the source's clock, are in the snapshot; others may not be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +247,63 @@ class ChecksumReader(SnapshotReader, Protocol):
     def rows_in(self, how: RowHash, wanted: Ints | None, *, after: tuple[str, ...] = ()) -> RowsRead:
         """The rows of the next piece that are in these buckets (None: all, of the sample), typed; `last_key` is where
         to go on."""
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTable:
+    """A table of a run: its schema (version 0) under the run's lock, what identifies its files, and its size there.
+    `refused`: why it cannot be read, and what mends that; then it is not locked."""
+
+    schema: TableSchema
+    storage: int = 0
+    bytes: int = 0
+    refused: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSnapshot:
+    """An open snapshot of all tables of a source.
+
+    `lsn` and `taken_at_us`: the server's position and clock, read after the snapshot was taken; `clock_us`: its clock
+    before that; `alive`: ids of the transactions that were open before that, so all that the snapshot does not see were
+    alive or began later.
+    """
+
+    lsn: int
+    taken_at_us: int
+    clock_us: int
+    alive: frozenset[str]
+    tables: list[RunTable]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """Only rows whose `column` is null, or at least `least` as the source prints it."""
+
+    column: str
+    least: str
+
+
+class RunReader(Protocol):
+    """Reads all tables of a source in one snapshot, with no right but SELECT. One run at a time; not thread-safe."""
+
+    def identity(self) -> SourceIdentity:
+        """Facts of the server and its newest position there, as far as a role without rights may know them. Not while
+        a snapshot is open."""
+
+    def begin(self) -> RunSnapshot:
+        """Lock the selected tables in ACCESS SHARE mode, then take the snapshot. SourceUnavailable if a lock is not to
+        be had within `lock_timeout`, or the tables change meanwhile."""
+
+    def read(self, schema: TableSchema, past: Past | None = None) -> Generator[RowsRead]:
+        """All rows of a table of the snapshot, or those `past` a value, in pieces of bounded size, in no order. An
+        error, or closing it early, leaves the snapshot open for other tables."""
+
+    def end(self) -> None:
+        """Close the open snapshot, if any; the connection stays."""
 
     def close(self) -> None:
         """Close the connection; idempotent."""
@@ -335,10 +397,14 @@ __all__ = [
     "ChecksumReader",
     "Finding",
     "ObjectStore",
+    "Past",
     "Plan",
     "Portion",
     "PushResult",
     "RowsRead",
+    "RunReader",
+    "RunSnapshot",
+    "RunTable",
     "Schemas",
     "Sink",
     "SnapshotReader",

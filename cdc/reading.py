@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,14 @@ class Chunk:
     nudge_at: float
 
 
+@dataclass(slots=True)
+class Piece:
+    """What to read for one chunk: arguments for `SnapshotReader.read`, and the step that it is."""
+
+    read: dict[str, Any]
+    step: Callable[[RowsRead], Step]
+
+
 class Lane:
     """One reader. Belongs to one thread."""
 
@@ -102,6 +110,7 @@ class Lane:
         self.reader = reader
         self.chunk: Chunk | None = None
         self.not_before = 0.0
+        self.takes = 0
         self._source = source
         self._log = event_log
         self._state = state
@@ -109,6 +118,15 @@ class Lane:
         self._appender = appender
         self._nudge = nudge
         self._turns = turns
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """From before a snapshot is taken until it has been held against the log."""
+        self.takes += 1
+        try:
+            yield
+        finally:
+            self.takes += 1
 
     def mark(self) -> Mark:
         """k: what is in the log before the snapshot is taken. What comes behind it stays there until the chunk is
@@ -129,32 +147,35 @@ class Lane:
     def begin(self, run: Run, schema: TableSchema) -> tuple[Mark, TableSnapshot]:
         """Open a snapshot of the run's table that sees all that is logged (rules 1 and 2)."""
         mark = self.mark()
-        snapshot = self.reader.begin(schema)
+        with self.taking():
+            snapshot = self.reader.begin(schema)
+            hidden = self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn)
         if snapshot.schema.table != run.table or snapshot.schema.oid != schema.oid:
             raise Anew("the table was renamed or made anew")
         if self._book.register(snapshot.schema).version != schema.version:
             raise Anew("the table's schema changed")
         _same_file(run, snapshot)
         # A commit can be in our log before it is visible; such a snapshot would bring back older rows.
-        if self._log.hidden(self._source, snapshot.visibility, through_lsn=mark.lsn):
+        if hidden:
             raise Later("waits for a logged transaction to become visible", RETRY_S)
         failpoint("backfill.after_snapshot")
         return mark, snapshot
 
-    def read(self, run: Run, schema: TableSchema, arguments: dict[str, Any], step: Callable[[RowsRead], Step]) -> float:
-        """Read one chunk, which is then in hand; seconds that the server took."""
+    def read(self, run: Run, schema: TableSchema, choose: Callable[[TableSnapshot], Piece]) -> float:
+        """Read one chunk, which is then in hand: of its open snapshot, what `choose` says. Seconds that it took."""
         release = self._take_turn()
         try:
             began = time.perf_counter()
             mark, snapshot = self.begin(run, schema)
             more: dict[str, Any] = {} if self._turns is None else {"received": release}
-            rows = self.reader.read(**arguments, **more)
+            piece = choose(snapshot)
+            rows = self.reader.read(**piece.read, **more)
             self.reader.end()
         finally:
             release()
         took = time.perf_counter() - began
         metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(took)
-        self.take(run, schema, snapshot, rows, mark, step(rows))
+        self.take(run, schema, snapshot, rows, mark, piece.step(rows))
         return took
 
     def _take_turn(self) -> Callable[[], None]:

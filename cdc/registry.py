@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from cdc.config import LakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.inspection import SourceInspector
-from cdc.ports import ChecksumReader, ObjectStore, Sink, SnapshotReader, Source, SourceAdmin
+from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin
 
 SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
 
@@ -35,6 +35,9 @@ class SourceKind(Protocol):
 
     def comparer(self, config: SourceConfig) -> ChecksumReader:
         """A reader for `verify`, with a connection of its own."""
+
+    def runs(self, config: SourceConfig) -> RunReader:
+        """A reader of all tables at once, for periodic runs, with a connection of its own."""
 
     def admin(self, config: SourceConfig) -> SourceAdmin:
         """What operator's commands do at this source."""

@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cdc import control, registry
-from cdc.config import Config, SyncConfig
+from cdc.config import Config, SourceConfig, SyncConfig
 from cdc.console import lsn_text, time_text
 from cdc.discovery import finding_fact, unpublished_fact
 from cdc.errors import CdcError
 from cdc.guard import guard_fact
 from cdc.ports import SourceStatus
+from cdc.schedule import Schedule
 from cdc.state import HistoryEntry, Run, SourceState, State, TableState
 
 STEPS = ("head", "received", "logged", "landed", "confirmed")
 RUNS_OPEN = ("pending", "running")
+RUNS_SHOWN = 10
 
 Live = Mapping[str, SourceStatus | CdcError]
 """What each source's server says now, or why it does not."""
@@ -40,6 +42,18 @@ def progress_fact(source: str) -> str:
 def history_fact(source: str) -> str:
     """Key of the fact that tells which epoch the source is in, and why it began: {epoch, why}."""
     return f"history:{source}"
+
+
+def runs_fact(source: str) -> str:
+    """Key of the fact that tells of a periodic source's runs: when the last one that ended well began (`began_at`), and
+    since when one is under way (`since`, 0: none is); Unix seconds."""
+    return f"runs:{source}"
+
+
+def runs_now_fact(source: str) -> str:
+    """Key of the fact in which the daemon notes, each second, when the next run is due, which table is being read, and
+    what a run that is due waits for: {next_at, table, waiting}."""
+    return f"runs_now:{source}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +161,8 @@ def _source(
         "paused": bool(state and state.is_paused("source", name)),
         "epoch": known.epoch if known and known.positioned else None,
         "epoch_why": (state.get(history_fact(name)) or {}).get("why") if state else None,
-        "slot": _slot(section.slot, live),
+        "slot": None if section.is_periodic else _slot(section.slot, live),
+        "runs": _runs(section, state) if section.is_periodic else None,
         "guard": _guard(state, name),
         "ladder": [
             {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
@@ -186,6 +201,22 @@ def _slot(name: str, live: SourceStatus | CdcError | None) -> dict[str, Any]:
         "wal_keep_bytes": live.wal_keep_bytes,
         "wal_dir_bytes": live.wal_dir_bytes,
         "oldest_writer": live.oldest_writer or None,
+    }
+
+
+def _runs(section: SourceConfig, state: State | None) -> dict[str, Any]:
+    """Runs of a periodic source, newest first, and when the next one is due."""
+    fact = (state.get(runs_fact(section.name)) if state else None) or {}
+    now = (state.get(runs_now_fact(section.name)) if state else None) or {}
+    return {
+        "strategy": section.strategy,
+        "schedule": Schedule(every=section.every, cron=section.cron).text,
+        "running_since": time_text(fact["since"]) if fact.get("since") else None,
+        "table": now.get("table") or None,
+        "waiting": now.get("waiting") or None,
+        "last_began_at": time_text(fact["began_at"]) if fact.get("began_at") else None,
+        "next_at": time_text(now["next_at"]) if now.get("next_at") else None,
+        "history": [history_entry(e) for e in state.history("run", section.name, limit=RUNS_SHOWN)] if state else [],
     }
 
 

@@ -415,7 +415,8 @@ class Comparison:
     def _begin(self) -> TableSnapshot:
         snapshot = self._reader.begin(self._read_schema)
         self._read_schema = snapshot.schema
-        self._lake_of(snapshot.schema)
+        lake = self._lake_of(snapshot.schema)
+        lake.runs_from_us = snapshot.taken_at_us if snapshot.by_runs else None
         return snapshot
 
     def _lake_of(self, schema: TableSchema) -> LakeRows:

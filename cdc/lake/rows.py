@@ -63,6 +63,9 @@ class LakeRows:
         self._current = DeltaLog(store, current_path(source, table))
         self._changes = DeltaLog(store, changelog_path(source, table))
         self._where = f"table {table}"
+        self.runs_from_us: int | None = None
+        """Where changes have no transaction ids, because periodic runs found them: when the snapshot began, by the
+        clock that runs are dated by. Then all that came later is unseen."""
 
     def pin(self) -> int:
         """From here on, everything is of the newest version; how many rows that has. CdcError if there is no `current`
@@ -131,6 +134,11 @@ class LakeRows:
     def unseen_rows(self, visibility: Visibility, changes: Mapping[str, bool]) -> Iterator[Rows]:
         """Rows of the changes that a snapshot does not see, by operation (True: their old tuples)."""
         op, before, raw = (self._system(n) for n in ("_op", "_before", "_raw"))
+        if self.runs_from_us is not None:
+            if any(True for _ in self._unseen(visibility, [])):
+                # What was changed before the snapshot and what behind it is one change: nothing can be undone.
+                raise Unclear(f"{self._where} was read by a run")
+            return
         for table in self._unseen(visibility, [*self.names, before, raw]):
             if pc.any(pc.equal(table.column(op), "t")).as_py():
                 raise Unclear(f"{self._where} was truncated")
@@ -152,7 +160,7 @@ class LakeRows:
     def _unseen(self, visibility: Visibility, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Rows of the changelog whose transactions the snapshot does not see, up to what `current` has merged. Files
         are passed over by statistics."""
-        xid, op = self._system("_xid"), self._system("_op")
+        xid, op, at, later = self._system("_xid"), self._system("_op"), self._system("_committed_at"), self.runs_from_us
         merged = self._current.token(MERGED) if self._current.exists() else None
         if merged is not None and self._changes.exists() and merged > self._changes.version():
             self._changes.refresh()
@@ -162,16 +170,19 @@ class LakeRows:
                 held = {
                     (f.metadata or {}).get(SOURCE_NAME, f.name.encode()).decode(): f.name for f in file.schema_arrow
                 }
-                known = {held[c]: c for c in (xid, op, *columns) if c in held}
+                known = {held[c]: c for c in (xid, op, *([at] if later is not None else []), *columns) if c in held}
                 index = file.schema_arrow.get_field_index(xid)
                 for group in range(file.metadata.num_row_groups):
                     statistics = file.metadata.row_group(group).column(index).statistics
-                    if statistics is not None and statistics.has_min_max and _all_seen(statistics, visibility):
+                    bounded = later is None and statistics is not None and statistics.has_min_max
+                    if bounded and _all_seen(statistics, visibility):
                         continue
                     table = file.read_row_group(group, columns=list(known))
                     table = table.rename_columns([known[name] for name in table.column_names])
                     xids = table.column(xid).to_numpy()
                     mask = ~visibility.sees(xids.astype(np.uint32)) & (xids != 0)
+                    if later is not None:
+                        mask = table.column(at).cast(pa.int64()).to_numpy() >= later
                     if mask.any():
                         yield table.filter(pa.array(mask))
 

@@ -112,7 +112,9 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
     if source["hint"] and source["phase"] != "standby":
         line(f"  mend it: {source['hint']}")
     slot = source["slot"]
-    if slot.get("error"):
+    if slot is None:
+        _show_runs(call, source["runs"])
+    elif slot.get("error"):
         line(f"  slot {slot['name']}: server not asked: {slot['error']}")
     elif not slot["exists"]:
         line(f"  slot {slot['name']}: does not exist (cdc setup, or cdc run, creates it)")
@@ -139,6 +141,17 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
             for t in source["tables"]
         ]
         call.console.table(("table", "state", "rows", "last change", ""), rows, indent="  ")
+
+
+def _show_runs(call: Call, runs: dict[str, Any]) -> None:
+    """A source without a slot: its schedule and its runs."""
+    since, table = runs["running_since"], runs["table"]
+    now = f"reading {table or '…'} since {since}" if since else f"next run {runs['next_at'] or 'now'}"
+    waiting = f" ({runs['waiting']})" if runs["waiting"] else ""
+    call.console.line(f"  runs: {runs['strategy']}, {runs['schedule']}; {now}{waiting}")
+    for entry in runs["history"][:3]:
+        counts = ", ".join(f"{k} {v}" for k, v in entry["counts"].items() if v)
+        call.console.line(f"    {entry['started_at']} {entry['cause']}: {entry['outcome']} {entry['error'] or counts}")
 
 
 def _retained(slot: dict[str, Any]) -> str:

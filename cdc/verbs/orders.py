@@ -99,8 +99,11 @@ def wait_for(
     return {**wait_lake(state, source, tables, target, deadline), "lsn": target}
 
 
-def wait_lake(state: State, source: str, tables: list[TableId] | None, lsn: int, deadline: float) -> dict[str, Any]:
-    """Block until the lake's tables (None: all of the source) hold everything up to `lsn`; the daemon's answer.
+def wait_lake(
+    state: State, source: str, tables: list[TableId] | None, lsn: int, deadline: float, *, logged: bool = False
+) -> dict[str, Any]:
+    """Block until the lake's tables (None: all of the source) hold everything up to `lsn`, or what is `logged` by now;
+    the daemon's answer.
 
     TimedOut at `deadline` (monotonic), NotRunning without a daemon.
     """
@@ -108,6 +111,7 @@ def wait_lake(state: State, source: str, tables: list[TableId] | None, lsn: int,
     if left <= 0:
         raise TimedOut("the time was over before the daemon could be asked")
     args = {"source": source, "lsn": lsn, "tables": [str(t) for t in tables] if tables is not None else []}
+    args |= {"logged": True} if logged else {}
     return control.ask(state, "wait", args, timeout_s=left)
 
 
@@ -151,7 +155,11 @@ def follow(call: Call, state: State, runs: Sequence[tuple[Named, str | None]], d
             _pause_until(state, deadline, "the snapshot has not ended in time; it goes on")
         for source in [] if failed else dict.fromkeys(s for s, _ in tables):
             chosen = [t for s, t in tables if s == source]
-            wait_for(call, state, source, chosen, deadline)
+            if call.config.sources[source].is_periodic:
+                # To wait for "now" would order another run.
+                wait_lake(state, source, chosen, 0, deadline, logged=True)
+            else:
+                wait_for(call, state, source, chosen, deadline)
             failed += [f"{t.table}: stopped: {t.reason}" for t in standing_still(state, source, chosen)]
     for text in failed:
         call.console.note(text)

@@ -104,6 +104,10 @@ select exists (
   where r.prrelid = %s and p.pubname = any(%s) and to_jsonb(r) ->> 'prattrs' is not null)
 """
 
+NAMES = """
+select attrelid::int8, attname from pg_attribute where attrelid = any(%s) and attnum > 0 and not attisdropped
+"""
+
 CANDIDATES = """
 select c.oid::int8, n.nspname, c.relname
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -222,6 +226,8 @@ def candidates(connection: psycopg.Connection[Any], config: SourceConfig) -> dic
 def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict[int, Published]:
     """Selected tables of the configured publications, as the stream names them: where one publishes a partition by
     its root, the changes come as the root's, whatever another one says of the partition."""
+    if config.is_periodic:
+        return read_whole(connection, config)
     rows = connection.execute(PUBLISHED, [list(config.publication)]).fetchall()
     roots = {row[0] for row in rows if row[7]}
     found: dict[int, Published] = {}
@@ -236,6 +242,24 @@ def published(connection: psycopg.Connection[Any], config: SourceConfig) -> dict
         before = found[oid].parts if oid in found else ()
         found[oid] = Published(oid, table, (*before, part))
     return found
+
+
+def as_read(described: Described, published: Published, config: SourceConfig) -> TableSchema:
+    """A table as snapshots and runs read it. Runs know every old row whole, whatever its replica identity."""
+    schema = declared(described.sent(published.columns), config)
+    return replace(schema, identity="f") if config.is_periodic else schema
+
+
+def read_whole(connection: psycopg.Connection[Any], config: SourceConfig) -> dict[int, Published]:
+    """Selected tables of a source without publications: all rows and all columns, generated ones too."""
+    tables = candidates(connection, config)
+    columns: dict[int, set[str]] = {oid: set() for oid in tables}
+    for oid, name in connection.execute(NAMES, [list(tables)]).fetchall():
+        columns[oid].add(name)
+    return {
+        oid: Published(oid, table, (Part("", frozenset(columns[oid]), None, frozenset(OPERATIONS)),))
+        for oid, table in tables.items()
+    }
 
 
 def has_column_list(connection: psycopg.Connection[Any], oid: int, config: SourceConfig) -> bool:

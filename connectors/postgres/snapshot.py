@@ -25,7 +25,7 @@ from psycopg import sql
 from cdc.casts import utf8_or_bytes
 from cdc.config import SourceConfig, password_of
 from cdc.errors import CdcError, FilterRefused, NotPublished, SourceRefused, SourceUnavailable
-from cdc.fingerprint import Catalog
+from cdc.fingerprint import Catalog, Fingerprint
 from cdc.ports import Plan, RowsRead, TableSnapshot, Visibility
 from cdc.table import TableId, TableSchema
 from cdc.types import build_raw, cast
@@ -45,6 +45,8 @@ left join pg_prepared_xacts p on p.transaction = l.transactionid
 where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
   and coalesce(a.datname, p.database, current_database()) = current_database()
 """
+
+CLOCK = "select (extract(epoch from clock_timestamp()) * 1000000)::int8"
 
 NOTHING = sql.Composed([])
 ROWS_JOINED = 200
@@ -74,6 +76,8 @@ class PostgresSnapshotReader:
         self._looker = Looker(config)
 
     def tables(self, only: TableId | None = None) -> Catalog:
+        if self._config.is_periodic:
+            return self._whole(only)
         with translated(self._where):
             found, seen = self._looker.look(self._ready(), only)
         publication.require_whole(self._where, found, self._config)
@@ -88,6 +92,7 @@ class PostgresSnapshotReader:
         where = f"{self._where} table {schema.table}"
         with translated(where):
             connection = self._ready()
+            before = connection.execute(CLOCK).fetchone() if self._config.is_periodic else None
             found = catalog.published(connection, self._config).get(schema.oid)
             described = catalog.describe(connection, [schema.oid]).get(schema.oid)
             if found is None or described is None:
@@ -98,11 +103,11 @@ class PostgresSnapshotReader:
             connection.execute("begin isolation level repeatable read read only")
             connection.execute(sql.SQL("lock table {} in access share mode").format(self._relation(described)))
             row = connection.execute(
-                "select pg_current_snapshot()::text, pg_is_in_recovery(),"
-                " case when not pg_is_in_recovery() then pg_current_wal_insert_lsn()::text end"
+                "select pg_current_snapshot()::text, pg_is_in_recovery(), case when pg_is_in_recovery()"
+                " then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end::text"
             ).fetchone()
             assert row is not None
-            if row[1]:
+            if row[1] and not self._config.is_periodic:
                 raise SourceRefused(
                     f"{where}: a standby's snapshots leave out running transactions",
                     hint="point the source at the primary",
@@ -114,7 +119,7 @@ class PostgresSnapshotReader:
                 # What is locked, and would be read, is whatever has the old name by now.
                 raise SourceUnavailable(f"{where} was renamed while its snapshot began")
             self._operators = catalog.operators(connection, under_lock.schema)
-        readable = catalog.declared(under_lock.sent(found.columns), self._config)
+        readable = catalog.as_read(under_lock, found, self._config)
         self._open = replace(under_lock, schema=readable)
         self._filter = found.row_filter
         xmin, xmax, running = row[0].split(":")
@@ -127,9 +132,24 @@ class PostgresSnapshotReader:
             schema=readable,
             relfilenode=under_lock.relfilenode,
             lsn=parse_lsn(row[2]),
-            taken_at_us=time.time_ns() // 1000,
+            # A run whose clock was read behind its snapshot, and before this one, cannot have seen more than this one.
+            taken_at_us=int(before[0]) if before is not None else time.time_ns() // 1000,
+            by_runs=before is not None,
             plan=self._plan,
         )
+
+    def _whole(self, only: TableId | None) -> Catalog:
+        """The selected tables of a source without publications."""
+        with translated(self._where):
+            connection = self._ready()
+            found = catalog.published(connection, self._config)
+            described = catalog.describe(connection, list(found))
+        tables = [
+            Fingerprint(schema=catalog.as_read(described[oid], table, self._config))
+            for oid, table in found.items()
+            if oid in described and only in (None, table.table)
+        ]
+        return Catalog(lsn=0, tables=tables)
 
     def read(
         self,

@@ -32,7 +32,7 @@ from cdc.errors import (
     Undecodable,
 )
 from cdc.inspection import SourceInspector
-from cdc.ports import ChecksumReader, Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
+from cdc.ports import ChecksumReader, RunReader, Schemas, SnapshotReader, Source, SourceAdmin, SourceIdentity
 from cdc.table import Column, TableId, TableSchema
 from connectors.postgres import catalog, publication
 from connectors.postgres.admin import PostgresAdmin
@@ -40,6 +40,8 @@ from connectors.postgres.checksums import PostgresChecksumReader
 from connectors.postgres.connection import POOLER, POOLER_FIX, connect, describe, take_any_bytes, translated
 from connectors.postgres.inspection import PostgresInspector
 from connectors.postgres.logical_messages import MessageTable, messages_schema
+from connectors.postgres.periodic import PostgresRunReader
+from connectors.postgres.periodic_admin import PeriodicAdmin
 from connectors.postgres.pgoutput import Decoder, Relation, RelationColumn
 from connectors.postgres.replication import Receiver, format_lsn, parse_lsn, start_statement
 from connectors.postgres.resolution import Resolved, resolve
@@ -433,8 +435,12 @@ class PostgresKind:
 
     @staticmethod
     def admin(config: SourceConfig) -> SourceAdmin:
-        return PostgresAdmin(config)
+        return PeriodicAdmin(config) if config.is_periodic else PostgresAdmin(config)
 
     @staticmethod
     def inspector(config: SourceConfig) -> SourceInspector:
         return PostgresInspector(config)
+
+    @staticmethod
+    def runs(config: SourceConfig) -> RunReader:
+        return PostgresRunReader(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -123,3 +124,40 @@ def test_ranges_read_side_by_side_under_load_come_to_what_the_source_has(
             read = Counter(r["_run"] for r in rows if r["_op"] == "r")
             # A row that moved is met twice or not at all; of ranges that were read again there would be thousands.
             assert all(read[r.id] < ROWS * 1.03 for r in runs), f"{table}: {read}"
+
+
+def test_snapshots_rest_while_the_source_is_busy_and_keep_to_their_rate(tmp_path: Path, database: str) -> None:
+    execute(
+        database,
+        "create table t (id int primary key, n int)",
+        "insert into t select g, g from generate_series(1, 3000) g",
+    )
+    limits = {"snapshot_pause_active": 1, "snapshot_rows_per_s": 1000}
+
+    def reason() -> str:
+        table = daemon.tables().get("public.t")
+        return str(table["snapshot"]["reason"]) if table and table["snapshot"] else ""
+
+    with Daemon(tmp_path, database, source=limits) as daemon:
+        busy = [psycopg.connect(database, autocommit=True) for _ in range(2)]
+        threads = [threading.Thread(target=_sleep, args=(c,), daemon=True) for c in busy]
+        for thread in threads:
+            thread.start()
+        daemon.start().streaming()
+        wait_until(lambda: "clients are active (more than 1)" in reason(), 60, lambda: f"a pause: {reason()}")
+        for connection in busy:
+            connection.cancel()
+        for thread in threads:
+            thread.join(60)
+        wait_until(lambda: "rate limit" in reason(), 60, "the rate to be kept")
+        daemon.settled().verified()
+        (run,) = whole_runs(daemon)
+        # The last of three chunks is not waited for.
+        assert run.ended_at - run.started_at >= 1.9e6, "3000 rows at 1000 rows a second"
+        for connection in busy:
+            connection.close()
+
+
+def _sleep(connection: psycopg.Connection) -> None:
+    with suppress(psycopg.errors.QueryCanceled):
+        connection.execute("select pg_sleep(120)")

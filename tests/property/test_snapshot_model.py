@@ -38,8 +38,9 @@ def play(server: EmbeddedPostgres, directory: Path, number: int) -> None:
     rng = random.Random(f"{os.environ['CDC_TEST_SEED']}/{number}")
     dsn = create_database(server, name)
     with pytest.MonkeyPatch.context() as patch:
-        stepped = Stepped(directory, dsn, patch, chunk_rows=rng.choice([3, 5, 9, 20]))
-        program = Program(stepped, rng)
+        readers = rng.choice([1, 2, 4])
+        stepped = Stepped(directory, dsn, patch, chunk_rows=rng.choice([3, 5, 9, 20]), readers=readers)
+        program = Program(stepped, rng, readers=readers)
         try:
             with stepped:
                 program.play(rng.choice([60, 150, 300]))

@@ -15,7 +15,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from cdc import candidates, filtered, window
+from cdc import candidates, filtered, reading, window
 from cdc.backfill import Backfill
 from cdc.batch import SNAPSHOT_SEQ, Batch
 from cdc.errors import InvariantBroken
@@ -23,6 +23,7 @@ from cdc.lake import events, keyless, scan
 from cdc.lake.reduce import ABSENT, KNOWN, Barrier
 from cdc.log import EventLog
 from cdc.ports import Visibility
+from cdc.runs import Run
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.snapshot import PostgresSnapshotReader
 from tests.support.oracle import differences
@@ -71,6 +72,11 @@ class Scene:
         """Make rows of `current` wrong, as a lost change would."""
         self.stepped.spoil("t", updates, predicate)
         self.stepped.prepared()
+
+    def runs(self) -> list[Run]:
+        """The runs of `t`, oldest first."""
+        assert self.stepped.state is not None
+        return [run for run in self.stepped.state.runs("shop") if run.table.name == "t"]
 
     def told(self, *tables: str) -> list[str]:
         """How source and lake differ."""
@@ -133,11 +139,19 @@ def hidden(scene: Scene, statement: str) -> None:
 def rewritten_before_the_lock(stepped: Stepped) -> list[str]:
     """An ALTER rewrites the table just before the snapshot's lock is taken."""
     scene = Scene(stepped, *KEYED)
-    scene.once("reader.before_lock", lambda: scene.run("alter table t alter n type int using n + 0"))
+
+    def rewritten() -> None:
+        scene.run("alter table t alter n type int using n + 0")
+
+    # The first time, it is only looked at how the table is best read.
+    scene.once("reader.before_lock", lambda: scene.once("reader.before_lock", rewritten))
     stepped.prepared()
-    stepped.until(lambda: stepped.pipeline.backfill.idle, "the first snapshot to end")
+    stepped.until(lambda: any(r.state == "done" for r in scene.runs()), "the first snapshot to end")
+    # As it is shown then: the next look at the catalog would find the rewrite, and have the table read anew.
     barrier = stepped.pipeline.admin.barrier()
-    stepped.until(lambda: stepped.pipeline.has_reached(barrier), "the lake to hold it")
+    stepped.until(
+        lambda: stepped.pipeline.has_reached(barrier), "the lake to hold it", parts=("capture", "land", "merge")
+    )
     return scene.told()
 
 
@@ -145,7 +159,7 @@ def changed_in_the_window(stepped: Stepped) -> list[str]:
     """A row changes while its chunk is read."""
     scene = Scene(stepped, *KEYED)
     stepped.settled()
-    scene.once("reader.begun", lambda: scene.run("update t set n = 2 where id = 3", "delete from t where id = 4"))
+    scene.once("reader.before_read", lambda: scene.run("update t set n = 2 where id = 3", "delete from t where id = 4"))
     scene.once("reader.read", stepped.captured)
     scene.resync()
     stepped.settled()
@@ -168,7 +182,7 @@ def big_value_left_alone(stepped: Stepped) -> list[str]:
     stepped.settled()
     scene.spoil({"big": "'wrong'"}, "id <= 3")
     scene.once(
-        "reader.begun", lambda: scene.run("update t set n = 1 where id = 1", "update t set id = 102 where id = 2")
+        "reader.before_read", lambda: scene.run("update t set n = 1 where id = 1", "update t set id = 102 where id = 2")
     )
     scene.once("reader.read", stepped.captured)
     scene.resync()
@@ -255,6 +269,7 @@ def snapshot_before_the_lock(patch: pytest.MonkeyPatch) -> None:
         connection.execute("select pg_current_snapshot()")
 
     patch.setattr(Locks, "before", staticmethod(locked))
+    replaced(patch, reading._same_file, lambda *_: None)
 
 
 def changed_rows_stay_in(patch: pytest.MonkeyPatch) -> None:
@@ -436,8 +451,7 @@ def test_an_order_that_joins_one_that_waits_takes_the_mark_away_when_it_is_done(
     scene.run(f"alter publication {stepped.slot} drop table t", "delete from t where id < 5")
     scene.run(f"alter publication {stepped.slot} add table t")
     stepped.settled()  # with no table marked
-    runs = [r for r in stepped.state.runs("shop") if r.table.name == "t"] if stepped.state else []
-    assert [r.state for r in runs] == ["done", "done"], "the order of the finding has joined the operator's"
+    assert [r.state for r in scene.runs()] == ["done", "done"], "the order of the finding has joined the operator's"
     assert scene.told() == []
 
 
@@ -446,10 +460,35 @@ def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is
     stepped.prepared()
     scene.once("reader.read", lambda: scene.run(f"alter publication {stepped.slot} drop table t"))
     stepped.until(
-        lambda: any(r.state == "failed" for r in stepped.state.runs("shop")) if stepped.state else False,
+        lambda: any(r.state == "failed" for r in scene.runs()),
         "the run to end",
         parts=("capture", "backfill"),
     )
     scene.run("delete from t where id < 5", f"alter publication {stepped.slot} add table t")
     stepped.settled()
     assert scene.told() == []
+
+
+def test_some_rows_that_wait_for_the_lake_let_the_whole_table_be_read_before(
+    server: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    """What the lake lacks is to come with the whole table, whose run waits for the one that waits for the lake."""
+    dsn = create_database(server, "waits")
+    with pytest.MonkeyPatch.context() as patch, Stepped(tmp_path, dsn, patch) as stepped:
+        scene = Scene(stepped, *KEYED, published="t where (id % 2 = 0)")
+        scene.filters["t"] = "id % 2 = 0"
+        stepped.settled()
+        scene.run("update t set id = 100 where id = 1")
+        stepped.resync_rows("t", "n = 1")
+        stepped.until(
+            lambda: scene.runs()[-1].details.get("phase") == "lake",
+            "the rows to be read",
+            parts=("capture", "land", "backfill"),
+        )
+        scene.resync()
+        stepped.settled()
+        assert [(r.kind, r.state) for r in scene.runs()[1:4]] == [
+            ("filtered", "cancelled"), ("resync", "done"), ("filtered", "done"),
+        ]  # fmt: skip
+        assert scene.told() == []
+    drop_database(server, "waits")

@@ -89,7 +89,7 @@ class Daemon:
         lines = []
         for name, keys in self._sections.items():
             lines += [f"[{name}]"] if name else []
-            lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
         self.config_path.write_text("\n".join([*lines, self._more, ""]))
 
     # ---- the process ----

@@ -34,6 +34,8 @@ class Shape:
     identity: str = "default"
     filters: tuple[str, ...] = ("",)
     """Row filters that the publication may have for it."""
+    big: float = 0.75
+    """How many of its values are stored out of line."""
 
 
 ID = "id int primary key, n int, text text, big text"
@@ -42,6 +44,8 @@ SHAPES = (
     Shape("whole", ID, ("id",), identity="full"),
     Shape("pair", 'a text collate "C", b int, n int, text text, big text, primary key (a, b)', ("a", "b")),
     Shape("local", "a text, b int, n int, text text, big text, primary key (b, a)", ("b", "a")),
+    Shape("slim", ID, ("id",), big=0.0),
+    Shape("later", ID, ("id",), big=0.02),
     Shape("bare", "id int, n int, text text, big text", (), identity="full"),
     Shape("chosen", ID, ("id",), filters=("(id % 3 <> 0)", "(id % 2 = 0)", "(id > 20)")),
 )
@@ -141,7 +145,7 @@ class Program:
 
     def _create(self, shape: Shape) -> None:
         for statement in (
-            f"create table {shape.name} ({shape.columns})",
+            f"create table {shape.name} ({shape.columns}) with (fillfactor = {self.rng.choice([10, 100])})",
             f"alter table {shape.name} alter big set storage external",
             f"alter table {shape.name} replica identity {shape.identity}",
         ):
@@ -345,7 +349,7 @@ class Program:
 
     def _insert(self, shape: Shape) -> str:
         key = self._key(shape, self.rng.choice)
-        values = ", ".join((*key.values(), str(self.rng.randrange(100)), self._text(), self._big()))
+        values = ", ".join((*key.values(), str(self.rng.randrange(100)), self._text(), self._big(shape)))
         return f"insert into {shape.name} ({', '.join(key)}, n, text, big) values ({values})"
 
     def _key(self, shape: Shape, choice: Callable[[range], int]) -> dict[str, str]:
@@ -356,8 +360,10 @@ class Program:
     def _text(self) -> str:
         return self.rng.choice(["null", quoted(self.rng.choice(WORDS))])
 
-    def _big(self) -> str:
-        return self.rng.choice(["null", "''", *[f"repeat(md5('{self.rng.random()}'), 90)"] * 6])
+    def _big(self, shape: Shape) -> str:
+        if self.rng.random() < shape.big:
+            return f"repeat(md5('{self.rng.random()}'), 90)"
+        return self.rng.choice(["null", "''", "'short'"])
 
     def _dml(self, shape: Shape) -> str:
         rng, name = self.rng, shape.name
@@ -375,7 +381,7 @@ class Program:
                 f"update {name} set n = n + 1 where {some}",
                 f"update {name} set {moved} where {one}",
                 f"update {name} set {number} = {number} + {rng.choice([1, 7, 2 * self.rows])} where {where}",
-                f"update {name} set big = {self._big()} where {where}",
+                f"update {name} set big = {self._big(shape)} where {where}",
                 f"update {name} set text = {self._text()} where {where}",
                 f"update {name} set c{rng.randrange(3)} = {rng.randrange(100)} where {where}",
                 f"delete from {name} where {where}",

@@ -24,7 +24,7 @@ import pytest
 from deltalake import DeltaTable
 from psycopg.conninfo import conninfo_to_dict
 
-from cdc import failpoints, pipeline
+from cdc import backfill, failpoints, pipeline
 from cdc.config import Config, LakeConfig, SourceConfig
 from cdc.errors import CdcError, SourceRefused, Verdict
 from cdc.lake import lease
@@ -36,6 +36,7 @@ from cdc.state import State, open_state
 from cdc.table import TableId, TableSchema
 from connectors.local import store as _store  # noqa: F401  (what is patched must have been loaded before)
 from connectors.postgres import connection as connections
+from connectors.postgres import plan
 from connectors.postgres import source as _source  # noqa: F401
 from connectors.postgres.snapshot import PostgresSnapshotReader
 
@@ -43,7 +44,7 @@ SOURCE = "shop"
 PARTS = ("capture", "land", "merge", "backfill", "guard")
 STEP_S = 0.05
 """What a step costs on the clock that the product reads."""
-ROUNDS_MAX = 2_000
+ROUNDS_MAX = 800
 """Turns of all parts within which everything comes to rest, if it does at all."""
 
 
@@ -285,6 +286,9 @@ class Stepped:
         for module in _modules("cdc"):
             if vars(module).get("time") is time:
                 patch.setattr(module, "time", self.clock)
+        # Tables are small here, and are to have several ranges all the same.
+        patch.setattr(plan, "RANGE_BLOCKS", 2)
+        patch.setattr(backfill, "FIRST_BLOCKS", 1)
         patch.setattr(pipeline, "READ_S", 0.01)
         patch.setattr(pipeline, "LAND_S", 0.0)
         # A process is killed here, never the machine: what was written is there.

@@ -21,20 +21,23 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
         "cdc.ports", "cdc.inspection", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file", "cdc.failpoints",
         "cdc.metrics", "cdc.registry", "cdc.memory", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
+        "cdc.schedule",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
         "cdc.keys", "cdc.lake.*", "cdc.differences", "cdc.relations", "cdc.models",
+        "cdc.compare", "cdc.changes", "cdc.cursor",
     ),
     "loops": (
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
         "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
+        "cdc.comparison", "cdc.periodic", "cdc.periodic_origin",
     ),
     "process": (
-        "cdc.daemon", "cdc.heads", "cdc.pipeline", "cdc.serving", "cdc.control", "cdc.preflight", "cdc.status",
-        "cdc.demo.*",
+        "cdc.daemon", "cdc.heads", "cdc.ladder", "cdc.pipeline", "cdc.periodic_pipeline", "cdc.serving", "cdc.control",
+        "cdc.preflight", "cdc.status", "cdc.demo.*",
     ),
     "command line": ("cdc.verbs.*", "cdc.cli", "cdc.__main__"),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from cdc.config import (
 )
 from cdc.config_file import load, parse
 from cdc.errors import ConfigError
-from cdc.units import size_bytes, wal_threshold
+from cdc.units import duration_s, size_bytes, wal_threshold
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 
@@ -150,6 +150,52 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         size_bytes(text)
 
 
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("15m", 900), ("1.5h", 5400), (" 1 d ", 86400)])
+def test_durations(text: str, expected: float) -> None:
+    assert duration_s(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "15", "m", "0s", "-1h", "15 minutes", "1w"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        duration_s(text)
+
+
+def test_a_periodic_source_has_a_schedule_and_no_slot() -> None:
+    shop = parse(document(source__shop__mode="snapshot", source__shop__every="15m")).sources["shop"]
+    assert (shop.is_periodic, shop.strategy, shop.full_every) == (True, "diff", "1d")
+    assert not parse(document()).sources["shop"].is_periodic
+    two = {"dsn": "postgresql://cdc@db/shop", "mode": "snapshot", "cron": "0 3 * * *"}
+    assert set(parse(document(source__other=two, source__third=two)).sources) == {"shop", "other", "third"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, 'source.shop: set exactly one of every ("15m") and cron'),
+        ({"every": "15m", "cron": "0 * * * *"}, "set exactly one of every"),
+        ({"every": "15 minutes"}, 'source.shop.every: "15 minutes" is no duration'),
+        ({"cron": "61 * * * *"}, 'source.shop.cron: "61 * * * *" is no cron expression'),
+        ({"cron": "0 0 30 2 *"}, "is no cron expression"),
+        ({"every": "1h", "full_every": "often"}, 'source.shop.full_every: "often" is no duration'),
+        ({"every": "1h", "strategy": "cursor"}, "source.shop.cursor: names the column"),
+        ({"every": "1h", "cursor": "updated_at"}, "source.shop.cursor: names the column"),
+        ({"every": "1h", "strategy": "diffs"}, "did you mean diff?"),
+        ({"every": "1h", "slot": "mine"}, 'source.shop.slot: goes with mode = "stream" only'),
+        ({"every": "1h", "cursor_lag_s": -1}, "source.shop.cursor_lag_s: must be at least 0"),
+    ],
+)
+def test_what_does_not_go_with_periodic_runs_is_refused(changes: dict[str, Any], part: str) -> None:
+    given = {f"source__shop__{key}": value for key, value in changes.items()}
+    assert part in refusal(source__shop__mode="snapshot", **given)
+
+
+@pytest.mark.parametrize("key", ["every", "cron", "strategy", "cursor", "full_every"])
+def test_what_goes_with_periodic_runs_only_is_refused_for_a_stream(key: str) -> None:
+    value = {"strategy": "diff"}.get(key, "1h")
+    assert f'source.shop.{key}: goes with mode = "snapshot" only' in refusal(**{f"source__shop__{key}": value})
+
+
 def test_an_unknown_key_names_its_path_and_the_nearest_known_one() -> None:
     assert "source.shop.slto: unknown key; did you mean slot?" in refusal(source__shop__slto="x")
     assert "lake.land_every: unknown key; did you mean land_every_s?" in refusal(lake__land_every=3)
@@ -166,9 +212,6 @@ def test_all_problems_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"source__shop__mode": "snapshot"}, 'source.shop.mode: "snapshot" is not supported yet'),
-        ({"source__shop__every": "15m"}, "source.shop.every: not supported yet"),
-        ({"source__shop__cron": "0 * * * *"}, "source.shop.cron: not supported yet"),
         (
             {"source__shop__table": {"public.users": {"columns": {"ssn": "drop"}}}},
             'source.shop.table."public.users".columns: "ssn": hiding columns is not supported yet',
