@@ -28,6 +28,7 @@ from tests.support.injuries import Row, injured, random_injuries
 from tests.support.postgres import create_database, drop_database
 from tests.support.waiting import wait_until
 from tests.support.workload import SCHEMA, Workload
+from tests.unit.test_alerts import Hook
 
 TYPES = {
     "n": "int", "price": "numeric(10,2)", "score": "float8", "word": "text", "at": "timestamptz", "due": "date",
@@ -396,7 +397,10 @@ def test_tables_are_verified_in_the_background(tmp_path: Path, database: str) ->
         "insert into t select g, g from generate_series(1, 500) g",
         "create table u (id int primary key)",
     )
-    with Daemon(tmp_path, database, more="[verify]\nevery_s = 0.5\ntime_share = 1\n") as daemon:
+    hook = Hook()
+    threading.Thread(target=hook.serve_forever, args=(0.05,), daemon=True).start()
+    more = f'[verify]\nevery_s = 0.5\ntime_share = 1\n[alerts]\nwebhook = "{hook.url}"\n'
+    with hook, Daemon(tmp_path, database, more=more) as daemon:
         daemon.start().settled()
 
         def verified(table: str, outcome: str) -> Any:
@@ -417,9 +421,15 @@ def test_tables_are_verified_in_the_background(tmp_path: Path, database: str) ->
             shown = daemon.http("/metrics")[1]
             assert 'cdc_verify_different_rows{kind="missing",source="shop",table="public.t"} 2.0' in shown
             assert 'cdc_verify_rows{source="shop",table="public.t"} 500.0' in shown
+        alert = wait_until(lambda: hook.got, 60, "the alert")[0]
+        told = {k: alert[k] for k in ("alert", "source", "table", "missing", "extra", "different")}
+        assert told == {
+            "alert": "verify", "source": "shop", "table": "public.t", "missing": 2, "extra": 0, "different": 1,
+        }  # fmt: skip
         wait_until(lambda: verified("t", "equal"), 60, "the mended table to be verified")
         assert "the lake differs from the source" in daemon.log_path.read_text()
         assert daemon.stop() == 0
+        hook.shutdown()
 
 
 def test_the_background_job_stops_when_the_daemon_does(tmp_path: Path, database: str) -> None:
