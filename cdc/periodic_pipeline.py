@@ -30,7 +30,7 @@ from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.periodic import FULL_KINDS, Halted, PeriodicRuns, cursor_fact, whole_fact
-from cdc.periodic_origin import MODE, settle_periodic
+from cdc.periodic_origin import MODE, adopt_tables, settle_periodic
 from cdc.ports import ObjectStore
 from cdc.runs import Run
 from cdc.schedule import Schedule
@@ -178,7 +178,7 @@ class PeriodicPipeline:
             return False
         if self._failed is not None and time.monotonic() < self._not_before:
             # It is told again, so that it is not taken for mended; nothing is read for that.
-            raise self._failed
+            raise self._failed.with_traceback(None)
         cause = self._due()
         if cause is None:
             self._show_phase("streaming")
@@ -228,7 +228,9 @@ class PeriodicPipeline:
             self._state.finish_history(history, "failed", error=str(known.args[0]) if known else type(e).__name__)
             metrics.RUNS.labels(self.name, "failed").inc()
             self._settled = False
-            self._failed, self._not_before = known, time.monotonic() + self._pause_s
+            # A copy: the error itself holds on to everything that was being compared.
+            self._failed = type(known)(str(known.args[0]), hint=known.hint) if known else None
+            self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
             self._tell()
             raise
@@ -351,6 +353,7 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         self._stopped = {t.table for t in self._state.tables(name) if t.state == "stopped"}
         self.evolution = Evolution(
