@@ -205,8 +205,11 @@ class PeriodicPipeline:
     @property
     def next_at(self) -> float:
         """When the schedule wants the next run (Unix seconds)."""
-        began = float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
-        return self._schedule.next_after(began)
+        return self._schedule.next_after(self._began_at)
+
+    @property
+    def _began_at(self) -> float:
+        return float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
 
     def _do_run(self, cause: str) -> None:
         self._settle()
@@ -249,8 +252,7 @@ class PeriodicPipeline:
 
     def _tell(self, *, since: float = 0.0, began_at: float | None = None) -> None:
         """What `status` shows of runs; `since`: one is under way."""
-        known = self._state.get(runs_fact(self.name)) or {}
-        began = began_at if began_at is not None else float(known.get("began_at") or 0)
+        began = began_at if began_at is not None else self._began_at
         self._state.set(runs_fact(self.name), {"began_at": began, "since": since})
 
     def _is_base_whole(self) -> bool:
@@ -261,7 +263,8 @@ class PeriodicPipeline:
         if position is None or landed is None or landed[:2] < position[:2]:
             self.lander.ask()
             return False
-        if self._log.end_offset(self.name) > self._landed_offset():
+        saved = self._state.checkpoint("land", self.name)
+        if self._log.end_offset(self.name) > (int(saved["offset"]) if saved else 0):
             self.lander.ask()
             return False
         for known in self._state.tables(self.name):
@@ -275,10 +278,6 @@ class PeriodicPipeline:
                 self.merger.ask()
                 return False
         return True
-
-    def _landed_offset(self) -> int:
-        saved = self._state.checkpoint("land", self.name)
-        return int(saved["offset"]) if saved else 0
 
     def _is_read_whole(self, table: TableId) -> bool:
         """Whether the next run does not compare the table with what the lake holds, but replaces that."""
@@ -584,7 +583,7 @@ class PeriodicPipeline:
         head = reached["logged"]
         for step, lsn in reached.items():
             metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
-        began = float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
+        began = self._began_at
         if began:
             metrics.LAG_SECONDS.labels(self.name, "logged").set(now - began)
         self._state.save_source(self.name, received_lsn=head, confirmed_lsn=reached["landed"])
