@@ -511,11 +511,10 @@ class PeriodicPipeline:
 
     def cancel(self, table: TableId) -> list[str]:
         """Take back resyncs of a table that have not begun, and that nothing but an operator asked for."""
-        cancelled = []
-        for run in self._state.runs(self.name, table, states=["pending"]):
-            if run.kind == "resync" and not run.details.get("whole"):
-                self._state.update_run(run.id, state="cancelled")
-                cancelled.append(run.id)
+        pending = self._state.runs(self.name, table, states=["pending"])
+        cancelled = [r.id for r in pending if r.kind == "resync" and not r.details.get("whole")]
+        for run in cancelled:
+            self._state.update_run(run, state="cancelled")
         return cancelled
 
     # ---- waiting and telling ----
@@ -583,8 +582,7 @@ class PeriodicPipeline:
         head = reached["logged"]
         for step, lsn in reached.items():
             metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
-        began = self._began_at
-        if began:
+        if began := self._began_at:
             metrics.LAG_SECONDS.labels(self.name, "logged").set(now - began)
         self._state.save_source(self.name, received_lsn=head, confirmed_lsn=reached["landed"])
         caught_up = {step: began for step, lsn in {**reached, "confirmed": reached["landed"]}.items() if lsn >= head}
