@@ -18,8 +18,12 @@ from cdc.config import SourceConfig
 from cdc.console import lsn_text
 from cdc.errors import SourceRefused
 from cdc.lake.anchor import Anchor, AnchorState
+from cdc.lake.changelog import ChangelogTable
+from cdc.lake.layout import tables_in
 from cdc.log import EventLog
-from cdc.ports import SourceIdentity
+from cdc.ports import ObjectStore, SourceIdentity
+from cdc.schema import SchemaBook
+from cdc.state import State
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +83,24 @@ def settle_periodic(
     )
     anchor.save(state)
     return _place_log(config, state, event_log, landed_lsn)
+
+
+def adopt_tables(source: str, state: State, book: SchemaBook, store: ObjectStore, epoch: int) -> None:
+    """Where the local disk is new, note the tables that the lake has of the source: all that has landed of them must be
+    merged before anything is compared with it. Nothing happens where tables are known."""
+    if state.tables(source):
+        return
+    for table in tables_in(store, source):
+        changelog = ChangelogTable(store, source, table)
+        noted = changelog.shape()
+        if noted is None or table.is_own:
+            continue
+        schema = book.register(replace(noted[0], version=0))
+        tokens = changelog.tokens()
+        whole = any(tokens.complete(e, schema.oid) for e in range(1, epoch + 1))
+        state.update_table(
+            source, table, oid=schema.oid, state="streaming" if whole else "new", snapshot_seq=tokens.snapshot_seq + 1
+        )
 
 
 def _check_place(config: SourceConfig, identity: SourceIdentity, known: AnchorState) -> None:

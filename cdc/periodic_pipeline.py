@@ -31,7 +31,7 @@ from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.periodic import FULL_KINDS, Halted, PeriodicRuns, cursor_fact, whole_fact
-from cdc.periodic_origin import MODE, settle_periodic
+from cdc.periodic_origin import MODE, adopt_tables, settle_periodic
 from cdc.ports import ObjectStore
 from cdc.runs import Run
 from cdc.schedule import Schedule
@@ -180,7 +180,7 @@ class PeriodicPipeline:
             return False
         if self._failed is not None and time.monotonic() < self._not_before:
             # It is told again, so that it is not taken for mended; nothing is read for that.
-            raise self._failed
+            raise self._failed.with_traceback(None)
         cause = self._due()
         if cause is None:
             self._show_phase("streaming")
@@ -207,8 +207,11 @@ class PeriodicPipeline:
     @property
     def next_at(self) -> float:
         """When the schedule wants the next run (Unix seconds)."""
-        began = float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
-        return self._schedule.next_after(began)
+        return self._schedule.next_after(self._began_at)
+
+    @property
+    def _began_at(self) -> float:
+        return float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
 
     def _do_run(self, cause: str) -> None:
         self._settle()
@@ -230,7 +233,9 @@ class PeriodicPipeline:
             self._state.finish_history(history, "failed", error=str(known.args[0]) if known else type(e).__name__)
             metrics.RUNS.labels(self.name, "failed").inc()
             self._settled = False
-            self._failed, self._not_before = known, time.monotonic() + self._pause_s
+            # A copy: the error itself holds on to everything that was being compared.
+            self._failed = type(known)(str(known.args[0]), hint=known.hint) if known else None
+            self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
             self._tell()
             raise
@@ -249,8 +254,7 @@ class PeriodicPipeline:
 
     def _tell(self, *, since: float = 0.0, began_at: float | None = None) -> None:
         """What `status` shows of runs; `since`: one is under way."""
-        known = self._state.get(runs_fact(self.name)) or {}
-        began = began_at if began_at is not None else float(known.get("began_at") or 0)
+        began = began_at if began_at is not None else self._began_at
         self._state.set(runs_fact(self.name), {"began_at": began, "since": since})
 
     def _is_base_whole(self) -> bool:
@@ -261,7 +265,8 @@ class PeriodicPipeline:
         if position is None or landed is None or landed[:2] < position[:2]:
             self.lander.ask()
             return False
-        if self._log.end_offset(self.name) > self._landed_offset():
+        saved = self._state.checkpoint("land", self.name)
+        if self._log.end_offset(self.name) > (int(saved["offset"]) if saved else 0):
             self.lander.ask()
             return False
         for known in self._state.tables(self.name):
@@ -275,10 +280,6 @@ class PeriodicPipeline:
                 self.merger.ask()
                 return False
         return True
-
-    def _landed_offset(self) -> int:
-        saved = self._state.checkpoint("land", self.name)
-        return int(saved["offset"]) if saved else 0
 
     def _is_read_whole(self, table: TableId) -> bool:
         """Whether the next run does not compare the table with what the lake holds, but replaces that."""
@@ -353,6 +354,7 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         self._stopped = {t.table for t in self._state.tables(name) if t.state == "stopped"}
         self.evolution = Evolution(
@@ -515,11 +517,10 @@ class PeriodicPipeline:
 
     def cancel(self, table: TableId) -> list[str]:
         """Take back resyncs of a table that have not begun, and that nothing but an operator asked for."""
-        cancelled = []
-        for run in self._state.runs(self.name, table, states=["pending"]):
-            if run.kind == "resync" and not run.details.get("whole"):
-                self._state.update_run(run.id, state="cancelled")
-                cancelled.append(run.id)
+        pending = self._state.runs(self.name, table, states=["pending"])
+        cancelled = [r.id for r in pending if r.kind == "resync" and not r.details.get("whole")]
+        for run in cancelled:
+            self._state.update_run(run, state="cancelled")
         return cancelled
 
     # ---- waiting and telling ----
@@ -574,8 +575,7 @@ class PeriodicPipeline:
         head = reached["logged"]
         for step, lsn in reached.items():
             metrics.LAG_BYTES.labels(self.name, step).set(max(0, head - lsn))
-        began = float((self._state.get(runs_fact(self.name)) or {}).get("began_at") or 0)
-        if began:
+        if began := self._began_at:
             metrics.LAG_SECONDS.labels(self.name, "logged").set(now - began)
         self._state.save_source(self.name, received_lsn=head, confirmed_lsn=reached["landed"])
         caught_up = {step: began for step, lsn in {**reached, "confirmed": reached["landed"]}.items() if lsn >= head}

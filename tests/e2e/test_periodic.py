@@ -48,19 +48,19 @@ def check(daemon: Daemon, strategy: str) -> None:
         assert_nothing_is_missing(daemon)
 
 
-def has_run(daemon: Daemon) -> bool:
-    """Whether it has begun a run (before its first start has written its state, there is no status)."""
+def is_up(daemon: Daemon) -> bool:
+    """Whether this very process answers (before its first start has written its state, there is no status)."""
     document = daemon.ask("status").document
-    return bool(document.get("sources") and document["sources"][0]["runs"]["history"])
+    return bool("daemon" in document and document["daemon"]["pid"] == daemon.pid)
 
 
 def die_somewhere(daemon: Daemon, rng: random.Random) -> str:
-    """Start it so that it dies at a random place, or is killed when it got past that; the place."""
+    """Start it so that it dies at a random place, or is killed when a run got past that; the place."""
     point = f"{rng.choice(POINTS)}=kill:{rng.choice([1, 1, 2, 3])}"
     daemon.start(failpoints=point)
-    answer = daemon.begin("wait", "--timeout", "20")
-    wait_until(lambda: not daemon.alive or has_run(daemon), 60)
-    answer()
+    wait_until(lambda: not daemon.alive or is_up(daemon), 60)
+    if daemon.alive:
+        daemon.begin("wait", "--timeout", "30")()
     if daemon.alive:
         daemon.kill()
     return point

@@ -231,6 +231,24 @@ def test_a_lost_disk_costs_a_comparison_and_nothing_else(database: str, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["land.after_cut", "land.between_tables", "land.after_commit"])
+def test_what_landed_before_the_disk_was_lost_is_not_found_again(database: str, tmp_path: Path, place: str) -> None:
+    execute(database, *ORDERS, "create table loose (id int)", "insert into loose values (1), (1), (2)")
+    with periodic(tmp_path, database) as daemon:
+        daemon.start().settled()
+        assert daemon.stop() == 0
+        execute(database, "update orders set note = 'x' where id = 3", "delete from orders where id = 4",
+                "insert into loose values (1)", "delete from loose where id = 2")  # fmt: skip
+        daemon.start(failpoints=f"{place}=kill").streaming()
+        daemon.begin("wait", "--timeout", "30")
+        assert daemon.ended() == -9
+        shutil.rmtree(daemon.state_dir)
+        daemon.start().settled().verified()
+        assert sorted(changes(daemon, "orders")) == [("d", 4), ("u", 3)]
+        assert sorted(changes(daemon, "loose")) == [("c", 1), ("d", 2)]
+
+
+@pytest.mark.slow
 def test_a_restored_server_begins_a_new_epoch_and_only_what_differs_changes(tmp_path: Path) -> None:
     with private_server(tmp_path / "server", fresh=True) as server:
         execute(server.dsn(), *ORDERS)
