@@ -4,8 +4,8 @@ Reader and log appender are one process, so what is in the log when a snapshot i
 this lose nothing are in docs/snapshots.md, and each is named where it is kept. A chunk and its progress are one
 append. A run that is killed goes on after its last chunk; a table whose shape changes starts its run anew. Takes no
 lock on the source beyond ACCESS SHARE, keeps no snapshot open longer than one chunk (but for a table without a
-key), and writes nothing there. One run at a time per source; it does not merge and does not decide which tables
-exist.
+key), and writes nothing there. Several lanes (cdc.reading) read several tables, and ranges of one, side by side; here
+is decided which lane does what. It does not merge and does not decide which tables exist.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cdc.appending import KEPT_DETAILS, WHOLE_KINDS, Appender, Step
 from cdc.candidates import Candidates
 from cdc.errors import CdcError, FilterRefused, InvariantBroken, NotPublished, SourceRefused, Verdict
 from cdc.failpoints import failpoint
-from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key, Piece
+from cdc.filtered import KEYS_PER_CHUNK, FilteredRun, Key
 from cdc.log import EventLog
 from cdc.pace import FIRST_BLOCKS, FIRST_ROWS, ChunkSize, RateLimit
-from cdc.ports import RowsRead, SnapshotReader
+from cdc.ports import RowsRead, SnapshotReader, TableSnapshot
 from cdc.ranges import details_of, first_free, ranges_of
-from cdc.reading import RETRY_S, Anew, Lane, Later, Wish
+from cdc.reading import RETRY_S, Anew, Lane, Later, Piece, Wish
 from cdc.runs import Run
 from cdc.schema import SchemaBook
 from cdc.state import State
@@ -40,7 +40,7 @@ PAUSED_S = 0.5
 
 
 class Backfill:
-    """Runs of one source. `step` belongs to one thread; `order`, `cancel` and `wish` may be called from any."""
+    """Runs of one source. `step` of each lane belongs to one thread; `order`, `cancel`, `wish` may be by any."""
 
     def __init__(
         self,
@@ -333,18 +333,20 @@ class Backfill:
         if not schema.key or run.details.get("epoch") != position.epoch:
             # The one snapshot of a keyless table ended with the process; another epoch is another history.
             raise Anew("the run was interrupted")
-        if run.kind in WHOLE_KINDS and "ranges" not in run.details and run.last_key is None and len(self._lanes) > 1:
-            return self._plan(lane, run, schema)
-        piece = self._next(run, schema, number)
-        if piece is None and self._whole_pending(run.table):
-            # The lake may hold it only when the whole table has been read, and that waits for us.
-            raise Anew("the whole table is read before")
-        if piece is None:
-            raise Later("waits for the lake to hold what it has read")
-        took = lane.read(run, schema, piece.read, piece.step)
+        whole, planned = run.kind in WHOLE_KINDS, "ranges" in run.details or run.last_key is not None
+        if whole and not planned and len(self._lanes) > 1:
+            took = lane.read(run, schema, partial(self._plan, run, schema))
+        else:
+            piece = self._next(run, schema, number)
+            if piece is None and self._whole_pending(run.table):
+                # The lake may hold it only when the whole table has been read, and that waits for us.
+                raise Anew("the whole table is read before")
+            if piece is None:
+                raise Later("waits for the lake to hold what it has read")
+            took = lane.read(run, schema, lambda _: piece)
         assert lane.chunk is not None
         rows, size = lane.chunk.rows, self._sizes[run.id]
-        if "keys" not in piece.read:
+        if lane.chunk.step.asked is None:
             size.learn(took, rows.rows, rows.bytes, rows_max=self._bounds[0], bytes_max=self._bounds[1])
         self._rate.took(rows.rows, rows.bytes)
         return self._settle(lane)
@@ -352,16 +354,20 @@ class Backfill:
     def _whole_pending(self, table: TableId) -> bool:
         return any(r.kind in WHOLE_KINDS for r in self._state.runs(self._source, table, states=["pending"]))
 
-    def _plan(self, lane: Lane, run: Run, schema: TableSchema) -> bool:
-        """Decide how the run reads its table. Behind its begin row, for the sake of decision 31."""
-        _, snapshot = lane.begin(run, schema)
+    def _plan(self, run: Run, schema: TableSchema, snapshot: TableSnapshot) -> Piece:
+        """Decide how the run reads its table, and begin with its first range. Behind the begin row, for the sake of
+        decision 31."""
         plan = snapshot.plan(PARTS_MAX)
         with self._log.lock():
             now = self._state.run(run.id)
-            if now is not None and now.state == "running":
-                details = {**now.details, "relfilenode": snapshot.relfilenode, **details_of(plan)}
-                self._state.update_run(run.id, details=details)
-        return True
+            if now is None or now.state != "running":
+                raise Later(seconds=0.0)
+            # Blocks are those of one file; keys are of any, as long as nothing was read.
+            file = {"relfilenode": snapshot.relfilenode} if plan.strategy == "blocks" else {}
+            run = self._state.update_run(run.id, details={**now.details, **file, **details_of(plan)})
+        piece = self._next(run, schema, 0)
+        assert piece is not None
+        return piece
 
     def _next(self, run: Run, schema: TableSchema, number: int) -> Piece | None:
         """What the run reads next; None if it must wait."""

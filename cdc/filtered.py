@@ -15,6 +15,7 @@ from typing import Any
 from cdc.appending import Step
 from cdc.candidates import Candidates
 from cdc.ports import RowsRead
+from cdc.reading import Piece
 from cdc.runs import Run
 
 Key = tuple[str, ...]
@@ -22,14 +23,6 @@ KEYS_PER_CHUNK = 1000
 
 Look = Callable[[], Candidates | None]
 """The candidates of a run now; None until the lake holds what the run has written."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """What to read for one chunk: arguments for `SnapshotReader.read`, and the step that it is."""
-
-    read: dict[str, Any]
-    step: Callable[[RowsRead], Step]
 
 
 @dataclass(slots=True)

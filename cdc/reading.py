@@ -82,6 +82,14 @@ class Chunk:
     nudge_at: float
 
 
+@dataclass(slots=True)
+class Piece:
+    """What to read for one chunk: arguments for `SnapshotReader.read`, and the step that it is."""
+
+    read: dict[str, Any]
+    step: Callable[[RowsRead], Step]
+
+
 class Lane:
     """One reader. Belongs to one thread."""
 
@@ -141,20 +149,21 @@ class Lane:
         failpoint("backfill.after_snapshot")
         return mark, snapshot
 
-    def read(self, run: Run, schema: TableSchema, arguments: dict[str, Any], step: Callable[[RowsRead], Step]) -> float:
-        """Read one chunk, which is then in hand; seconds that the server took."""
+    def read(self, run: Run, schema: TableSchema, choose: Callable[[TableSnapshot], Piece]) -> float:
+        """Read one chunk, which is then in hand: of its open snapshot, what `choose` says. Seconds that it took."""
         release = self._take_turn()
         try:
             began = time.perf_counter()
             mark, snapshot = self.begin(run, schema)
             more: dict[str, Any] = {} if self._turns is None else {"received": release}
-            rows = self.reader.read(**arguments, **more)
+            piece = choose(snapshot)
+            rows = self.reader.read(**piece.read, **more)
             self.reader.end()
         finally:
             release()
         took = time.perf_counter() - began
         metrics.SNAPSHOT_CHUNK_SECONDS.labels(self._source).observe(took)
-        self.take(run, schema, snapshot, rows, mark, step(rows))
+        self.take(run, schema, snapshot, rows, mark, piece.step(rows))
         return took
 
     def _take_turn(self) -> Callable[[], None]:

@@ -8,6 +8,8 @@ read, and what of them is kept, is decided in cdc.backfill.
 
 from __future__ import annotations
 
+import select
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +47,9 @@ where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
 """
 
 NOTHING = sql.Composed([])
+ROWS_JOINED = 200
+SILENCE_S = 10.0
+"""Time beyond the server's own bound of a statement after which it is taken for gone."""
 BLOCKS_PER_CHUNK = 4096
 """A keyless table is read in ranges of blocks of one snapshot: 32 MB at the usual block size, big values apart."""
 
@@ -405,24 +410,56 @@ class PostgresSnapshotReader:
         """What a COPY sends, and whether it is all; what is beyond `bytes_max` (0: no bound) is cancelled, row by row
         as the server sends them. The savepoint keeps the snapshot over that."""
         assert self._open is not None
-        buffer = pa.BufferOutputStream()
         connection = self._ready()
         with translated(f"{self._where} table {self._open.schema.table}"), connection.cursor() as cursor:
             connection.execute("savepoint chunk")
             any_bytes = take_any_bytes(connection, local=True)
+            blobs: list[bytes] = []
             try:
-                with cursor.copy(query) as copy:
-                    for data in copy:
-                        if bytes_max and buffer.tell() > bytes_max:
-                            raise _Full
-                        buffer.write(data)
+                with cursor.copy(query):
+                    self._drain(connection, blobs, bytes_max)
             except _Full:
                 connection.execute("rollback to savepoint chunk")
-                return buffer.getvalue(), False
+                return pa.py_buffer(b"".join(blobs)), False
             if any_bytes:
                 connection.execute("set local client_encoding to 'UTF8'")
             connection.execute("release savepoint chunk")
-        return buffer.getvalue(), True
+        return pa.py_buffer(b"".join(blobs)), True
+
+    def _drain(self, connection: psycopg.Connection[Any], blobs: list[bytes], bytes_max: int) -> None:
+        """Take what libpq has, message by message (a message is a row), and join them while they are in the cache: kept
+        one by one they cost three times as much. _Full behind `bytes_max`."""
+        pgconn = connection.pgconn
+        get, poll = pgconn.get_copy_data, select.poll()
+        poll.register(pgconn.socket, select.POLLIN)
+        # The server ends a statement by itself; a server that is gone does not.
+        silence_ms = int((self._config.statement_timeout_s + SILENCE_S) * 1000)
+        rows: list[memoryview] = []
+        take, size, n = rows.append, 0, 1
+        limit = bytes_max or sys.maxsize
+        while n >= 0:
+            for _ in range(ROWS_JOINED):
+                n, row = get(1)
+                if n <= 0:
+                    break
+                take(row)
+                size += n
+                if size > limit:
+                    break
+            if rows:
+                blobs.append(b"".join(rows))
+                rows.clear()
+            if size > limit:
+                raise _Full
+            if n == 0:
+                if not poll.poll(silence_ms):
+                    raise SourceUnavailable(f"{self._where} is silent in the middle of a chunk")
+                pgconn.consume_input()
+        if n == -2:
+            raise psycopg.OperationalError(pgconn.get_error_message())
+        while (result := pgconn.get_result()) is not None:
+            if result.status == psycopg.pq.ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, encoding=connection.info.encoding)
 
 
 def parse_csv(data: pa.Buffer, names: list[str]) -> list[pa.Array]:

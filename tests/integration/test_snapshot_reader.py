@@ -130,3 +130,41 @@ def test_keys_that_ignore_case_are_walked_once_each(db: psycopg.Connection, read
     reader.begin(schema)
     some = reader.read(keys=[("a", "0"), ("A", "0"), ("Z", "7"), ("z", "7")])
     assert sorted(zip(*(c.to_pylist() for c in some.columns), strict=True)) == [("Z", 7), ("a", 0)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "fill", "strategy"),
+    [
+        ("id int primary key", "g", "blocks"),
+        ("id int primary key", "g", "keys"),
+        ("a int, b text, primary key (a, b)", "g * 7919 % 500, 'k' || g", "blocks"),
+        ("a int, b text, primary key (a, b)", "g * 7919 % 500, 'k' || g", "keys"),
+        ("a citext primary key", "'K' || g", "keys"),
+    ],
+    ids=["blocks", "one key", "blocks of two keys", "two keys", "its own operators"],
+)
+def test_ranges_together_are_the_table_and_meet_nowhere(
+    columns: str, fill: str, strategy: str, db: psycopg.Connection, reader: PostgresSnapshotReader
+) -> None:
+    db.execute("create extension citext")
+    names = "a, b" if "b text" in columns else columns.split()[0]
+    db.execute(f"create table t (big text, {columns}) with (fillfactor = 10)".encode())
+    db.execute("alter table t alter big set storage external")
+    db.execute("create publication p for table t")
+    db.execute(f"insert into t ({names}) select {fill} from generate_series(1, 60000) g".encode())
+    if strategy == "keys":
+        db.execute("update t set big = repeat('x', 9000) where ctid = '(0,1)'")
+    (schema,) = (found.schema for found in reader.tables().tables)
+    plan = reader.begin(schema).plan(32)
+    assert plan.strategy == strategy, plan.why
+    assert len(plan.ranges) >= 2
+    found: list[tuple[object, ...]] = []
+    for at, to in plan.ranges:
+        more = {"blocks": 300} if strategy == "blocks" else {"rows_max": 7000}
+        while True:
+            rows = reader.read(after=at, **({"through": to} if to is not None else {}), **more)
+            found += zip(*(column.to_pylist() for column in rows.columns[1:]), strict=True)
+            at = rows.last_key or at
+            if rows.done:
+                break
+    assert len(found) == len(set(found)) == 60_000
