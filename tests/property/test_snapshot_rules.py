@@ -457,7 +457,6 @@ def test_an_order_that_joins_one_that_waits_takes_the_mark_away_when_it_is_done(
 
 def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is_back(scene: Scene) -> None:
     stepped = scene.stepped
-    stepped.prepared()
     scene.once("reader.read", lambda: scene.run(f"alter publication {stepped.slot} drop table t"))
     stepped.until(
         lambda: any(r.state == "failed" for r in scene.runs()),
