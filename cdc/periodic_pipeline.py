@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -87,7 +87,6 @@ class PeriodicPipeline:
         self._ladder = Ladder(source.name, event_log)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
-        self._marked_at: dict[str, int] = {}
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -283,7 +282,7 @@ class PeriodicPipeline:
 
     def _is_read_whole(self, table: TableId) -> bool:
         """Whether the next run does not compare the table with what the lake holds, but replaces that."""
-        if str(table) in self.marks():
+        if str(table) in self._anchor.marks():
             return True
         runs = self._state.runs(self.name, table, states=["pending", "running"])
         if any(r.kind in FULL_KINDS and r.details.get("whole") for r in runs):
@@ -383,7 +382,7 @@ class PeriodicPipeline:
         self._land: Stage[Group, LandPoint] = Stage(f"land:{name}", reader, self.lander)
         self._runs = PeriodicRuns(
             self._source_config, self._reader, self._log, self._state, self._book, self._store,
-            epoch=self._epoch, temp_dir=self._temp / "run", marks=lambda: set(self.marks()),
+            epoch=self._epoch, temp_dir=self._temp / "run", marks=lambda: set(self._anchor.marks()),
             stop_table=self.stop_table, rests=self.rests, halted=self._stop.is_set, make_room=self._make_room,
         )  # fmt: skip
 
@@ -415,28 +414,9 @@ class PeriodicPipeline:
 
     # ---- tables ----
 
-    def mark(self, tables: Iterable[TableId], needs: bool) -> None:
-        """Tell the lake that tables must be read whole, or no longer; durable on return."""
-        names = {str(t) for t in tables}
-
-        def marked(known: AnchorState) -> AnchorState:
-            marks = set(known.needs_resync) | names if needs else set(known.needs_resync) - names
-            return replace(known, needs_resync=tuple(sorted(marks)))
-
-        if self._anchor.state is None or not names:
-            return
-        if needs:
-            self._marked_at.update(dict.fromkeys(names, time.time_ns() // 1000))
-        self._anchor.change(marked)
-
-    def marks(self) -> dict[str, int]:
-        """Tables that must be read whole, and since when (0: since before this process)."""
-        known = self._anchor.state
-        return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
-
     def _clear_marks(self) -> None:
         """Everything logged has landed: tables that were read whole since they were marked are whole."""
-        marks, done = self.marks(), []
+        marks, done = self._anchor.marks(), []
         for known in self._state.tables(self.name) if marks else ():
             since = marks.get(str(known.table))
             runs = [r for r in self._state.runs(self.name, known.table) if r.kind in FULL_KINDS]
@@ -444,7 +424,7 @@ class PeriodicPipeline:
                 continue
             if runs[-1].state == "done" and runs[-1].chunk_no >= 0 and runs[-1].created_at >= since:
                 done.append(known.table)
-        self.mark(done, False)
+        self._anchor.mark(done, False)
 
     def _takes_part(self, table: TableId) -> bool:
         return not self.rests(table) and not self._state.is_paused("table", f"{self.name}/{table}")
@@ -456,7 +436,7 @@ class PeriodicPipeline:
     def stop_table(self, table: TableId, error: CdcError) -> None:
         """Let one table stand still; first the lake is told that it must be read whole, then its changes are passed
         over."""
-        self.mark([table], True)
+        self._anchor.mark([table], True)
         with self._log.lock():
             self._stopped.add(table)
             for run in self._state.runs(self.name, table, states=["pending", "running"]):
@@ -475,7 +455,7 @@ class PeriodicPipeline:
 
     def read_whole(self, table: TableId, reason: str) -> None:
         """Order that a table is read whole; until that has landed, the lake says that it must be."""
-        self.mark([table], True)
+        self._anchor.mark([table], True)
         log.warning("a table is read anew", extra={"source": self.name, "table": str(table), "why": reason})
         self._order(table, reason, whole=True)
 

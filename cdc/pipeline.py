@@ -98,7 +98,6 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
-        self._marked_at: dict[str, int] = {}
         self._prepared = threading.Event()
         self._built = False
         self._settled = False
@@ -428,22 +427,11 @@ class Pipeline:
 
     def mark(self, tables: Iterable[TableId], needs: bool) -> None:
         """Tell the lake that tables need a resync, or no longer do; durable on return."""
-        names = {str(t) for t in tables}
-
-        def marked(known: AnchorState) -> AnchorState:
-            marks = set(known.needs_resync) | names if needs else set(known.needs_resync) - names
-            return replace(known, needs_resync=tuple(sorted(marks)))
-
-        if self._anchor.state is None or not names:
-            return
-        if needs:
-            self._marked_at.update(dict.fromkeys(names, time.time_ns() // 1000))
-        self._anchor.change(marked)
+        self._anchor.mark(tables, needs)
 
     def marks(self) -> dict[str, int]:
         """Tables that need a resync, and since when (0: since before this process)."""
-        known = self._anchor.state
-        return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
+        return self._anchor.marks()
 
     def take_part(self, table: TableId, takes_part: bool) -> None:
         """Let a table be followed, or not: one that is gone."""

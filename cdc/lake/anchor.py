@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 from cdc.errors import FormatTooNew, InvariantBroken, StoreConflict
 from cdc.lake.layout import anchor_key
 from cdc.ports import ObjectStore
+from cdc.table import TableId
 
 FORMAT: Final = 1
 
@@ -54,6 +56,7 @@ class Anchor:
         self._key = anchor_key(source)
         self._etag: str | None = None
         self._state: AnchorState | None = None
+        self._marked_at: dict[str, int] = {}
         self._lock = threading.RLock()
 
     @property
@@ -106,6 +109,26 @@ class Anchor:
             if state != self._state:
                 self.save(state)
             return state
+
+    def mark(self, tables: Iterable[TableId], needs: bool) -> None:
+        """Note that tables need a resync, or no longer do; durable on return. Before there is an anchor nothing needs
+        to be said: no snapshot is complete."""
+        names = {str(t) for t in tables}
+
+        def marked(known: AnchorState) -> AnchorState:
+            marks = set(known.needs_resync) | names if needs else set(known.needs_resync) - names
+            return replace(known, needs_resync=tuple(sorted(marks)))
+
+        if self._state is None or not names:
+            return
+        if needs:
+            self._marked_at.update(dict.fromkeys(names, time.time_ns() // 1000))
+        self.change(marked)
+
+    def marks(self) -> dict[str, int]:
+        """Tables that need a resync, and since when (Unix µs; 0: since before this process)."""
+        known = self._state
+        return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
 
 
 def _parse(data: bytes, key: str) -> AnchorState:
