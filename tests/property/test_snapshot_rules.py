@@ -438,7 +438,7 @@ def watch_locks(patch: pytest.MonkeyPatch, stepped: Stepped) -> None:
 @pytest.fixture
 def scene(server: EmbeddedPostgres, tmp_path: Path) -> Iterator[Scene]:
     dsn = create_database(server, "scene")
-    with pytest.MonkeyPatch.context() as patch, Stepped(tmp_path, dsn, patch) as stepped:
+    with pytest.MonkeyPatch.context() as patch, Stepped(tmp_path, dsn, patch, watch_every_s=50.0) as stepped:
         yield Scene(stepped, *KEYED, "create table zebra (id int primary key)", published="t, zebra")
     drop_database(server, "scene")
 
