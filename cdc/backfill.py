@@ -151,6 +151,13 @@ class Backfill:
         """Append a control row in the table's newest schema version (cdc.appending). By the thread of `step` only."""
         self._appender.tell_shape(schema)
 
+    def retire(self, table: TableId, reason: str, hint: str) -> None:
+        """The table is gone, and so are its runs. Under the log's lock: no chunk that is appended takes it back."""
+        with self._log.lock():
+            for run in self._state.runs(self._source, table, states=["pending", "running"]):
+                self._state.update_run(run.id, state="cancelled", reason=reason)
+            self._state.update_table(self._source, table, state="removed", reason=reason, hint=hint)
+
     def cancel(self, table: TableId) -> list[str]:
         """Take back the table's pending and running resyncs; a first snapshot is needed and stays, and so does what
         answers a change that the stream did not show."""

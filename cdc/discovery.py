@@ -243,9 +243,7 @@ class Discovery:
                 "table %s: %s", table, reason, extra={"source": self._source, "table": str(table), "hint": hint}
             )
             metrics.CATALOG_FINDINGS.labels(self._source, "removed").inc()
-            for run in self._state.runs(self._source, table, states=["pending", "running"]):
-                self._state.update_run(run.id, state="cancelled", reason=reason)
-            self._state.update_table(self._source, table, state="removed", reason=reason, hint=hint)
+            self._backfill.retire(table, reason, hint)
             self._tables.take_part(table, False)
         for table in prints.keys() - there:
             prints[table] = replace(prints[table], membership=())
