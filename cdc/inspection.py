@@ -189,6 +189,8 @@ class TableFacts:
     space: Space | None = None
     ages: Ages | None = None
     candidates: list[KeyCandidate] = field(default_factory=list)
+    strategy: str = ""
+    """How a snapshot reads it: `keys` (chunks in key order) or `blocks`; empty: not known."""
     sample: SampleRead | None = None
     not_measured: list[NotMeasured] = field(default_factory=list)
 
@@ -256,7 +258,7 @@ class OpenTransaction:
 class TablePlan:
     table: TableId
     strategy: str
-    """`key`: chunks in key order; `blocks`: ranges of blocks, all in one snapshot."""
+    """`keys`: chunks in key order; `blocks`: ranges of blocks, of a table without a key all in one snapshot."""
     chunk_rows: int
     chunks: int
     bytes: int
@@ -329,8 +331,9 @@ def plan_snapshots(
 ) -> Plan:
     """The chunks of every table's first snapshot and the time to read them, estimated from one chunk of each.
 
-    The one place that guesses how cdc.backfill will cut a table; it knows the bounds of a chunk, and that a table with
-    a key is read along it. Readers share the tables, largest first; a table has one reader.
+    The one place that guesses how cdc.backfill will cut a table; it knows the bounds of a chunk, and not that one is
+    smaller where it takes longer than a second. Readers share the tables, largest first; that they also share one big
+    table is left out.
     """
     planned, unplanned = [], []
     for facts in tables:
@@ -350,7 +353,7 @@ def plan_snapshots(
         planned.append(
             TablePlan(
                 table=facts.table,
-                strategy="key" if facts.key else "blocks",
+                strategy=facts.strategy or ("keys" if facts.key else "blocks"),
                 chunk_rows=per_chunk,
                 chunks=chunks,
                 bytes=round(rows * row_bytes),

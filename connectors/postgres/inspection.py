@@ -37,6 +37,7 @@ from connectors.postgres import catalog, check, inspection_keys, inspection_rows
 from connectors.postgres.connection import connect, describe, server_message, translated
 from connectors.postgres.identity import identity_findings, quoted
 from connectors.postgres.inspection_rows import Readable
+from connectors.postgres.plan import plan
 
 STATEMENT_S = 10.0
 """No statement runs longer, whatever the configuration allows others."""
@@ -44,8 +45,6 @@ LOCK_S = 2.0
 ROUND_TRIPS = 5
 """So many are timed; the shortest counts."""
 ROWS = "everything that reads rows"
-READERS = 1
-"""The daemon reads one table after the other."""
 
 ACCESS = """
 select c.oid::int8, has_table_privilege(c.oid, 'select'), has_schema_privilege(c.relnamespace, 'usage')
@@ -140,7 +139,7 @@ class PostgresInspector:
                 facts,
                 chunk_rows=self._config.chunk_rows,
                 chunk_bytes=self._config.chunk_bytes,
-                readers=READERS,
+                readers=self._config.readers,
                 round_trip_s=round_trip_s,
             ),
             not_measured=not_measured,
@@ -205,7 +204,9 @@ class PostgresInspector:
             return
         if counted := self._within_budget(facts, "space", lambda: inspection_rows.space(connection, read, described)):
             facts.space, facts.rows_estimated = counted
-        facts.sample = self._within_budget(facts, "a snapshot's chunk", lambda: self._read_chunk(read, described))
+        facts.sample = self._within_budget(
+            facts, "a snapshot's chunk", lambda: self._read_chunk(facts, read, described)
+        )
         if not facts.key:
             facts.candidates = (
                 self._within_budget(
@@ -218,11 +219,13 @@ class PostgresInspector:
                 or []
             )
 
-    def _read_chunk(self, read: Readable, described: catalog.Described) -> SampleRead:
+    def _read_chunk(self, facts: TableFacts, read: Readable, described: catalog.Described) -> SampleRead:
         with self._connected() as connection:
+            facts.strategy = plan(connection, described, 1).strategy if facts.key else "blocks"
             return inspection_rows.sample_read(
-                connection, read, described, rows_max=self._config.chunk_rows, bytes_max=self._config.chunk_bytes
-            )
+                connection, read, described,
+                by_key=facts.strategy == "keys", rows_max=self._config.chunk_rows, bytes_max=self._config.chunk_bytes,
+            )  # fmt: skip
 
     def _read_ages(
         self,

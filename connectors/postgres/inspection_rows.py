@@ -149,13 +149,19 @@ def _row_bytes(connection: psycopg.Connection[Any], described: Described) -> sql
 
 
 def sample_read(
-    connection: psycopg.Connection[Any], read: Readable, described: Described, *, rows_max: int, bytes_max: int
+    connection: psycopg.Connection[Any],
+    read: Readable,
+    described: Described,
+    *,
+    by_key: bool,
+    rows_max: int,
+    bytes_max: int,
 ) -> SampleRead:
     """Read the table's first chunk by the COPY of snapshots, and throw it away. A time-out of the server ends it: what
     came until then counts. `connection` is for this alone: its encoding may be any afterwards."""
     schema = described.schema
     take_any_bytes(connection)
-    order = sql.SQL("order by {}").format(_names(schema.key)) if schema.key else sql.SQL("")
+    order = sql.SQL("order by {}").format(_names(schema.key)) if by_key else sql.SQL("")
     query = sql.SQL("copy (select {} from {} {} limit {}) to stdout (format csv)").format(
         _names([c.name for c in schema.columns]), read.relation, order, sql.Literal(rows_max)
     )

@@ -146,7 +146,7 @@ def test_what_is_measured_is_what_is_there(shop: str) -> None:
     assert (bloated["size"]["heap_bytes"], bloated["size"]["index_bytes"]) == size
     assert (bloated["sample"]["rows"], bloated["sample"]["bytes"]) == (4000, sum(chunk))
     [planned] = [t for t in found["plan"]["tables"] if t["table"] == "public.bloated"]
-    assert (planned["strategy"], planned["chunks"], planned["chunk_rows"]) == ("key", 3, 4000)
+    assert (planned["strategy"], planned["chunks"], planned["chunk_rows"]) == ("keys", 3, 4000)
     assert planned["bytes"] == pytest.approx(sum(chunk) * 2.5, abs=2)
     assert planned["seconds"] >= bloated["sample"]["seconds"] * 2.5
     assert found["plan"]["seconds"] == pytest.approx(sum(t["seconds"] for t in found["plan"]["tables"]))

@@ -58,8 +58,8 @@ def test_a_plan_scales_one_chunk_to_the_table_and_shares_the_tables_among_reader
     per_chunk_s = 0.01 * ROUND_TRIPS_PER_CHUNK
     shown = {p.table.name: (p.strategy, p.chunk_rows, p.chunks, p.bytes) for p in plan.tables}
     assert shown == {
-        "big": ("key", 2500, 4, 1_000_000),  # a row has 100 bytes, so bytes bound the chunk
-        "small": ("key", 2500, 1, 1000),  # it was read to its end: there are no more rows, whatever was estimated
+        "big": ("keys", 2500, 4, 1_000_000),  # a row has 100 bytes, so bytes bound the chunk
+        "small": ("keys", 2500, 1, 1000),  # it was read to its end: there are no more rows, whatever was estimated
         "heap": ("blocks", 300, 3, 9000),
     }
     seconds = {p.table.name: p.seconds for p in plan.tables}
