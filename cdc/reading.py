@@ -240,9 +240,17 @@ class Lane:
             if not schema.key:
                 # Its one snapshot stands at the begin row, whatever has come since.
                 records = []
-            if must_read_again(schema, [(r.version, r.has_truncate) for r in records]):
-                raise Later("the table changed while a chunk was read; it is read again", RETRY_S)
+            changed = Later("the table changed while a chunk was read; it is read again", RETRY_S)
+            if must_read_again(schema, [(r.version, False) for r in records]):
+                raise changed
             window = [unseen(self._log.read(r, schema), snapshot.visibility) for r in records]
+            # A truncate that the snapshot has seen is in the chunk already; where the stream lags, there is always one.
+            truncates = [
+                record.has_truncate and "t" in batch.system("_op").to_pylist()
+                for record, batch in zip(records, window, strict=True)
+            ]
+            if must_read_again(schema, [(schema.version, truncate) for truncate in truncates]):
+                raise changed
             current = self._state.run(run.id)
             if current is not None and current.state == "running":
                 # Another lane may have read meanwhile what is another file.
