@@ -54,9 +54,10 @@ def _by_key(
     """Ranges of the key that hold about the same number of rows."""
     if parts < 2:
         return [(None, None)]
-    key = [sql.Identifier(name) for name in table.schema.key]
+    # Named with the table: a bare name in ORDER BY would be the column of the result, which is text.
+    key = [sql.Identifier("read", name) for name in table.schema.key]
     share = min(100.0, 100.0 * SAMPLE_BLOCKS / blocks)
-    query = sql.SQL("select {} from {} tablesample system ({}) order by {}").format(
+    query = sql.SQL("select {} from {} as read tablesample system ({}) order by {}").format(
         sql.SQL(", ").join(sql.SQL("{}::text").format(k) for k in key),
         sql.SQL("{}" if table.kind == "p" else "only {}").format(sql.Identifier(*table.schema.table)),
         sql.Literal(share),

@@ -41,6 +41,11 @@ AREAS: Mapping[str, Mapping[str, int]] = {
 }  # fmt: skip
 ELSEWHERE = {"sync.before_commit", "sync.after_commit"}
 """Points of reverse ETL: tests/integration/test_sync_postgres.py kills there."""
+PERIODIC = {
+    "periodic.after_snapshot", "periodic.between_tables", "periodic.after_portion", "periodic.after_chunk",
+    "periodic.before_boundary", "periodic.after_boundary",
+}  # fmt: skip
+"""Points of a periodic run: tests/e2e/test_periodic.py kills there."""
 HISTORY = ("origin.after_note", "slot.after_drop", "origin.after_setup", "origin.after_anchor")
 """Points of a new history: tests/fault/test_history.py kills there."""
 
@@ -87,7 +92,7 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    assert named == set(EVERY) | ELSEWHERE | set(HISTORY)
+    assert named == set(EVERY) | ELSEWHERE | PERIODIC | set(HISTORY)
 
 
 @pytest.mark.parametrize("area", AREAS)

@@ -149,7 +149,8 @@ def test_what_is_measured_is_what_is_there(shop: str) -> None:
     assert (planned["strategy"], planned["chunks"], planned["chunk_rows"]) == ("keys", 3, 4000)
     assert planned["bytes"] == pytest.approx(sum(chunk) * 2.5, abs=2)
     assert planned["seconds"] >= bloated["sample"]["seconds"] * 2.5
-    assert found["plan"]["seconds"] == pytest.approx(sum(t["seconds"] for t in found["plan"]["tables"]))
+    alone = [t["seconds"] for t in found["plan"]["tables"]]
+    assert max(alone) <= found["plan"]["seconds"] <= sum(alone), "two readers share the tables"
 
     [forgotten] = [t for t in found["transactions"] if "forgotten" in t["who"]]
     assert forgotten["writes"]
