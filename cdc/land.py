@@ -43,6 +43,7 @@ READ_BYTES = 8 << 20
 """Log bytes in one item: bounds memory, and how late a request to land is seen."""
 OPEN_BYTES = 8 << 20
 """From this size on an open transaction is written to objects before its Commit has arrived."""
+NONE_OPEN = (-1, -1)
 
 
 class LandPoint(NamedTuple):
@@ -87,13 +88,14 @@ class LogReader:
         self._offset = 0
         self._generation = -1
         self._last: Boundary | None = None
-        self._in_open = False
+        self._open = NONE_OPEN
+        """Where the open transaction that has been begun to be read will stand."""
 
     def open(self, after: LandPoint) -> None:
         self._offset = after.offset
         self._generation = self._log.generation(self._source)
         self._last = None
-        self._in_open = False
+        self._open = NONE_OPEN
 
     def read(self, timeout_s: float) -> Group | None:
         timeout_s = min(timeout_s, self._due_in_s())
@@ -109,8 +111,9 @@ class LogReader:
             self._log.wait(self._source, self._offset, timeout_s)
             return None
         if self._offset >= end:
-            if self._last != position:
-                self._last = position
+            # While the rows of an open transaction wait for its Commit, a position before it is no cut for them.
+            if self._last != position and (position.epoch, position.lsn) >= self._open:
+                self._last, self._open = position, NONE_OPEN
                 return Group([], self._offset, position, generation)
             self._log.wait(self._source, self._offset, timeout_s)
             return None
@@ -136,6 +139,10 @@ class LogReader:
     def _landable(self, records: list[LogRecord], position: Boundary) -> list[LogRecord]:
         """Complete records, or, when there are none, those of a big open transaction."""
         reached = (position.epoch, position.lsn)
+        if self._open > reached:
+            # Once begun, an open transaction is read to its end, with whatever stands between its parts: only there is
+            # the next cut.
+            return records
         complete = []
         for record in records:
             if record.kind == "change" and (record.epoch, record.last_lsn) > reached:
@@ -143,22 +150,18 @@ class LogReader:
             complete.append(record)
         if complete:
             return complete
-        # Once begun, an open transaction is read to its end: only there is the next cut.
-        big = self._in_open or self._open_bytes() >= OPEN_BYTES
-        if not big or (self._due_in_s() <= 0 and not self._in_open):
-            return []
-        self._in_open = True
-        return records
+        return [] if self._due_in_s() <= 0 or self._open_bytes() < OPEN_BYTES else records
 
     def _open_bytes(self) -> int:
         """Bytes of the open transaction that wait, as far as it matters: `records` stops short of its bound."""
         return sum(r.bytes for r in self._log.records(self._source, self._offset, bytes_max=2 * OPEN_BYTES))
 
     def _cut(self, taken: list[LogRecord], end: int, position: Boundary) -> Boundary | None:
-        reached = max((r.epoch, r.last_lsn) for r in taken)
+        reached = max(self._open, *((r.epoch, r.last_lsn) for r in taken))
         if reached > (position.epoch, position.lsn):
+            self._open = reached
             return None
-        self._in_open = False
+        self._open = NONE_OPEN
         if self._offset >= end:
             self._last = position
             return position
