@@ -7,8 +7,9 @@ from contextlib import suppress
 
 import pyarrow as pa
 
-M_ARENA_MAX = -8
-"""glibc's mallopt parameter (malloc.h)."""
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""glibc's mallopt parameters (malloc.h)."""
+GREAT_BYTES = 1 << 20
 
 
 def keep_memory_low() -> None:
@@ -16,4 +17,8 @@ def keep_memory_low() -> None:
     daemon fell from 305 to 208 MB (docs/benchmarks.md); where the C library is not glibc, nothing happens."""
     pa.set_memory_pool(pa.system_memory_pool())
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 2)
+        # Great buffers go back to the system when they are freed. Left alone, the threshold grows with what is freed, up
+        # to 32 MB, and the buffers of a big transaction stay in the arenas, in pieces.
+        libc.mallopt(M_MMAP_THRESHOLD, GREAT_BYTES)
