@@ -19,6 +19,6 @@ def keep_memory_low() -> None:
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 2)
-        # Great buffers go back to the system when they are freed. Left alone, the threshold grows with what is freed, up
-        # to 32 MB, and the buffers of a big transaction stay in the arenas, in pieces.
+        # Great buffers go back to the system when they are freed. Left alone, the threshold grows with what is freed,
+        # up to 32 MB, and the buffers of a big transaction stay in the arenas, in pieces.
         libc.mallopt(M_MMAP_THRESHOLD, GREAT_BYTES)
