@@ -76,7 +76,8 @@ def followed(daemon: Daemon, *tables: str) -> None:
 
 def kinds(daemon: Daemon, table: str) -> list[str]:
     path = daemon.lake / SOURCE / "_schema_changes"
-    rows = DeltaTable(path).to_pyarrow_table().to_pylist() if path.exists() else []
+    begun = any((path / "_delta_log").glob("*.json"))  # its folder is there a moment before
+    rows = DeltaTable(path).to_pyarrow_table().to_pylist() if begun else []
     return [r["kind"] for r in sorted(rows, key=lambda r: r["lsn"]) if r["table"] == table]
 
 
