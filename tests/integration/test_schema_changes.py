@@ -101,7 +101,9 @@ def fill(dsn: str, case: Case, table: str, first: int, last: int) -> None:
 
 def announced(daemon: Daemon) -> list[dict[str, Any]]:
     path = daemon.lake / SOURCE / "_schema_changes"
-    return sorted(DeltaTable(path).to_pyarrow_table().to_pylist(), key=lambda r: r["lsn"]) if path.exists() else []
+    if not any((path / "_delta_log").glob("*.json")):
+        return []  # Its folder is there a moment before its first commit.
+    return sorted(DeltaTable(path).to_pyarrow_table().to_pylist(), key=lambda r: r["lsn"])
 
 
 def kinds_of(daemon: Daemon, table: str) -> list[str]:
