@@ -173,7 +173,7 @@ def test_a_resync_under_load_is_followed_to_its_end(tmp_path: Path, database: st
     execute(database, *SCHEMA.split(";\n"))
     with Daemon(tmp_path, database, source={"chunk_rows": 300}) as daemon:
         daemon.start().settled()
-        with Workload(database, rng.randrange(1 << 30)):
+        with Workload(database, rng.randrange(1 << 30), pause_s=0.02):
             done = daemon.cdc("resync", "stock", "items", "--wait", "--timeout", "60", timeout_s=120)
             assert done.code == 0, done
             assert [(r["table"], r["served"]) for r in done.document["resyncs"]] == [
@@ -185,7 +185,7 @@ def test_a_resync_under_load_is_followed_to_its_end(tmp_path: Path, database: st
             cancelled = daemon.ask("resync", "cancel", "stock")
             assert cancelled.code == 0
             # Verify stands on its own while the source is written to: nothing that differs, at most what always moves.
-            report = daemon.ask("verify", "items", "lines", "--timeout", "60").document
+            report = daemon.ask("verify", "items", "lines", "--timeout", "5").document
             assert [t["counts"] for t in report["tables"] if any(t["counts"].values())] == []
         daemon.settled().verified()
 

@@ -206,6 +206,7 @@ def interpreter_for(user: str, environment: dict[str, str]) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests ran as a normal user already")
 def test_the_demo_works_for_a_normal_user_too(orphans_come_to_us: None) -> None:
     user = pwd.getpwnam("nobody")

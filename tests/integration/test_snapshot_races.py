@@ -254,7 +254,7 @@ def test_snapshots_under_load_end_equal(tmp_path: Path, database: str, rng: rand
     with Daemon(tmp_path, database, source={"chunk_rows": 200}) as daemon:
         assert daemon.ask("setup").code == 0
         witness = Witness(database, f"witness_{daemon.slot}")
-        with Workload(database, rng.randrange(1 << 30)):
+        with Workload(database, rng.randrange(1 << 30), pause_s=0.02):
             daemon.start().settled()
             assert daemon.ask("resync", *TABLES).code == 0
             daemon.settled()
