@@ -23,9 +23,14 @@ import pytest
 from cdc.errors import ConfigError, InvariantBroken, StoreConflict, StoreUnavailable
 from cdc.ports import ObjectStore
 from connectors.local.store import LocalStore
+from connectors.s3.store import S3Store
+from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.waiting import wait_until
 
-STORES: dict[str, Callable[[Path], ObjectStore]] = {"local": lambda root: LocalStore(root)}
+STORES: dict[str, Callable[[Path], ObjectStore]] = {
+    "local": lambda root: LocalStore(root),
+    "s3": lambda root: S3Store(new_bucket(), "some/where", {"endpoint_url": s3_endpoint()}),
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -219,6 +224,8 @@ import resource, signal, sys
 from pathlib import Path
 from cdc.errors import StoreUnavailable
 from connectors.local.store import LocalStore
+from connectors.s3.store import S3Store
+from tests.support.buckets import new_bucket, s3_endpoint
 store = LocalStore(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -242,6 +249,8 @@ _PUT_FOREVER = """
 import sys
 from pathlib import Path
 from connectors.local.store import LocalStore
+from connectors.s3.store import S3Store
+from tests.support.buckets import new_bucket, s3_endpoint
 store = LocalStore(Path(sys.argv[1]))
 i = 0
 while True:

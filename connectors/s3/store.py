@@ -1,0 +1,263 @@
+"""An object store in a bucket of S3, or of a server that speaks its protocol.
+
+Guarantees: an object appears whole or not at all, and is durable when `put` returns, as the protocol promises. A
+conditional write is decided by the server (If-None-Match, If-Match). Each write carries a token of its own in the
+object's metadata, so a write whose answer was lost, and whose repetition the server then refuses, is recognised as
+ours. What a repetition may mend (throttling, 5xx, time-outs, cut connections) is repeated here a few times, then told
+as StoreUnavailable; what it cannot mend is told at once, with what to look at.
+
+Big objects go up in parts, one at a time: memory is bounded by a part. An upload that fails is aborted; what a crash
+leaves is for the bucket's lifecycle rule (AbortIncompleteMultipartUpload). Credentials come by boto3's usual chain.
+
+It creates no bucket, sets no policies, and does not probe whether the server keeps its promises.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+import tenacity
+from botocore import exceptions as boto
+from botocore.config import Config
+
+from cdc.errors import CdcError, ConfigError, InvariantBroken, StoreConflict, StoreUnavailable
+from cdc.ports import StoredObject
+
+T = TypeVar("T")
+
+PART_BYTES: Final = 16 << 20
+"""What is bigger goes up in parts of this size, or as much greater as 10,000 parts need."""
+_PARTS_MAX: Final = 10_000
+_DELETED_AT_ONCE: Final = 1000
+"""The protocol's limits of one upload and of one DeleteObjects."""
+_TOKEN: Final = "cdc-write"
+_ATTEMPTS: Final = 5
+OPTIONS: Final = frozenset({"region", "endpoint_url"})
+
+_AGAIN: Final = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable",
+                 "Throttling", "ThrottlingException", "ConditionalRequestConflict", "OperationAborted"}  # fmt: skip
+_REFUSED: Final = {"PreconditionFailed", "412"}
+_GONE: Final = {"NoSuchKey", "NoSuchUpload", "404", "NotFound"}
+_HINTS: Final = {
+    "NoSuchBucket": "create the bucket, or correct lake.url",
+    "AccessDenied": "allow s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and s3:AbortMultipartUpload",
+    "InvalidAccessKeyId": "the credentials that boto3's chain finds (environment, profile, role) are not known there",
+    "SignatureDoesNotMatch": "the secret key is not the one of that access key, or the endpoint is behind a proxy that"
+    " changes requests",
+    "ExpiredToken": "renew the session's credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "NotImplemented": "this store lacks conditional writes, so it cannot keep a lake",
+    "PermanentRedirect": "set lake.region to the bucket's region",
+    "AuthorizationHeaderMalformed": "set lake.region to the bucket's region",
+}
+_CUT: Final = (
+    boto.EndpointConnectionError, boto.ConnectionClosedError, boto.ConnectTimeoutError, boto.ReadTimeoutError,
+    boto.ResponseStreamingError, boto.IncompleteReadError, boto.HTTPClientError,
+)  # fmt: skip
+
+
+class _Again(StoreUnavailable):
+    """A failure that a repetition may mend within this call."""
+
+
+class S3Store:
+    """Objects below `prefix` of a bucket. Thread-safe."""
+
+    def __init__(self, bucket: str, prefix: str = "", options: Mapping[str, str] | None = None) -> None:
+        options = options or {}
+        self._bucket = bucket
+        self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._session = boto3.session.Session(region_name=options.get("region"))
+        self._endpoint = options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3", "")
+        config = Config(
+            # What is repeated, and what is not, is decided in one place: here.
+            retries={"total_max_attempts": 1},
+            connect_timeout=10,
+            read_timeout=60,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path"} if self._endpoint else {},
+        )
+        try:
+            self._client: Any = self._session.client("s3", endpoint_url=self._endpoint or None, config=config)
+        except (boto.BotoCoreError, ValueError) as e:
+            raise ConfigError(f"lake: {e}", hint="see lake.region and lake.endpoint_url") from e
+
+    @classmethod
+    def from_url(cls, url: str, options: Mapping[str, str] | None = None) -> S3Store:
+        """The store at `s3://bucket/prefix`; ConfigError if it names no bucket, or an option is unknown."""
+        parts = urlsplit(url)
+        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+            raise ConfigError(f'lake.url = "{url}" names no bucket', hint="write s3://BUCKET/PREFIX")
+        unknown = sorted(set(options or {}) - OPTIONS)
+        if unknown:
+            raise ConfigError(
+                f"lake: unknown options {', '.join(unknown)}", hint=f"known: {', '.join(sorted(OPTIONS))}"
+            )
+        return cls(parts.netloc, parts.path, options)
+
+    def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """Write bytes (anything with the buffer protocol), return the etag; see ports.ObjectStore."""
+        name = self._name(key)
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
+        token = uuid.uuid4().hex
+        view = memoryview(data).cast("B")
+        try:
+            if len(view) <= PART_BYTES:
+                body = bytes(view)
+                write: Callable[[], Any] = partial(
+                    self._client.put_object, Bucket=self._bucket, Key=name, Body=body, Metadata={_TOKEN: token},
+                    **condition,
+                )  # fmt: skip
+                return self._finish(key, write, token)
+            return self._put_parts(key, view, token, condition)
+        finally:
+            view.release()
+
+    def get(self, key: str) -> tuple[bytes, str] | None:
+        """The object's bytes and etag, None if there is none."""
+        name = self._name(key)
+
+        def read() -> tuple[bytes, str]:
+            found = self._client.get_object(Bucket=self._bucket, Key=name)
+            return found["Body"].read(), found["ETag"]
+
+        return self._or_none(key, read)
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Objects whose key starts with `prefix`, in key order."""
+        more: dict[str, str] = {}
+        while True:
+            page = self._call(
+                prefix,
+                partial(self._client.list_objects_v2, Bucket=self._bucket, Prefix=self._root + prefix, **more),
+            )
+            for found in page.get("Contents", ()):
+                yield StoredObject(
+                    key=found["Key"][len(self._root) :],
+                    size=int(found["Size"]),
+                    modified_at_us=int(found["LastModified"].timestamp() * 1e6),
+                    etag=found["ETag"],
+                )
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that do not exist are no error."""
+        names = [{"Key": self._name(key)} for key in keys]
+        for start in range(0, len(names), _DELETED_AT_ONCE):
+            some = {"Objects": names[start : start + _DELETED_AT_ONCE], "Quiet": True}
+            done = self._call(keys[start], partial(self._client.delete_objects, Bucket=self._bucket, Delete=some))
+            for failed in done.get("Errors", ()):
+                code = str(failed.get("Code"))
+                if code not in _GONE:
+                    raise StoreUnavailable(f"{failed.get('Key')} in the bucket {self._bucket}: {code}",
+                                           hint=_HINTS.get(code, ""))  # fmt: skip
+
+    def location(self, key: str) -> tuple[str, dict[str, str]]:
+        """`s3://…` of a key, and delta-rs' options for it: the credentials are those that boto3's chain has now."""
+        options = {"aws_conditional_put": "etag"}
+        if self._session.region_name:
+            options["aws_region"] = self._session.region_name
+        if self._endpoint:
+            options |= {"aws_endpoint_url": self._endpoint, "aws_virtual_hosted_style_request": "false"}
+            if self._endpoint.startswith("http://"):
+                options["aws_allow_http"] = "true"
+        found = self._session.get_credentials()
+        if found is not None:
+            frozen = found.get_frozen_credentials()
+            options |= {"aws_access_key_id": frozen.access_key, "aws_secret_access_key": frozen.secret_key}
+            if frozen.token:
+                options["aws_session_token"] = frozen.token
+        name = self._name(key) if key else self._root.rstrip("/")
+        return f"s3://{self._bucket}/{name}", options
+
+    def _name(self, key: str) -> str:
+        if any(p in ("", ".", "..") or "\0" in p for p in key.split("/")):
+            raise InvariantBroken(f"not an object's key: {key!r}")
+        return self._root + key
+
+    def _put_parts(self, key: str, view: memoryview, token: str, condition: Mapping[str, str]) -> str:
+        where = {"Bucket": self._bucket, "Key": self._name(key)}
+        upload = self._call(key, partial(self._client.create_multipart_upload, **where, Metadata={_TOKEN: token}))
+        where["UploadId"] = upload["UploadId"]
+        size = max(PART_BYTES, -(-len(view) // _PARTS_MAX))
+        parts = []
+        try:
+            for number, start in enumerate(range(0, len(view), size), 1):
+                body = bytes(view[start : start + size])
+                done = self._call(key, partial(self._client.upload_part, **where, PartNumber=number, Body=body))
+                parts.append({"PartNumber": number, "ETag": done["ETag"]})
+            write = partial(
+                self._client.complete_multipart_upload, **where, MultipartUpload={"Parts": parts}, **condition
+            )
+            return self._finish(key, write, token)
+        except CdcError:
+            # If that fails too, it is for the bucket's lifecycle rule; what failed before is what counts.
+            with suppress(boto.BotoCoreError, boto.ClientError):
+                self._client.abort_multipart_upload(**where)
+            raise
+
+    def _finish(self, key: str, write: Callable[[], Any], token: str) -> str:
+        """Carry out a write; also one whose answer was lost, and that is refused or unknown when it is repeated."""
+        try:
+            return str(self._call(key, write)["ETag"])
+        except (StoreConflict, _Missing):
+            found = self._or_none(key, partial(self._client.head_object, Bucket=self._bucket, Key=self._name(key)))
+            if found is not None and found.get("Metadata", {}).get(_TOKEN) == token:
+                return str(found["ETag"])
+            raise StoreConflict(f"{key} was written, changed or removed by another writer") from None
+
+    def _or_none(self, key: str, read: Callable[[], T]) -> T | None:
+        try:
+            return self._call(key, read)
+        except _Missing:
+            return None
+
+    def _call(self, key: str, request: Callable[[], T]) -> T:
+        """The request's answer, repeated while that may help. StoreConflict, _Missing, StoreUnavailable."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Again),
+            stop=tenacity.stop_after_attempt(_ATTEMPTS),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=5),
+            reraise=True,
+        )
+        return retrying(self._once, key, request)
+
+    def _once(self, key: str, request: Callable[[], T]) -> T:
+        what = f"{key or 'the root'} in the bucket {self._bucket}"
+        try:
+            return request()
+        except boto.ClientError as e:
+            code = str(e.response.get("Error", {}).get("Code", ""))
+            status = int(e.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if code in _REFUSED or status == 412:
+                raise StoreConflict(f"{what}: the condition does not hold") from None
+            if code in _GONE:
+                raise _Missing(what) from None
+            again = code in _AGAIN or status == 429 or (status >= 500 and status != 501)
+            kind = _Again if again else StoreUnavailable
+            raise kind(f"{what}: {code or status}", hint=_HINTS.get(code, "")) from e
+        except _CUT as e:
+            raise _Again(f"{what}: {type(e).__name__}", hint="see whether the store's endpoint answers") from e
+        except boto.NoCredentialsError as e:
+            raise StoreUnavailable(
+                f"{what}: no credentials", hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+            ) from e
+        except boto.BotoCoreError as e:
+            raise StoreUnavailable(f"{what}: {type(e).__name__}") from e
+
+
+class _Missing(StoreUnavailable):
+    """There is no such object, or no such upload any more."""
+
+
+__all__ = ["OPTIONS", "PART_BYTES", "S3Store"]
