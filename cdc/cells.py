@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +21,19 @@ import pyarrow.parquet as pq
 from cdc.errors import CdcError
 from cdc.keys import bucket_of
 
+T = TypeVar("T")
+
 KEY = "__cdc_key"
 TEXTS = "__cdc_texts"
 RAW = "__cdc_raw"
 KINDS = ("missing", "extra", "different")
 LONG = 256
 """A longer text is compared by its digest."""
-MEMORY = "96MB"
+MEMORY_BYTES = 96 << 20
+COLUMNS_AT_ONCE = 64
+"""Columns of a join: each takes buffers of its own, whatever the number of rows."""
+COLUMN_BYTES = 1 << 20
+"""What each further column may add where all are compared at once, as rows without a key are."""
 PART_ROWS = 100_000
 """Rows that are joined at once, about: a join's memory is that of its hash table."""
 PARTS_MAX = 64
@@ -104,18 +110,24 @@ class Cells:
         return found
 
     def _join(self, database: Any, found: Found, shown_max: int, texts_max: int) -> None:
-        differs = " or ".join(f"t.{c} is distinct from o.{c}" for c in self._columns())
+        kept = f"not in (select {KEY} from unseen)"
         database.execute(
             f"create temp table found as select coalesce(t.{KEY}, o.{KEY}) as key,"
             f" coalesce(t.{TEXTS}, o.{TEXTS}) as texts,"
-            f" case when o.{KEY} is null then 'missing' when t.{KEY} is null then 'extra' else 'different' end"
-            f" as kind from theirs t full outer join ours o on t.{KEY} = o.{KEY}"
-            f" where (t.{KEY} is null or o.{KEY} is null or {differs})"
-            f" and coalesce(t.{KEY}, o.{KEY}) not in (select {KEY} from unseen)"
+            f" case when o.{KEY} is null then 'missing' else 'extra' end as kind"
+            f" from theirs t full outer join ours o on t.{KEY} = o.{KEY}"
+            f" where (t.{KEY} is null or o.{KEY} is null) and coalesce(t.{KEY}, o.{KEY}) {kept}"
             # Of a key that the lake has several times, each may be equal to the one row of the source.
             f" union all select {KEY}, any_value({TEXTS}), 'extra' from ours"
-            f" where {KEY} not in (select {KEY} from unseen) group by {KEY} having count(*) > 1"
+            f" where {KEY} {kept} group by {KEY} having count(*) > 1"
         )
+        for columns in pieces(self._columns(), COLUMNS_AT_ONCE):
+            differs = " or ".join(f"t.{c} is distinct from o.{c}" for c in columns)
+            database.execute(
+                f"insert into found select t.{KEY}, any_value(t.{TEXTS}), 'different'"
+                f" from theirs t join ours o on t.{KEY} = o.{KEY} where ({differs}) and t.{KEY} {kept}"
+                f" and t.{KEY} not in (select key from found where kind = 'different') group by t.{KEY}"
+            )
         for kind in KINDS:
             (count,) = database.execute("select count(*) from found where kind = ?", [kind]).fetchone()
             found.counts[kind] += int(count)
@@ -138,7 +150,8 @@ class Cells:
         found = Found()
         if not self._files:
             return found
-        with self._database(0) as database:
+        wide = max(0, len(self._names) - COLUMNS_AT_ONCE)
+        with self._database(0, MEMORY_BYTES + wide * COLUMN_BYTES) as database:
             columns = ", ".join(self._columns())
 
             def side(name: str) -> str:
@@ -158,24 +171,25 @@ class Cells:
     def _count_columns(self, database: Any, found: Found) -> None:
         if not self._names or not found.counts["different"]:
             return
-        counts = ", ".join(f"count(*) filter (where t.c{i} is distinct from o.c{i})" for i in range(len(self._names)))
-        row = database.execute(
-            f"select {counts} from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
-            " where f.kind = 'different'"
-        ).fetchone()
-        for name, count in zip(self._names, row, strict=True):
-            if count:
-                found.columns[name] = found.columns.get(name, 0) + int(count)
+        for some in pieces(list(enumerate(self._names)), COLUMNS_AT_ONCE):
+            counts = ", ".join(f"count(*) filter (where t.c{i} is distinct from o.c{i})" for i, _ in some)
+            row = database.execute(
+                f"select {counts} from found f join theirs t on t.{KEY} = f.key join ours o on o.{KEY} = f.key"
+                " where f.kind = 'different'"
+            ).fetchone()
+            for (_, name), count in zip(some, row, strict=True):
+                if count:
+                    found.columns[name] = found.columns.get(name, 0) + int(count)
 
     def _columns(self) -> list[str]:
         return [*(f"c{i}" for i in range(len(self._names))), RAW]
 
     @contextmanager
-    def _database(self, part: int) -> Iterator[Any]:
+    def _database(self, part: int, memory: int = MEMORY_BYTES) -> Iterator[Any]:
         import duckdb  # not before something differs
 
         settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": MEMORY,
+            "memory_limit": f"{memory >> 10}KiB",
             "threads": 2,
             "temp_directory": str(self._folder),
             "autoinstall_known_extensions": False,
@@ -238,10 +252,10 @@ def positional(columns: Sequence[pa.Array]) -> dict[str, pa.Array]:
     return {f"c{i}": column for i, column in enumerate(columns)}
 
 
-def pieces(keys: Sequence[tuple[str, ...]], size: int) -> Iterator[list[tuple[str, ...]]]:
-    """The keys, so many at a time."""
-    for start in range(0, len(keys), size):
-        yield list(keys[start : start + size])
+def pieces(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """The items, so many at a time."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 def _digested(table: pa.Table) -> pa.Table:

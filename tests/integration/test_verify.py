@@ -30,6 +30,9 @@ from tests.support.waiting import wait_until
 from tests.support.workload import SCHEMA, Workload
 from tests.unit.test_alerts import Hook
 
+CHAR = 18
+"""The oid of `"char"`."""
+
 TYPES = {
     "n": "int", "price": "numeric(10,2)", "score": "float8", "word": "text", "at": "timestamptz", "due": "date",
     "ok": "boolean", "data": "bytea", "tags": "text[]", "numbers": "int[]", "doc": "jsonb", "odd": "numeric",
@@ -240,6 +243,7 @@ def test_every_type_is_hashed_by_the_server_as_by_us(server: EmbeddedPostgres, r
     with connect(dsn) as connection:
         columns, rows = create(connection)
         connection.execute("create publication p for table public.every")
+        version = connection.info.server_version
     reader = PostgresChecksumReader(SourceConfig(name="s", dsn=dsn, publication=("p",)))
     (table,) = reader.tables().tables
     schema = reader.begin(table.schema).schema
@@ -249,7 +253,7 @@ def test_every_type_is_hashed_by_the_server_as_by_us(server: EmbeddedPostgres, r
     assert (read.rows, read.done) == (rows, True)
     texts = [c.name for c in schema.columns]
     whole = _summed(everything, lines(schema.columns, read.columns, read.raw, texts))
-    assert list(whole.differing(reader.sums(everything).sums)) == []
+    different = list(whole.differing(reader.sums(everything).sums))
     wrong = []
     for column, array in zip(schema.columns, read.columns, strict=True):
         how = RowHash(columns=(column,), key=(), buckets=64)
@@ -257,7 +261,10 @@ def test_every_type_is_hashed_by_the_server_as_by_us(server: EmbeddedPostgres, r
         wrong += [column.name] if len(ours.differing(reader.sums(how).sums)) else []
     reader.close()
     drop_database(server, name)
-    assert wrong == []
+    # Before Postgres 15 a "char" beyond ASCII is printed as a byte that is no text: its cells are compared.
+    bytes_alone = {c.name for c in schema.columns if c.type_oid == CHAR} if version < 150_000 else set()
+    assert set(wrong) <= bytes_alone
+    assert bool(wrong) == bool(different) == bool(bytes_alone)
     assert len(columns) > 200
 
 
