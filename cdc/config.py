@@ -143,6 +143,9 @@ class LakeConfig:
     """`[lake]`: where tables land."""
 
     url: str
+    region: str = ""
+    endpoint_url: str = ""
+    """For s3://: where boto3's chain does not say it, or another server than AWS."""
     land_every_s: float = 10.0
     land_bytes: int = 128 << 20
     merge_every_s: float = 10.0

@@ -37,7 +37,6 @@ SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
 
 # Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
 _LATER_KEYS: dict[str, frozenset[str]] = {
-    "lake": frozenset({"region", "endpoint_url"}),
     "sync": frozenset({"where", "approve", "deletes"}),
 }
 _LATER_VALUES: dict[tuple[str, str], frozenset[str]] = {
@@ -318,14 +317,13 @@ class _Reader:
             return None
         lake = LakeConfig(**values)
         scheme, separator, rest = lake.url.partition("://")
-        if scheme == "s3":
-            self.problems.append("lake.url: s3:// is not supported yet")
-        elif not lake.url or (separator and not rest):
+        local = not separator or scheme == "file"
+        if not lake.url or (separator and not rest):
             self.problems.append("lake.url: names no place")
         elif separator and scheme == "file" and not rest.startswith("/"):
             self.problems.append('lake.url: a file URL has an absolute path after "file://"')
-        elif (not separator or scheme == "file") and lake.options:
-            self.problems.append("lake.options: a local directory has no options")
+        elif local and (lake.options or lake.region or lake.endpoint_url):
+            self.problems.append("lake: a local directory has no region, endpoint_url or options")
         return lake if separator else replace(lake, url=(self.folder / Path(lake.url).expanduser()).as_uri())
 
     def _finish_source(self, source: SourceConfig) -> SourceConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -380,6 +381,10 @@ class ObjectStore(Protocol):
 
     def get(self, key: str) -> tuple[bytes, str] | None:
         """The object's bytes and etag, None if there is none."""
+
+    def fetch(self, key: str, path: Path) -> bool:
+        """Write the object's bytes to a file, in bounded memory; False (and no file) if there is none. The file is
+        replaced, and not synced."""
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order."""

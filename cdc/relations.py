@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,20 +147,22 @@ def open_views(
 
     `versions`: the `current` versions of a cut; tables that it does not name, or None: the newest. A changelog is read
     as of the version that its `current` has merged, so that both tell of one position. DuckDB spills to `temp_dir`
-    (its own folder there), or fails at the memory limit if that is None.
+    (its own folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory
+    are copied there first, for as long as the connection is open: the wall has no door to the network.
     """
     views: list[tuple[Relation, str]] = []
     paths: list[str] = []
-    for relation in sorted(relations):
-        version = (versions or {}).get(relation.source, {}).get(relation.table)
-        body, files = _view(store, relation, version)
-        views.append((relation, body))
-        paths += files
-    with open_files(paths, temp_dir, memory_limit, threads) as connection:
-        for relation, body in views:
-            _create_view(connection, relation, body)
-        connection.execute("SET lock_configuration = true")
-        yield connection
+    with tempfile.TemporaryDirectory(prefix="objects-", dir=temp_dir) as copies:
+        for relation in sorted(relations):
+            version = (versions or {}).get(relation.source, {}).get(relation.table)
+            body, files = _view(store, relation, version, Path(copies))
+            views.append((relation, body))
+            paths += files
+        with open_files(paths, temp_dir, memory_limit, threads) as connection:
+            for relation, body in views:
+                _create_view(connection, relation, body)
+            connection.execute("SET lock_configuration = true")
+            yield connection
 
 
 @contextmanager
@@ -213,7 +216,7 @@ def _create_view(connection: duckdb.DuckDBPyConnection, relation: Relation, body
         raise ModelFailed(f"{relation} cannot be shown: {first_line(error)}") from error
 
 
-def _view(store: ObjectStore, relation: Relation, version: int | None) -> tuple[str, list[str]]:
+def _view(store: ObjectStore, relation: Relation, version: int | None, copies: Path) -> tuple[str, list[str]]:
     """The SELECT of a view, and the files that it reads."""
     prefix = (changelog_path if relation.changelog else current_path)(relation.source, relation.table)
     delta = DeltaLog(store, prefix)
@@ -224,7 +227,7 @@ def _view(store: ObjectStore, relation: Relation, version: int | None) -> tuple[
     fields = delta.schema(version)
     names = ", ".join(quoted(f.name) for f in fields)
     typed = ", ".join(f"NULL::{sql_type(f.type)} AS {quoted(f.name)}" for f in fields)
-    files = [_path(store, f"{prefix}/{file.path}") for file in delta.files(version)]
+    files = [_path(store, f"{prefix}/{file.path}", copies) for file in delta.files(version)]
     body = f"SELECT {names} FROM (SELECT {typed} WHERE false"
     if files:
         partitions = delta.partition_columns()
@@ -243,10 +246,17 @@ def _merged(store: ObjectStore, relation: Relation, current_version: int | None)
     return DeltaLog(store, current_path(relation.source, relation.table)).token("changelog", current_version)
 
 
-def _path(store: ObjectStore, key: str) -> str:
+def _path(store: ObjectStore, key: str, copies: Path) -> str:
+    """Where DuckDB finds an object: in place, or a copy of it."""
     location, options = store.location(key)
     if options or not location.startswith("/"):
-        raise ModelFailed("models read lakes on a local directory only, so far", hint='lake.url = "file:///…"')
+        copy = copies / key
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not store.fetch(key, copy):
+            raise StoreUnavailable(
+                f"{key} is not in the lake any more", hint="a vacuum may have come between; the next run reads on"
+            )
+        location = str(copy)
     if _GLOB & set(location):
         raise ModelFailed(
             "the lake's path holds one of * ? [, which DuckDB would take for a pattern", hint="move the lake"

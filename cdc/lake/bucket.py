@@ -112,11 +112,9 @@ class Fetcher:
                 return pq.ParquetFile(location, buffer_size=1 << 18)
             copy = self._scratch / hashlib.sha256(key.encode()).hexdigest()
             if not copy.exists():
-                found = self._store.get(key)
-                if found is None:
-                    raise FileNotFoundError(path)
                 partial = copy.with_suffix(".part")
-                partial.write_bytes(found[0])
+                if not self._store.fetch(key, partial):
+                    raise FileNotFoundError(path)
                 partial.rename(copy)
             return pq.ParquetFile(copy, buffer_size=1 << 18)
         except (OSError, pa.ArrowException) as e:

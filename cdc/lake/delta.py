@@ -18,10 +18,12 @@ import json
 import logging
 import math
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -192,10 +194,11 @@ class DeltaLog:
         try:
             if not options and location.startswith("/"):
                 return pq.ParquetFile(location)
-            found = self._store.get(f"{self.prefix}/{path}")
-            if found is None:
-                raise FileNotFoundError(path)
-            return pq.ParquetFile(pa.BufferReader(found[0]))
+            # The name goes at once; the bytes stay for as long as the file is open.
+            with tempfile.NamedTemporaryFile(prefix="cdc-object-") as copy:
+                if not self._store.fetch(f"{self.prefix}/{path}", Path(copy.name)):
+                    raise FileNotFoundError(path)
+                return pq.ParquetFile(copy.name)
         except (OSError, pa.ArrowException) as e:
             raise StoreUnavailable(f"{self.prefix}/{path} cannot be read: {type(e).__name__}") from e
 

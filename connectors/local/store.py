@@ -17,6 +17,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,15 @@ class LocalStore:
                     return f.read(), _etag(os.fstat(f.fileno()))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
+
+    def fetch(self, key: str, path: Path) -> bool:
+        """Copy the object's bytes to a file; False if there is none."""
+        with _translated(key):
+            try:
+                shutil.copyfile(self._path(key), path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return False
+        return True
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order. Temporary files that a crash left are removed."""

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 PART_BYTES: Final = 16 << 20
 """What is bigger goes up in parts of this size, or as much greater as 10,000 parts need."""
+_CHUNK: Final = 1 << 20
 _PARTS_MAX: Final = 10_000
 _DELETED_AT_ONCE: Final = 1000
 """The protocol's limits of one upload and of one DeleteObjects."""
@@ -130,6 +132,19 @@ class S3Store:
             return found["Body"].read(), found["ETag"]
 
         return self._or_none(key, read)
+
+    def fetch(self, key: str, path: Path) -> bool:
+        """Write the object's bytes to a file; False if there is none. A cut transfer begins anew."""
+        name = self._name(key)
+
+        def transfer() -> bool:
+            found = self._client.get_object(Bucket=self._bucket, Key=name)
+            with path.open("wb") as file:
+                for piece in found["Body"].iter_chunks(_CHUNK):
+                    file.write(piece)
+            return True
+
+        return bool(self._or_none(key, transfer))
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order."""
