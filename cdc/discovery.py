@@ -96,7 +96,7 @@ class Discovery:
         self._followed: dict[TableId, tuple[int, TableSchema]] = {}
         """Tables whose shape the lake has, and when that was so."""
         self._called: set[tuple[int, TableId]] = set()
-        """Tables (OID, name) that were found to have had another name."""
+        """Tables (OID, name) that had another name meanwhile, and for which that has been answered."""
 
     def look(self) -> bool:
         """Take notice of tables that came, went or changed, and order what follows. True if another look is due at
@@ -130,6 +130,7 @@ class Discovery:
             # Before the snapshots that answer it: what follows them must come as the partitions are now.
             self._tables.reopen_stream("tables or partitions came or went")
         self._answer(found, first, settle=sticks)
+        self._called |= {(prints[t].schema.oid, t) for t, fs in found.items() if any(f.kind == "renamed" for f in fs)}
         for now in catalog.tables:
             self._follow_shape(prints[now.schema.table])
         if anew:
@@ -157,7 +158,6 @@ class Discovery:
         # Once: rows of the run that answers it bring the name, but an empty table has none.
         if called == table or (oid, table) in self._called or self._backfill.is_ordered(table):
             return []
-        self._called.add((oid, table))
         return [CatalogFinding(kind="renamed", message=f"it was called {called}, and its changes came under that name")]
 
     # ---- tables that are new here ----
