@@ -306,7 +306,7 @@ VERBS: dict[str, VerbRow] = {
         _wait,
         "orders:wait",
     ),
-    "verify": ("compare source and lake cell by cell", "cdc verify public.orders", _verify, "data:verify"),
+    "verify": ("compare source and lake, by checksums first", "cdc verify public.orders", _verify, "data:verify"),
     "query": ("DuckDB over the lake", 'cdc query "select count(*) from shop.orders"', _query, "data:query"),
     "demo": ("the whole thing on an embedded Postgres", "cdc demo --duration 30", _demo, "service:demo"),
     "version": ("versions of cdc and its libraries", "cdc version --json", _nothing, "service:show_version"),

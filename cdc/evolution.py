@@ -39,6 +39,11 @@ Alert = Callable[[dict[str, Any]], None]
 """Tells whoever is to be told; returns at once."""
 
 
+def name_fact(source: str, oid: int) -> str:
+    """Name of the fact that holds under which name the changes of a table came last, as far as they have landed."""
+    return f"name:{source}/{oid}"
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A table's shape from a position on. `seen`: the version that the source shows; `held`: the one that the lake
@@ -170,7 +175,7 @@ class Evolution:
         table = schema.table
         known = self._names.get(schema.oid)
         if known is None:
-            saved = self._state.get(self._name(schema.oid))
+            saved = self._state.get(name_fact(self._source, schema.oid))
             known = (TableId(*saved), -1) if saved else None
         self._names[schema.oid] = (table, lsn)
         if known is not None and known[0] == table:
@@ -247,7 +252,7 @@ class Evolution:
                     self._state.set(self._accepted(table), None, tx=tx)
             for oid, (table, _) in self._names.items():
                 if table in self._changed:
-                    self._state.set(self._name(oid), list(table), tx=tx)
+                    self._state.set(name_fact(self._source, oid), list(table), tx=tx)
         self._changed.clear()
         self._used.clear()
 
@@ -281,9 +286,6 @@ class Evolution:
 
     def _accepted(self, table: TableId) -> str:
         return f"accepted:{self._source}/{table}"
-
-    def _name(self, oid: int) -> str:
-        return f"name:{self._source}/{oid}"
 
 
 def _tells_shape(batch: Batch) -> bool:

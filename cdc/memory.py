@@ -7,11 +7,8 @@ from contextlib import suppress
 
 import pyarrow as pa
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
-"""glibc's mallopt parameters (malloc.h)."""
-GREAT_BYTES = 4 << 20
-"""From here on a buffer is a mapping of its own. With 1 MB a bulk insert costs some 5 % more CPU, with no bound a big
-transaction leaves some 60 MB in the arenas."""
+M_ARENA_MAX = -8
+"""glibc's parameter of mallopt (malloc.h)."""
 
 
 def keep_memory_low() -> None:
@@ -19,8 +16,12 @@ def keep_memory_low() -> None:
     daemon fell from 305 to 208 MB (docs/benchmarks.md); where the C library is not glibc, nothing happens."""
     pa.set_memory_pool(pa.system_memory_pool())
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_ARENA_MAX, 2)
-        # Great buffers go back to the system when they are freed. Left alone, the threshold grows with what is freed,
-        # up to 32 MB, and the buffers of a big transaction stay in the arenas, in pieces.
-        libc.mallopt(M_MMAP_THRESHOLD, GREAT_BYTES)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def give_back_memory() -> None:
+    """Return what has been freed to the system, in some milliseconds: for work in steps whose great buffers would
+    otherwise stay in the arenas, in pieces. (A fixed mmap threshold does the same for every buffer of every stream, and
+    costs them 5 %: each is mapped, and faulted in, anew.)"""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -127,7 +127,7 @@ class _Demo:
         bare()
         if verdict.equal:
             bare(
-                f"Everything is equal after {verdict.seconds:.0f} s: {len(verdict.tables)} tables, cell by cell, "
+                f"Everything is equal after {verdict.seconds:.0f} s: {len(verdict.tables)} tables, "
                 f"and {verdict.scores:,} pushed scores.",
                 "bold green",
             )

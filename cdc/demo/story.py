@@ -179,7 +179,7 @@ class Story:
         self._view.command("verify", f"{good} of {len(verdict.tables)} tables equal, {outcome.seconds:.1f} s")
         for table in verdict.tables:
             if table["equal"]:
-                self._view.say(f"  {table['table']}: equal, {table['rows']:,} rows, cell by cell", "green")
+                self._view.say(f"  {table['table']}: equal, {table['rows']:,} rows, by {table['by']}", "green")
             else:
                 reason = table["error"] or f"{table['counts']}, {table['not_compared']} not compared"
                 self._view.say(f"  {table['table']}: NOT EQUAL: {reason}", "bold red")

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from cdc.errors import SpoolFailed
+from cdc.memory import give_back_memory
 from connectors.postgres.buffer import HEADER, Bools, Ints
 from connectors.postgres.frames import XID_BYTES, Frames, kinds, split
 from connectors.postgres.messages import (
@@ -310,7 +311,8 @@ class Spool:
             anonymous = bool(before) and not transaction.has_origin
             numbers = np.concatenate((sizes[0], lengths, sizes[1]))
             yield Part(data, numbers, aborted, more=not last, anonymous=anonymous)
-            before = []
+            before, data = [], b""
+            give_back_memory()
         self._forget(transaction)
 
     def _read(self, transaction: _Transaction) -> Iterator[tuple[bytes, Ints, bool]]:

@@ -33,7 +33,14 @@ on_schema_change = "stop"
 def daemon(server: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     dsn = create_database(server, "table_identity")
     execute(dsn, "create schema other")
-    for name in (*(f"{side}_{how}" for how in PAIRS for side in ("left", "right")), "moved", "wanders", "again"):
+    for name in (
+        *(f"{side}_{how}" for how in PAIRS for side in ("left", "right")),
+        "moved",
+        "wanders",
+        "again",
+        "here",
+        "there",
+    ):
         execute(
             dsn,
             f"create table {name} (id int primary key, a int, whose text)",
@@ -129,6 +136,21 @@ def test_a_table_that_takes_its_old_name_again_is_read_anew(daemon: Daemon) -> N
     )
     wait_until(lambda: "rename_table" in kinds(daemon, "public.wanders"), message=daemon.log_tail)
     followed(daemon, "public.wanders")
+
+
+def test_two_tables_that_swap_names_and_swap_back_between_two_looks_are_read_anew(daemon: Daemon) -> None:
+    """No look at the catalog sees it, and no later change tells: what came under the other name is missed here."""
+    swap_both = (
+        "alter table here rename to nowhere",
+        "alter table there rename to here",
+        "alter table nowhere rename to there",
+    )
+    in_one(
+        daemon.dsn, [*swap_both, "update there set a = 7 where id = 7", "delete from there where id = 9", *swap_both]
+    )
+    wait_until(lambda: daemon.log_tail(1000).count("it was called public.there") >= 1, message=daemon.log_tail)
+    followed(daemon, "public.here", "public.there")
+    assert daemon.ask("query", "select a from shop.here where id in (7, 9)").document["rows"] == [[7]]
 
 
 def test_a_table_made_anew_under_its_name_replaces_the_old_one_at_the_end_of_its_run(daemon: Daemon) -> None:
