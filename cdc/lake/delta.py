@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
@@ -35,6 +34,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 
 from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
 from cdc.lake.actions import commit_text, file_actions, metadata_actions, same_schema
+from cdc.lake.commits import COMMIT_KEY, Commits, HistoryGone
 from cdc.lake.widening import merged
 from cdc.ports import ObjectStore
 
@@ -44,14 +44,9 @@ FORMAT: Final = 1
 """Version of the layout of our tables; kept in the table's configuration."""
 
 _FORMAT_KEY = "cdc.format"
-_COMMIT_KEY = "cdc.commit"
 _ATTEMPTS = 8
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_=./-]+")
 _DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
-
-
-class HistoryGone(CdcError):
-    """Commits that are asked for have been cleaned away; only the table's present state is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +81,7 @@ class DeltaLog:
         self.prefix = prefix
         self._location, self._options = store.location(prefix)
         self._table: DeltaTable | None = None
+        self._commits = Commits(store, prefix)
 
     # ---- opening ----
 
@@ -141,24 +137,18 @@ class DeltaLog:
 
     def token(self, app_id: str, version: int | None = None) -> int | None:
         """The token of one application in a version (default: the one that has been read), None if it never had one."""
-        value = self._at(version).transaction_version(app_id)
+        table = self._require()
+        if version is not None and version != table.version():
+            try:
+                return self._commits.token(app_id, version)
+            except LookupError:
+                table = self._at(version)
+        value = table.transaction_version(app_id)
         return None if value is None else int(value)
 
     def tokens(self) -> dict[str, int]:
-        """All tokens of the version that has been read. Costs a checkpoint and the commits after it."""
-        table = self._require()
-        found: dict[str, int] = {}
-        first = 0
-        checkpoint = self._checkpoint(table.version())
-        if checkpoint is not None:
-            first, actions = checkpoint
-            for txn in actions.column("txn").drop_null().to_pylist():
-                found[txn["appId"]] = int(txn["version"])
-        for version in range(first, table.version() + 1):
-            for action in self._commit_actions(version):
-                if "txn" in action:
-                    found[action["txn"]["appId"]] = int(action["txn"]["version"])
-        return found
+        """All tokens of the version that has been read."""
+        return self._commits.tokens(self._require().version())
 
     def files(self, version: int | None = None) -> list[LiveFile]:
         """The data files of a version (default: the one that has been read)."""
@@ -180,13 +170,8 @@ class DeltaLog:
         Files that only rearrange rows (compaction: `dataChange` false) are left out. Reads the commits themselves,
         which stay readable behind checkpoints for Delta's log retention; HistoryGone if they have been cleaned away.
         """
-        added: list[tuple[int, str]] = []
-        for version in range(after_version + 1, through_version + 1):
-            for action in self._commit_actions(version):
-                add = action.get("add")
-                if add is not None and add.get("dataChange", True):
-                    added.append((version, add["path"]))
-        return added
+        versions = range(after_version + 1, through_version + 1)
+        return [(version, path) for version in versions for path in self._commits.at(version).added]
 
     def open_file(self, path: str) -> pq.ParquetFile:
         """Open a data file for reading, with the store's own means; StoreUnavailable if it cannot be read."""
@@ -204,18 +189,7 @@ class DeltaLog:
 
     def removed_paths(self) -> set[str]:
         """Paths of files that were removed and that no vacuum has forgotten yet: readers of older versions use them."""
-        table = self._require()
-        removed: set[str] = set()
-        first = 0
-        checkpoint = self._checkpoint(table.version())
-        if checkpoint is not None:
-            first, actions = checkpoint
-            removed.update(r["path"] for r in actions.column("remove").drop_null().to_pylist())
-        for version in range(first, table.version() + 1):
-            for action in self._commit_actions(version):
-                if "remove" in action:
-                    removed.add(action["remove"]["path"])
-        return removed
+        return self._commits.removed(self._require().version())
 
     # ---- changing ----
 
@@ -278,7 +252,7 @@ class DeltaLog:
                         base + 1,
                         [*metadata_actions(table, schema, configuration or {}), *file_actions(added, removed)],
                         tokens,
-                        {**(metadata or {}), _COMMIT_KEY: commit_id},
+                        {**(metadata or {}), COMMIT_KEY: commit_id},
                     )
                 else:
                     table.create_write_transaction(
@@ -358,6 +332,7 @@ class DeltaLog:
         tokens: Mapping[str, int],
     ) -> bool:
         """Create the table; False if another one came first."""
+        self._commits = Commits(self._store, self.prefix)
         try:
             DeltaTable.create(
                 self._location,
@@ -411,43 +386,14 @@ class DeltaLog:
             self._table = None
             newest = self._require().version()
             for version in range(base + 1, newest + 1):
-                for action in self._commit_actions(version):
-                    if action.get("commitInfo", {}).get(_COMMIT_KEY) == commit_id:
-                        log.info("commit happened although it reported a failure", extra={"delta_table": self.prefix})
-                        return version
+                if self._commits.at(version).id == commit_id:
+                    log.info("commit happened although it reported a failure", extra={"delta_table": self.prefix})
+                    return version
         except CdcError as e:
             raise StoreUnavailable(f"{self.prefix}: a commit failed, and what became of it cannot be read") from e
         if newest > base:
             return None
         raise StoreUnavailable(f"{self.prefix}: commit failed: {_brief(error)}") from error
-
-    def _commit_actions(self, version: int) -> list[dict[str, Any]]:
-        """The actions of one commit."""
-        found = self._store.get(f"{self.prefix}/_delta_log/{version:020d}.json")
-        if found is None:
-            raise HistoryGone(
-                f"{self.prefix}: commit {version} has been cleaned away", hint="resync the table to build it anew"
-            )
-        return [orjson.loads(line) for line in found[0].splitlines() if line.strip()]
-
-    def _checkpoint(self, version: int) -> tuple[int, pa.Table] | None:
-        """Newest checkpoint at or below `version`: the first version behind it, and its `txn` and `remove` actions."""
-        found = self._store.get(f"{self.prefix}/_delta_log/_last_checkpoint")
-        if found is None:
-            return None
-        hint = json.loads(found[0])
-        at, parts = int(hint["version"]), int(hint.get("parts") or 0)
-        if at > version:
-            return None
-        stem = f"{self.prefix}/_delta_log/{at:020d}.checkpoint"
-        names = [f"{stem}.{i:010d}.{parts:010d}.parquet" for i in range(1, parts + 1)] or [f"{stem}.parquet"]
-        tables = []
-        for name in names:
-            part = self._store.get(name)
-            if part is None:
-                return None
-            tables.append(pq.read_table(pa.BufferReader(part[0]), columns=["txn", "remove"]))
-        return at + 1, pa.concat_tables(tables)
 
 
 class _translated:
@@ -467,7 +413,7 @@ class _translated:
 def _properties(tokens: Mapping[str, int], metadata: Mapping[str, Any], commit_id: str) -> CommitProperties:
     # No retries inside deltalake: it would rebase upon versions whose tokens nobody has compared.
     return CommitProperties(
-        custom_metadata={**metadata, _COMMIT_KEY: commit_id},
+        custom_metadata={**metadata, COMMIT_KEY: commit_id},
         max_commit_retries=0,
         app_transactions=[Transaction(app_id, value) for app_id, value in tokens.items()],
     )

@@ -14,7 +14,8 @@ import pytest
 from deltalake import DeltaTable
 
 from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
-from cdc.lake.delta import AddedFile, DeltaLog, HistoryGone
+from cdc.lake.commits import HistoryGone
+from cdc.lake.delta import AddedFile, DeltaLog
 from connectors.local.store import LocalStore
 
 NUMBER = {"pg.attnum": "1", "pg.type": "integer"}
