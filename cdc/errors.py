@@ -99,6 +99,10 @@ class StoreUnavailable(CdcError):
     verdict = Verdict.RETRY
 
 
+class StoreRefused(CdcError):
+    """The object store answers, but does not keep what it must promise for a lake."""
+
+
 class StoreConflict(CdcError):
     """A conditional write lost against another writer."""
 

@@ -27,6 +27,7 @@ from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.current import CurrentTable
 from cdc.lake.lease import Lease
+from cdc.lake.probe import require_promises
 from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
@@ -323,6 +324,7 @@ class PeriodicPipeline:
         self._settled = True
 
     def _take_lease(self) -> None:
+        require_promises(self._store, self._config.lake.url)
         try:
             self._lease.acquire()
         except LeaseLost as e:

@@ -40,6 +40,7 @@ from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
+from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
@@ -260,6 +261,7 @@ class Pipeline:
             self._state.save_source(self.name, phase="streaming", error="", hint="")
 
     def _take_lease(self) -> None:
+        require_promises(self._store, self._config.lake.url)
         try:
             self._lease.acquire()
         except LeaseLost as e:

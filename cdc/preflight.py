@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cdc import registry
-from cdc.config import Config, SourceConfig, TargetConfig, has_inline_password
-from cdc.errors import CdcError, StoreConflict
+from cdc.config import Config, LakeConfig, SourceConfig, TargetConfig, has_inline_password
+from cdc.errors import CdcError
+from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.ports import Finding, ObjectStore
 
 SEVERITIES = ("error", "warning", "info", "ok")
@@ -27,7 +27,7 @@ def check(config: Config) -> list[Finding]:
     findings = [*check_config(config)]
     for source in config.sources.values():
         findings += _guarded(f"source.{source.name}", "source", lambda s=source: _check_source(s))  # type: ignore[misc]
-    findings += _guarded("lake", "lake", lambda: check_store(registry.lake_store(config.lake), config.lake.url))
+    findings += _guarded("lake", "lake", lambda: check_store(registry.lake_store(config.lake), config.lake))
     findings += _guarded("model", "models", lambda: _check_models(config))
     for target in config.targets.values():
         findings += _guarded(
@@ -67,29 +67,19 @@ def check_config(config: Config) -> list[Finding]:
     return findings or [Finding(name="config", severity="ok", message="configuration is valid", object="config")]
 
 
-def check_store(store: ObjectStore, url: str) -> list[Finding]:
-    """Whether the store is reachable and honours conditional writes, by a probe object that is removed again.
+def check_store(store: ObjectStore, lake: LakeConfig) -> list[Finding]:
+    """Whether the store is reachable and keeps its promises, by a probe object that is removed again.
 
     Raises the store's errors if it cannot be reached.
     """
-    key = f"_cdc/check-{uuid.uuid4().hex}"
-    findings: list[Finding] = []
-    try:
-        etag = store.put(key, b"first", if_absent=True)
-        got = store.get(key)
-        if got is None or got[0] != b"first":
-            findings.append(_store_finding("read after write", "an object just written reads back differently", url))
-        if not _conflicts(lambda: store.put(key, b"second", if_absent=True)):
-            findings.append(_store_finding("put if absent", "a conditional PUT overwrote an object that exists", url))
-        elif not _conflicts(lambda: store.put(key, b"third", if_match="no-such-etag")):
-            findings.append(_store_finding("put if match", "a conditional PUT ignored a wrong etag", url))
-        elif _conflicts(lambda: store.put(key, b"fourth", if_match=etag)):
-            findings.append(_store_finding("put if match", "a conditional PUT refused the right etag", url))
-        if key not in {stored.key for stored in store.list("_cdc/check-")}:
-            findings.append(_store_finding("list", "an object just written is not listed", url))
-    finally:
-        store.delete([key])
-    message = f"{url} is writable and honours conditional writes"
+    findings = [
+        Finding(name=promise, severity="error", message=what, fix=WHAT_TO_DO, object="lake")
+        for promise, what in broken_promises(store)
+    ]
+    if lake.single_writer:
+        message = "nothing keeps a second writer out of the lake (single_writer)"
+        findings.append(Finding(name="single_writer", severity="warning", message=message, object="lake"))
+    message = f"{lake.url} is writable and honours conditional writes"
     return findings or [Finding(name="store", severity="ok", message=message, object="lake")]
 
 
@@ -244,24 +234,6 @@ def _guarded(at: str, name: str, part: Callable[[], list[Finding]]) -> list[Find
 
 def _failure(at: str, name: str, error: CdcError) -> Finding:
     return Finding(name=name, severity="error", message=str(error.args[0]), fix=error.hint, object=at)
-
-
-def _conflicts(put: Callable[[], str]) -> bool:
-    try:
-        put()
-    except StoreConflict:
-        return True
-    return False
-
-
-def _store_finding(name: str, message: str, url: str) -> Finding:
-    return Finding(
-        name=name,
-        severity="error",
-        message=f"{message}: two daemons could not be told apart",
-        fix=f"use a store with conditional writes in place of {url}",
-        object="lake",
-    )
 
 
 def _existing(path: Path) -> Path:

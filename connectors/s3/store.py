@@ -9,7 +9,10 @@ as StoreUnavailable; what it cannot mend is told at once, with what to look at.
 Big objects go up in parts, one at a time: memory is bounded by a part. An upload that fails is aborted; what a crash
 leaves is for the bucket's lifecycle rule (AbortIncompleteMultipartUpload). Credentials come by boto3's usual chain.
 
-It creates no bucket, sets no policies, and does not probe whether the server keeps its promises.
+With `single_writer` no condition is sent: it is looked at before the write. That is no protection against another
+writer, but stores without conditional writes can be used so.
+
+It creates no bucket, sets no policies, and does not probe whether the server keeps its promises (cdc.lake.probe).
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ _DELETED_AT_ONCE: Final = 1000
 """The protocol's limits of one upload and of one DeleteObjects."""
 _TOKEN: Final = "cdc-write"
 _ATTEMPTS: Final = 5
-OPTIONS: Final = frozenset({"region", "endpoint_url"})
+OPTIONS: Final = frozenset(
+    {"region", "endpoint_url", "addressing_style", "single_writer", "storage_class", "sse", "sse_kms_key_id"}
+)
+"""`sse`: AES256 or aws:kms. `storage_class` is for data files only: small objects of a log are read all the time."""
 
 _AGAIN: Final = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable",
                  "Throttling", "ThrottlingException", "ConditionalRequestConflict", "OperationAborted"}  # fmt: skip
@@ -78,6 +84,14 @@ class S3Store:
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._session = boto3.session.Session(region_name=options.get("region"))
         self._endpoint = options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3", "")
+        self._style = options.get("addressing_style") or ("path" if self._endpoint else "virtual")
+        self._single_writer = options.get("single_writer") == "true"
+        self._storage_class = options.get("storage_class", "")
+        self._encryption = {
+            argument: options[name]
+            for name, argument in (("sse", "ServerSideEncryption"), ("sse_kms_key_id", "SSEKMSKeyId"))
+            if options.get(name)
+        }
         config = Config(
             # What is repeated, and what is not, is decided in one place: here.
             retries={"total_max_attempts": 1},
@@ -85,7 +99,7 @@ class S3Store:
             read_timeout=60,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": "path"} if self._endpoint else {},
+            s3={"addressing_style": self._style},
         )
         try:
             self._client: Any = self._session.client("s3", endpoint_url=self._endpoint or None, config=config)
@@ -107,21 +121,30 @@ class S3Store:
 
     def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write bytes (anything with the buffer protocol), return the etag; see ports.ObjectStore."""
-        name = self._name(key)
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
+        if condition and self._single_writer:
+            self._look_first(key, if_match)
+            condition = {}
+        where = {"Bucket": self._bucket, "Key": self._name(key)}
         token = uuid.uuid4().hex
+        about: dict[str, Any] = {"Metadata": {_TOKEN: token}, **self._encryption}
+        if self._storage_class and key.endswith(".parquet") and "/_delta_log/" not in key:
+            about["StorageClass"] = self._storage_class
         view = memoryview(data).cast("B")
         try:
-            if len(view) <= PART_BYTES:
-                body = bytes(view)
-                write: Callable[[], Any] = partial(
-                    self._client.put_object, Bucket=self._bucket, Key=name, Body=body, Metadata={_TOKEN: token},
-                    **condition,
-                )  # fmt: skip
-                return self._finish(key, write, token)
-            return self._put_parts(key, view, token, condition)
+            if len(view) > PART_BYTES:
+                return self._put_parts(key, view, where, about, condition)
+            write = partial(self._client.put_object, **where, **about, Body=bytes(view), **condition)
+            return self._finish(key, write, token)
         finally:
             view.release()
+
+    def _look_first(self, key: str, if_match: str | None) -> None:
+        """StoreConflict if a condition does not hold now."""
+        head = partial(self._client.head_object, Bucket=self._bucket, Key=self._name(key))
+        found = self._or_none(key, head)
+        if (None if found is None else found["ETag"]) != if_match:
+            raise StoreConflict(f"{key} was written, changed or removed by another writer")
 
     def get(self, key: str) -> tuple[bytes, str] | None:
         """The object's bytes and etag, None if there is none."""
@@ -180,12 +203,21 @@ class S3Store:
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """`s3://…` of a key, and delta-rs' options for it: the credentials are those that boto3's chain has now."""
         options = {"aws_conditional_put": "etag"}
+        if self._single_writer:
+            options = {"aws_conditional_put": "disabled", "aws_s3_allow_unsafe_rename": "true"}
+        for argument, name in (
+            ("ServerSideEncryption", "aws_server_side_encryption"),
+            ("SSEKMSKeyId", "aws_sse_kms_key_id"),
+        ):
+            if argument in self._encryption:
+                options[name] = self._encryption[argument]
         if self._session.region_name:
             options["aws_region"] = self._session.region_name
         if self._endpoint:
-            options |= {"aws_endpoint_url": self._endpoint, "aws_virtual_hosted_style_request": "false"}
+            options["aws_endpoint_url"] = self._endpoint
             if self._endpoint.startswith("http://"):
                 options["aws_allow_http"] = "true"
+        options["aws_virtual_hosted_style_request"] = "false" if self._style == "path" else "true"
         found = self._session.get_credentials()
         if found is not None:
             frozen = found.get_frozen_credentials()
@@ -200,9 +232,10 @@ class S3Store:
             raise InvariantBroken(f"not an object's key: {key!r}")
         return self._root + key
 
-    def _put_parts(self, key: str, view: memoryview, token: str, condition: Mapping[str, str]) -> str:
-        where = {"Bucket": self._bucket, "Key": self._name(key)}
-        upload = self._call(key, partial(self._client.create_multipart_upload, **where, Metadata={_TOKEN: token}))
+    def _put_parts(
+        self, key: str, view: memoryview, where: dict[str, str], about: Mapping[str, Any], condition: Mapping[str, str]
+    ) -> str:
+        upload = self._call(key, partial(self._client.create_multipart_upload, **where, **about))
         where["UploadId"] = upload["UploadId"]
         size = max(PART_BYTES, -(-len(view) // _PARTS_MAX))
         parts = []
@@ -214,7 +247,7 @@ class S3Store:
             write = partial(
                 self._client.complete_multipart_upload, **where, MultipartUpload={"Parts": parts}, **condition
             )
-            return self._finish(key, write, token)
+            return self._finish(key, write, about["Metadata"][_TOKEN])
         except CdcError:
             # If that fails too, it is for the bucket's lifecycle rule; what failed before is what counts.
             with suppress(boto.BotoCoreError, boto.ClientError):

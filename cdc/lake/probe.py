@@ -1,0 +1,65 @@
+"""Whether an object store keeps the promises that a lake rests on: asked of the store itself, not of its maker.
+
+There are stores that answer a conditional write with success and overwrite, stores that do not know the condition, and
+stores whose listings come late. Each loses or doubles data in silence sooner or later, so none of them may hold a
+lake. The probe is one object under a name of its own, removed again; a store that cannot be reached raises its own
+errors.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Final
+
+from cdc.errors import StoreConflict, StoreRefused
+from cdc.ports import ObjectStore
+
+_PREFIX: Final = "_cdc/probe-"
+
+
+def broken_promises(store: ObjectStore) -> list[tuple[str, str]]:
+    """(promise, what happened instead); none if the store keeps them all. Blocking."""
+    key = f"{_PREFIX}{uuid.uuid4().hex}"
+    broken: list[tuple[str, str]] = []
+    try:
+        etag = store.put(key, b"first", if_absent=True)
+        if store.get(key) != (b"first", etag):
+            broken.append(("read after write", "an object just written reads back differently"))
+        if not _conflicts(lambda: store.put(key, b"second", if_absent=True)):
+            broken.append(("put if absent", "a conditional PUT overwrote an object that exists"))
+        elif not _conflicts(lambda: store.put(key, b"third", if_match='"0123456789abcdef0123456789abcdef"')):
+            broken.append(("put if match", "a conditional PUT ignored a wrong etag"))
+        elif _conflicts(lambda: store.put(key, b"fourth", if_match=etag)):
+            broken.append(("put if match", "a conditional PUT refused the right etag"))
+        if key not in {stored.key for stored in store.list(_PREFIX)}:
+            broken.append(("list after write", "an object just written is not listed"))
+    finally:
+        store.delete([key])
+    if store.get(key) is not None:
+        broken.append(("delete", "a removed object is still there"))
+    return broken
+
+
+def require_promises(store: ObjectStore, url: str) -> None:
+    """StoreRefused if the store breaks a promise."""
+    broken = broken_promises(store)
+    if broken:
+        told = "; ".join(f"{promise}: {what}" for promise, what in broken)
+        raise StoreRefused(f"the store at {url} cannot hold a lake: {told}", hint=WHAT_TO_DO)
+
+
+WHAT_TO_DO: Final = (
+    "use a store with conditional writes; or, if only this daemon writes there: lake.single_writer = true"
+)
+
+
+def _conflicts(write: Callable[[], object]) -> bool:
+    try:
+        write()
+    except StoreConflict:
+        return True
+    return False
+
+
+__all__ = ["WHAT_TO_DO", "broken_promises", "require_promises"]
