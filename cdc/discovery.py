@@ -243,8 +243,8 @@ class Discovery:
         there = {t.schema.table for t in catalog.tables}
         outside = {u.table: u for u in catalog.unpublished}
         names = {t.schema.oid: t.schema.table for t in catalog.tables}
-        gone = [b for t, b in known.items() if t not in there and b.state != "removed" and not t.is_own]
-        self._tables.mark([b.table for b in gone], True)
+        gone = [b for t, b in known.items() if t not in there and not t.is_own]
+        self._tables.mark([b.table for b in gone if b.state != "removed"], True)
         for before in gone:
             table, left = before.table, outside.get(before.table)
             now = names.get(before.oid)
@@ -256,6 +256,9 @@ class Discovery:
                 reason, hint = "not in the publication any more", left.fix
             else:
                 reason, hint = "it was dropped; another table has its name now, which is not published", left.fix
+            if before.state == "removed" and (before.reason, before.hint) == (reason, hint):
+                continue
+            # Also of one that is gone already: why it is may change, and with it what mends it.
             log.warning(
                 "table %s: %s", table, reason, extra={"source": self._source, "table": str(table), "hint": hint}
             )

@@ -213,7 +213,9 @@ class Lander:
         self._point = LandPoint(0, None)
         self._cut: LandPoint | None = None
         self._dirty = False
-        self._asked = False
+        self._asked_to = 0
+        self._settled_to = 0
+        """Log offsets: up to where somebody waits, and up to where all has landed."""
         self._versions: dict[TableId, int] = {}
         self._floor = -1
         self.landed_cut: LandedCut | None = None
@@ -222,14 +224,14 @@ class Lander:
         """Position up to which everything has landed; None until something is known."""
 
     def ask(self) -> None:
-        """Land what is open as soon as a cut allows. Thread-safe."""
-        self._asked = True
+        """Land what is logged now as soon as a cut allows. Thread-safe."""
+        self._asked_to = self._log.end_offset(self._source, complete=True)
 
     def due_in_s(self) -> float:
         """Seconds until what is open should be committed at the next cut; infinite if nothing is open."""
         if not self._dirty or self._first_at is None:
             return math.inf
-        if self._asked or self._bytes >= self._land_bytes:
+        if self._asked_to > self._settled_to or self._bytes >= self._land_bytes:
             return 0.0
         return max(0.0, self._first_at + self._land_every_s - time.monotonic())
 
@@ -245,6 +247,7 @@ class Lander:
         self._look_around()
         saved = self._state.checkpoint("land", self._source)
         self._point = LandPoint(int(saved["offset"]) if saved else 0, None)
+        self._settled_to = self._point.offset
         return self._point
 
     def write(self, item: Group) -> LandPoint | None:
@@ -282,9 +285,9 @@ class Lander:
         if self._dirty:
             if self.due_in_s() > 0:
                 return None
-            self._asked = False
             self._commit(self._cut)
         point, self._cut = self._cut, None
+        self._settled_to = point.offset
         self.landed = point.boundary
         if point.boundary is not None and point.boundary.lsn >= self._floor:
             self.landed_cut = LandedCut(point.boundary, dict(self._versions))

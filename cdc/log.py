@@ -322,9 +322,10 @@ class EventLog:
         """The logged position: every record up to it is complete. None if the source never had one."""
         return self._tail(source).position
 
-    def end_offset(self, source: str) -> int:
-        """Offset of the source's newest record, also one of an open transaction; 0 if there is none to speak of."""
-        return self._tail(source).end
+    def end_offset(self, source: str, *, complete: bool = False) -> int:
+        """Offset of the source's newest record; `complete`: before an open transaction. 0: none to speak of."""
+        tail = self._tail(source)
+        return tail.open_from - 1 if complete and tail.open_from else tail.end
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

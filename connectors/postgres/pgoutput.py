@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from cdc.batch import Batch, Boundary, Portion
 from cdc.errors import ProtocolError
-from cdc.table import TableSchema
+from cdc.table import TableId, TableSchema
 from connectors.postgres.buffer import Bools, Ints
 from connectors.postgres.columns import walk_columns
 from connectors.postgres.frames import XID_BYTES, Frames, kinds, parts, split
@@ -441,8 +441,7 @@ class Decoder:
                     raise messages.malformed(first, "no Relation message before it")
                 if known.layout is not None:
                     pieces.append(_Piece(first, known.layout, numbers[begin:end]))
-        pieces.sort(key=lambda piece: piece.first)
-        return pieces
+        return _in_order(pieces)
 
     def _batches(self, messages: Frames, transactions: _Transactions, pieces: list[_Piece]) -> list[Batch]:
         """Walk the rows of each piece, and make its batch."""
@@ -477,19 +476,27 @@ class Decoder:
         return make_batches(walked, system, messages.buffer.size)
 
 
-def _parts(blob: bytes, lengths: Ints) -> Iterator[tuple[bytes, Ints]]:
-    """The frames and their lengths, in parts of about PART_BYTES (a longer frame is a part)."""
-    if not len(lengths):
-        return
-    if len(blob) <= PART_BYTES:
-        yield blob, lengths
-        return
-    ends = np.cumsum(lengths)
-    begin, done = 0, 0
-    while begin < len(lengths):
-        end = max(begin + 1, int(np.searchsorted(ends, done + PART_BYTES, side="right")))
-        yield blob[done : int(ends[end - 1])], lengths[begin:end]
-        begin, done = end, int(ends[end - 1])
+def _in_order(pieces: list[_Piece]) -> list[_Piece]:
+    """The pieces by their first message. Where relations have swapped their names and swapped back, the rows of one
+    table come from several: these are cut so that no piece reaches behind the beginning of the next."""
+    of_tables: dict[TableId, list[_Piece]] = {}
+    for piece in pieces:
+        of_tables.setdefault(piece.layout.schema.table, []).append(piece)
+    cut: list[_Piece] = []
+    for same in of_tables.values():
+        if len({piece.layout.schema.oid for piece in same}) == 1:
+            cut += same
+            continue
+        messages = np.concatenate([piece.messages for piece in same])
+        owner = np.repeat(np.arange(len(same)), [len(piece.messages) for piece in same])
+        order = np.argsort(messages)
+        messages, owner = messages.take(order), owner.take(order)
+        edges = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), len(owner)]
+        cut += [
+            replace(same[owner[begin]], first=int(messages[begin]), messages=messages[begin:end])
+            for begin, end in pairwise(edges)
+        ]
+    return sorted(cut, key=lambda piece: piece.first)
 
 
 def _groups(oids: Ints) -> Iterator[tuple[int, Ints]]:

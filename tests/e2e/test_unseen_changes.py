@@ -264,14 +264,17 @@ def test_a_table_dropped_and_made_again_is_not_lost_with_all_signals_green(daemo
         assert told.after({"plain": (removed["hint"],)}) == {"plain": ("publication", "resync")}
         assert daemon.source()["unpublished"] == []
 
-        # A publication that is not ours is not touched.
+        # A publication that is not ours is not touched, and what is told of a table that is gone is what is so now.
         execute(
-            dsn, f"comment on publication {publication} is 'mine'", "drop table plain", "create table plain (a int)"
+            dsn, f"comment on publication {publication} is 'mine'", f"alter publication {publication} drop table plain"
         )
         wait_until(lambda: state("plain") == "removed", message=daemon.log_tail)
+        execute(dsn, "drop table plain", "create table plain (a int)")
+        dropped = "it was dropped; another table has its name now, which is not published"
+        wait_until(lambda: daemon.tables()["public.plain"]["reason"] == dropped, message=daemon.log_tail)
         told.nothing_after("moods", "select 1")
         removed = daemon.tables()["public.plain"]
-        assert removed["reason"] == "it was dropped; another table has its name now, which is not published"
+        assert (removed["state"], removed["reason"], removed["hint"]) == ("removed", dropped, add)
         execute(dsn, removed["hint"], "insert into plain values (1), (1)")
         wait_until(lambda: state("plain") == "streaming", message=daemon.log_tail)
         daemon.settled().verified()

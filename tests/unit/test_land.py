@@ -1,17 +1,22 @@
-"""Where landing may cut the log: never inside of a big transaction whose Commit has not come, whatever else comes."""
+"""When landing is due, and where it may cut the log: never inside of a big transaction whose Commit has not come."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cdc import land
 from cdc.batch import Boundary
-from cdc.land import LandPoint, LogReader
+from cdc.evolution import Evolution
+from cdc.land import Lander, LandPoint, LogReader
 from cdc.log import EventLog
+from cdc.schema import SchemaBook
+from cdc.stage import Stage
+from connectors.local.store import LocalStore
 from tests.support.logs import ORDERS, PEOPLE, SOURCE, Row, batch, chunk_rows, open_log, portion
 
 
@@ -63,3 +68,42 @@ def test_a_chunk_between_the_parts_of_an_open_transaction_is_no_cut_either(
     assert (len(group.records), group.cut) == (1, None)
     log.append(SOURCE, portion(batch(ORDERS, [Row(100, 1, 2, "last")]), lsn=100))
     assert cut(reader) == Boundary(1, 100, 101)
+
+
+def test_whoever_asks_is_served_and_the_rows_that_come_later_wait_for_their_time(tmp_path: Path) -> None:
+    state, log = open_log(tmp_path, bytes_max=1_000_000)
+    book, store = SchemaBook(state, SOURCE), LocalStore(tmp_path / "lake")
+    orders = book.register(ORDERS)
+
+    def never(*_: object) -> Any:
+        raise AssertionError("not here")
+
+    shapes = Evolution(SOURCE, state, book, store, contract=lambda table: "evolve", read_anew=never, alert=never)
+    held: Any = SimpleNamespace(check=lambda: None, fence=0)
+    lander = Lander(
+        SOURCE, log, state, book, store, epoch=1, temp_dir=tmp_path, land_every_s=3600, land_bytes=1 << 30,
+        lease=held, stop_table=never, is_stopped=lambda table: False, evolution=shapes,
+    )  # fmt: skip
+    gate: Any = Gate()
+    land: Stage[Any, Any] = Stage("land", LogReader(SOURCE, log, state, gate, lander.due_in_s), lander)
+
+    def landed() -> int:
+        for _ in range(3):
+            land.step(0)
+        return lander.landed.lsn if lander.landed is not None else -1
+
+    log.set_position(SOURCE, Boundary(1, 0, 0))
+    log.append(SOURCE, portion(batch(orders, [Row(100, 0, 1, "one")]), lsn=100))
+    assert landed() < 100, "it is not due"
+    lander.ask()
+    assert landed() == 100
+    lander.ask()
+    log.append(SOURCE, portion(batch(orders, [Row(200, 0, 2, "two")]), lsn=200))
+    assert landed() == 100, "nobody waits for what came after the question"
+    lander.ask()
+    assert landed() == 200
+    log.append(SOURCE, portion(batch(orders, [Row(300, 0, 3, "open")])))
+    lander.ask()
+    log.append(SOURCE, portion(batch(orders, [Row(300, 1, 4, "last")]), lsn=300))
+    assert landed() == 200, "what was open is not what was asked for"
+    state.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -226,6 +227,25 @@ def test_a_relation_said_again_splits_nothing_and_other_bytes_split_where_they_s
     assert rows_of(batches)[2].image["extra"] == "new"
     assert [len(relation.columns) for relation in asked] == [3, 4]
     assert asked[0].columns[0] == RelationColumn(name="id", type_oid=INT4, typmod=-1, is_key=True)
+
+
+def test_tables_that_swap_names_and_swap_back_within_a_read_come_in_order_under_each_name() -> None:
+    first, second = replace(ORDERS, oid=1, name="one"), replace(ORDERS, oid=2, name="one")
+    away = replace(second, name="two")
+    wire = Wire()
+    for n in range(3):
+        wire.begin(xid=700 + n, commit_lsn=0x2000000 + 100 * n, time_us=TIME)
+        for table, announced in ((first, first), (second, second), (first, first)):
+            wire.relation(announced)
+            wire.insert(table, order(n))
+        wire.relation(away)
+        wire.commit()
+
+    batches = [b for b in batches_of(decode(wire.frames)) if b.schema.table.name == "one"]
+
+    positions = [list(zip(b.system("_lsn").to_pylist(), b.system("_seq").to_pylist(), strict=True)) for b in batches]
+    assert [p for part in positions for p in part] == [(0x2000000 + 100 * n, k) for n in range(3) for k in range(3)]
+    assert [b.schema.oid for b in batches] == [1, 2, 1, 2, 1, 2, 1]
 
 
 def test_a_relation_holds_over_reads_and_transactions() -> None:
