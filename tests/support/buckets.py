@@ -8,8 +8,11 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import boto3
+
+from connectors.s3.store import S3Store
 
 _NUMBERS = itertools.count()
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -34,3 +37,12 @@ def new_bucket() -> str:
     name = f"lake-{os.getpid()}-{next(_NUMBERS)}"
     boto3.client("s3", endpoint_url=s3_endpoint()).create_bucket(Bucket=name)
     return name
+
+
+def copy_of(store: S3Store, directory: Path) -> Path:
+    """Everything that a store holds, as files in a directory: for readers that know only those."""
+    for found in store.list(""):
+        path = directory / found.key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert store.fetch(found.key, path), f"{found.key} was listed and is gone"
+    return directory
