@@ -379,12 +379,9 @@ class ObjectStore(Protocol):
         """Write bytes (anything with the buffer protocol), return the etag. `if_absent`/`if_match` make it
         conditional: StoreConflict if the object exists / has another etag."""
 
-    def get(self, key: str) -> tuple[bytes, str] | None:
-        """The object's bytes and etag, None if there is none."""
-
-    def fetch(self, key: str, path: Path) -> bool:
-        """Write the object's bytes to a file, in bounded memory; False (and no file) if there is none. The file is
-        replaced, and not synced."""
+    def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
+        """The object's bytes and etag, None if there is none. With `into`, the bytes go to that file, in bounded memory
+        (it is replaced, and not synced), and b"" stands for them."""
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order."""

@@ -252,7 +252,7 @@ def _path(store: ObjectStore, key: str, copies: Path) -> str:
     if options or not location.startswith("/"):
         copy = copies / key
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if not store.fetch(key, copy):
+        if store.get(key, into=copy) is None:
             raise StoreUnavailable(
                 f"{key} is not in the lake any more", hint="a vacuum may have come between; the next run reads on"
             )

@@ -113,7 +113,7 @@ class Fetcher:
             copy = self._scratch / hashlib.sha256(key.encode()).hexdigest()
             if not copy.exists():
                 partial = copy.with_suffix(".part")
-                if not self._store.fetch(key, partial):
+                if self._store.get(key, into=partial) is None:
                     raise FileNotFoundError(path)
                 partial.rename(copy)
             return pq.ParquetFile(copy, buffer_size=1 << 18)

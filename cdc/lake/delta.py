@@ -181,7 +181,7 @@ class DeltaLog:
                 return pq.ParquetFile(location)
             # The name goes at once; the bytes stay for as long as the file is open.
             with tempfile.NamedTemporaryFile(prefix="cdc-object-") as copy:
-                if not self._store.fetch(f"{self.prefix}/{path}", Path(copy.name)):
+                if self._store.get(f"{self.prefix}/{path}", into=Path(copy.name)) is None:
                     raise FileNotFoundError(path)
                 return pq.ParquetFile(copy.name)
         except (OSError, pa.ArrowException) as e:

@@ -72,23 +72,19 @@ class LocalStore:
             _sync_directory(path.parent)
         return etag
 
-    def get(self, key: str) -> tuple[bytes, str] | None:
-        """The object's bytes and etag, None if there is none."""
+    def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
+        """The object's bytes (or b"", if they went `into` a file) and etag, None if there is none."""
         with _translated(key):
             try:
                 with self._path(key).open("rb") as f:
-                    return f.read(), _etag(os.fstat(f.fileno()))
+                    etag = _etag(os.fstat(f.fileno()))
+                    if into is None:
+                        return f.read(), etag
+                    with into.open("wb") as copy:
+                        shutil.copyfileobj(f, copy)
+                    return b"", etag
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
-
-    def fetch(self, key: str, path: Path) -> bool:
-        """Copy the object's bytes to a file; False if there is none."""
-        with _translated(key):
-            try:
-                shutil.copyfile(self._path(key), path)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return False
-        return True
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order. Temporary files that a crash left are removed."""

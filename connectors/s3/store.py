@@ -146,28 +146,20 @@ class S3Store:
         if (None if found is None else found["ETag"]) != if_match:
             raise StoreConflict(f"{key} was written, changed or removed by another writer")
 
-    def get(self, key: str) -> tuple[bytes, str] | None:
-        """The object's bytes and etag, None if there is none."""
+    def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
+        """The object's bytes (or b"", if they went `into` a file) and etag; None if there is none."""
         name = self._name(key)
 
         def read() -> tuple[bytes, str]:
             found = self._client.get_object(Bucket=self._bucket, Key=name)
-            return found["Body"].read(), found["ETag"]
-
-        return self._or_none(key, read)
-
-    def fetch(self, key: str, path: Path) -> bool:
-        """Write the object's bytes to a file; False if there is none. A cut transfer begins anew."""
-        name = self._name(key)
-
-        def transfer() -> bool:
-            found = self._client.get_object(Bucket=self._bucket, Key=name)
-            with path.open("wb") as file:
+            if into is None:
+                return found["Body"].read(), found["ETag"]
+            with into.open("wb") as file:
                 for piece in found["Body"].iter_chunks(_CHUNK):
                     file.write(piece)
-            return True
+            return b"", found["ETag"]
 
-        return bool(self._or_none(key, transfer))
+        return self._or_none(key, read)
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Objects whose key starts with `prefix`, in key order."""

@@ -45,6 +45,16 @@ def test_what_was_put_is_what_is_read_with_the_same_etag(store: ObjectStore) -> 
     assert [(o.key, o.size, o.etag) for o in store.list("a/")] == [("a/b/c.json", 3, etag)]
 
 
+def test_bytes_can_go_into_a_file_which_is_replaced(store: ObjectStore, tmp_path: Path) -> None:
+    data, copy = os.urandom(3 << 20), tmp_path / "copy"
+    etag = store.put("a/b", data)
+    copy.write_bytes(b"longer" * len(data))
+    assert store.get("a/b", into=copy) == (b"", etag)
+    assert copy.read_bytes() == data
+    assert store.get("a/nothing", into=tmp_path / "nothing") is None
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_an_object_that_is_not_there_is_none_and_its_deletion_no_error(store: ObjectStore) -> None:
     store.put("a/b", b"")
     assert store.get("a/nothing") is None

@@ -44,5 +44,5 @@ def copy_of(store: S3Store, directory: Path) -> Path:
     for found in store.list(""):
         path = directory / found.key
         path.parent.mkdir(parents=True, exist_ok=True)
-        assert store.fetch(found.key, path), f"{found.key} was listed and is gone"
+        assert store.get(found.key, into=path) is not None, f"{found.key} was listed and is gone"
     return directory

@@ -39,7 +39,7 @@ class ListsLate(LocalStore):
 
 
 class ReadsTheOld(LocalStore):
-    def get(self, key: str) -> tuple[bytes, str] | None:
+    def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
         return None
 
 
