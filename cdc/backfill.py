@@ -233,7 +233,8 @@ class Backfill:
             # A run of single keys belongs to the lane that has made it.
             runs = [r for r in self._state.runs(self._source, states=["pending", "running"]) if r.kind != "keys"]
             self.open = bool(runs)
-            if not runs:
+            if not runs and not taken:
+                # A lane may still be at a run that has been cancelled meanwhile, and knows it by these.
                 for known in (self._sizes, self._filtered, self._not_before, self._before):
                     known.clear()
             runs = [r for r in runs if not self._state.is_paused("table", f"{self._source}/{r.table}")]

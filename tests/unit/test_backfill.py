@@ -118,6 +118,30 @@ def test_a_run_that_was_ordered_does_not_take_back_the_stop_of_its_table(
     assert read_rows(log) == []
 
 
+def test_a_run_that_is_cancelled_while_a_lane_reads_it_stops_nothing(tmp_path: Path) -> None:
+    """Another lane looks around meanwhile, and finds nothing to do."""
+    state, log = open_log(tmp_path, bytes_max=100_000)
+    log.set_position(SOURCE, Boundary(1, 10, 11))
+    looked: list[bool] = []
+
+    class Cancelled(Reader):
+        def read(self, **how: Any) -> RowsRead:
+            backfill.retire(ORDERS.table, "dropped", "")
+            looked.append(backfill.step(1))
+            return super().read()
+
+    backfill = Backfill(
+        SOURCE, Cancelled(), log, state, SchemaBook(state, SOURCE), chunk_rows=10, more_readers=[Cancelled()],
+        landed_lsn=lambda table: -1, stop_table=lambda table, error: None, nudge=lambda: 0,
+    )  # fmt: skip
+    backfill.order(ORDERS.table, "resync")
+    wait_until(lambda: backfill.step() is not None and looked, message="a chunk to be read")
+    log.append(SOURCE, portion(lsn=SEEN_AT + 10))
+    wait_until(lambda: ends(backfill), message="the lane to be free")
+    assert (looked, read_rows(log), state.table(SOURCE, ORDERS.table).state) == ([False], [], "removed")
+    state.close()
+
+
 def replace_xid(changes: Any, xid: int) -> Any:
     data = changes.data
     index = data.schema.get_field_index("_xid")
