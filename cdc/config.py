@@ -153,6 +153,9 @@ class LakeConfig:
     merge_every_s: float = 10.0
     merge_share: float = 0.2
     vacuum_after_s: float = 3600.0
+    compact_every_s: float = 60.0
+    object_bytes_target: int = 128 << 20
+    """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
     options: dict[str, str] = field(default_factory=dict)
 

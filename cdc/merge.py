@@ -23,6 +23,7 @@ from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
 from cdc.state import State
 from cdc.table import TableId
+from cdc.upkeep import Limits, Upkeep, UpkeepOrder
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Merger:
         temp_dir: Path,
         merge_every_s: float,
         merge_share: float,
-        vacuum_after_s: float,
+        upkeep: Limits,
         own_origins: Sequence[str],
         landed: Callable[[], LandedCut | None],
         wish: Callable[[TableId, Sequence[tuple[str, ...]]], None],
@@ -60,7 +61,7 @@ class Merger:
         self._temp_dir = temp_dir
         self._merge_every_s = merge_every_s
         self._merge_share = merge_share
-        self._vacuum_after_s = vacuum_after_s
+        self._limits = upkeep
         self._own_origins = tuple(own_origins)
         self._landed = landed
         self._wish = wish
@@ -69,7 +70,8 @@ class Merger:
         self._is_stopped = is_stopped
         self._check_lease = check_lease
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
-        self._vacuumed_at: dict[TableId, float] = {}
+        self._upkeeps: dict[TableId, Upkeep] = {}
+        self._orders: dict[TableId, list[UpkeepOrder]] = {}
         self._asked = 0
         self._not_before = time.monotonic() + merge_every_s
         self._versions: dict[TableId, int] = {}
@@ -119,6 +121,7 @@ class Merger:
                 continue
             whole &= merged is not None
             if merged is not None:
+                merged = self._tidy(table) or merged
                 worked |= self._versions.get(table) != merged
                 versions[table] = self._versions[table] = merged
         if cut.common and (worked or cut.boundary.lsn != self._saved_lsn):
@@ -185,7 +188,43 @@ class Merger:
         if result.foreign_change:
             self.changed_by_others[table] = lsn
         self._state.update_table(self._source, table, current_lsn=lsn, rows=current.rows())
-        if time.monotonic() - self._vacuumed_at.setdefault(table, time.monotonic()) > self._vacuum_after_s:
-            self._vacuumed_at[table] = time.monotonic()
-            current.vacuum(self._vacuum_after_s)
         return result.version
+
+    # ---- upkeep ----
+
+    def order_upkeep(self, table: TableId, kind: str) -> Callable[[], dict[str, int] | None]:
+        """Have a table compacted or vacuumed (`kind`) as soon as it is merged; what is returned tells how many objects
+        were `joined` and `removed`, None before that. Thread-safe."""
+        order = UpkeepOrder(kind)
+        self._orders.setdefault(table, []).append(order)
+        self.ask()
+        return lambda: order.done
+
+    def _tidy(self, table: TableId) -> int | None:
+        """Join small objects of a merged table's changelog, and remove what nobody reads any more, where it is due; the
+        new version of `current`, None if it has none."""
+        changelog, current = self._pairs[table]
+        if table not in self._upkeeps:
+            self._upkeeps[table] = Upkeep(self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits)
+        upkeep = self._upkeeps[table]
+        orders = self._orders.pop(table, [])
+        asked = {order.kind for order in orders}
+        compact = upkeep.is_compaction_due or "compact" in asked
+        vacuum = upkeep.is_vacuum_due or "vacuum" in asked
+        if not compact and not vacuum:
+            return None
+        self._check_lease()
+        began = time.perf_counter()
+        joined = removed = 0
+        if compact and not self._is_read_anew(table, self._through[table]):
+            joined = upkeep.compact(everything="compact" in asked)
+        if vacuum:
+            removed = upkeep.vacuum()
+        for order in orders:
+            order.done = {"joined": joined, "removed": removed}
+        metrics.STAGE_SECONDS.labels("upkeep").inc(time.perf_counter() - began)
+        if not joined:
+            return None
+        schema = self._book.held(table) or self._book.latest(table)
+        assert schema is not None
+        return current.merge(changelog, schema, through=current.merged(), own_origins=self._own_origins).version

@@ -113,6 +113,8 @@ LANDED_ROWS = _counter("cdc_landed_rows", "Rows committed to changelogs.", "sour
 LANDED_BYTES = _counter("cdc_landed_bytes", "Bytes of Parquet committed to changelogs.", "source")
 LAND_SECONDS = _histogram("cdc_land_seconds", "Time of one landing of a table.", "source")
 MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from current tables.", "source", "table")
+COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelogs that were joined into bigger ones.")
+VACUUMED_OBJECTS = _counter("cdc_vacuumed_objects", "Objects removed because no version shows them any more.")
 MERGE_SECONDS = _histogram("cdc_merge_seconds", "Time of one merge of a table.", "source")
 TABLES = _gauge("cdc_tables", "Tables by state (new, snapshotting, streaming, stopped, removed).", "source", "state")
 
@@ -142,7 +144,7 @@ SYNC_ROWS = _counter(
 SYNC_SECONDS = _histogram("cdc_sync_seconds", "Time of one run of a sync.", "sync")
 
 # The process
-STAGE_SECONDS = _counter("cdc_stage_seconds", "Time spent working (receive, decode, log, land, merge, sync).", "stage")
+STAGE_SECONDS = _counter("cdc_stage_seconds", "Time spent working (receive, decode, log, land, merge, upkeep, sync).", "stage")
 ERRORS = _counter("cdc_errors", "Errors by the part that met them and their class.", "part", "error")
 RESTARTS = _counter("cdc_restarts", "Restarts of a part after an error.", "part")
 

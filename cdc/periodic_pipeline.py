@@ -41,6 +41,7 @@ from cdc.stage import Stage
 from cdc.state import State
 from cdc.status import history_fact, progress_fact, runs_fact, runs_now_fact
 from cdc.table import TableId
+from cdc.upkeep import Limits
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -370,8 +371,8 @@ class PeriodicPipeline:
         self.merger = Merger(
             name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
-            vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins,
-            landed=lambda: self._landed_cut(doubtful_lsn),
+            upkeep=Limits(lake.compact_every_s, lake.object_bytes_target, lake.vacuum_after_s),
+            own_origins=self._own_origins, landed=lambda: self._landed_cut(doubtful_lsn),
             wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
             stop_table=self.stop_table, is_stopped=self.rests, check_lease=self._lease.check,
         )  # fmt: skip

@@ -53,6 +53,7 @@ from cdc.stage import Stage
 from cdc.state import State
 from cdc.status import history_fact, progress_fact
 from cdc.table import TableId, TableSchema
+from cdc.upkeep import Limits
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -351,7 +352,8 @@ class Pipeline:
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
-            vacuum_after_s=lake.vacuum_after_s, own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
+            upkeep=Limits(lake.compact_every_s, lake.object_bytes_target, lake.vacuum_after_s),
+            own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
             check_lease=self._lease.check,
         )  # fmt: skip

@@ -138,10 +138,14 @@ class ChangelogTable:
         """What the table's system columns begin with; decided once, when the table is created."""
         if not self._prefix:
             if self.delta.exists():
-                self._prefix = self.delta.configuration().get(PREFIX_KEY, "_")
+                self._prefix = self.stored_prefix()
             else:
                 self._prefix = system_prefix(c.name for c in schema.columns)
         return self._prefix
+
+    def stored_prefix(self) -> str:
+        """As `prefix`, of a table that is there."""
+        return self.delta.configuration().get(PREFIX_KEY, "_")
 
     def prepare(self, schema: TableSchema) -> str:
         """Make sure that the table exists and has the columns of a schema version; returns its prefix. A column whose
@@ -172,7 +176,7 @@ class ChangelogTable:
                 SHAPE_KEY: _shape_text(schema, 0),
             },
         )
-        self._prefix = self.delta.configuration().get(PREFIX_KEY, "_")
+        self._prefix = self.stored_prefix()
         if self._prefix != prefix:
             raise StoreConflict(f"{self.path} was created by another writer meanwhile")
         self._prepared[schema] = named

@@ -40,6 +40,8 @@ class Commit:
     added: list[str]
     removed: list[str]
     id: str | None
+    is_rest: bool
+    """Whether it brings and takes no row, and sets no token: it rearranges, or changes what is said of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +144,18 @@ class Commits:
 
 
 def _parsed(actions: list[dict[str, Any]]) -> Commit:
-    commit = Commit({}, [], [], next((a["commitInfo"].get(COMMIT_KEY) for a in actions if "commitInfo" in a), None))
+    tokens: dict[str, int] = {}
+    added, removed = [], []
+    number: str | None = None
+    changes = False
     for action in actions:
         if "txn" in action:
-            commit.tokens[action["txn"]["appId"]] = int(action["txn"]["version"])
+            tokens[action["txn"]["appId"]] = int(action["txn"]["version"])
         elif "remove" in action:
-            commit.removed.append(action["remove"]["path"])
+            removed.append(action["remove"]["path"])
+            changes |= action["remove"].get("dataChange", True)
         elif "add" in action and action["add"].get("dataChange", True):
-            commit.added.append(action["add"]["path"])
-    return commit
+            added.append(action["add"]["path"])
+        elif "commitInfo" in action:
+            number = action["commitInfo"].get(COMMIT_KEY)
+    return Commit(tokens, added, removed, number, not (tokens or added or changes))

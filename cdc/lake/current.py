@@ -53,6 +53,8 @@ KEY = "key/"
 """Tokens: attnums of a key, and the version of the changelog at which `current` was last laid out by it."""
 SHOWN = "cdc.oid"
 """Key of the configuration: OID of the table whose rows are shown."""
+SWAP = "cdc.swap"
+"""Key of the configuration, in a table without a key: the run whose rows it shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,8 @@ class CurrentTable:
         if not self._changes.exists():
             return MergeResult(version=self.version(), waiting=True)
         newest = self._changes.refresh()
-        through = newest if through is None else through
+        # What only rearranges rows goes along: readers of the changelog look at the version that is merged.
+        through = newest if through is None else self._changes.rests_until(through)
         merged = self.merged()
         if through <= merged:
             return MergeResult(version=self.version(), last_lsn=self._position(through)[1])
@@ -203,6 +206,7 @@ class _Attempt:
         self._layout = Layout(schema_in_force(schema, self._objects(self._added), self._held_key()))
         self._patterns = Patterns(len(self._layout.names))
         self._tokens: dict[str, int] = {MERGED: through}
+        self._configuration = {SHOWN: str(self._layout.schema.oid)}
 
     def run(self) -> MergeResult:
         added = self._added
@@ -283,8 +287,8 @@ class _Attempt:
             swap = swap_of(begin)
             if swap.version <= self._merged:
                 added = self._table._changes.files_added(swap.version - 1, self._through)
-        elif (version := self._token("swap/version")) is not None:
-            swap = self._swap_at(version)
+        elif self._merged >= 0 and (text := self._table._log.configuration().get(SWAP)) is not None:
+            swap = Swap.from_text(text)
         void = [*scan.truncates, *([swap.at] if fresh and swap is not None else [])]
         refuse_other_keys(self._layout, self._objects(added), max(void, default=None))
         settled = not fresh and swap is not None and self._token("swap/settled") == swap.at.seq
@@ -302,8 +306,7 @@ class _Attempt:
         )
         done = merge.run(path for _, path in added)
         if swap is not None:
-            self._tokens["swap/version"] = swap.version
-            self._tokens["swap/seq"] = swap.at.seq
+            self._configuration[SWAP] = swap.to_text()
             if merge.settles:
                 self._tokens["swap/settled"] = swap.at.seq
         return done
@@ -318,15 +321,6 @@ class _Attempt:
             if found.run == run and found.event == "begin":
                 return found
         raise InvariantBroken(f"table {self._layout.schema.table}: run {run} ended without a begin row")
-
-    def _swap_at(self, version: int) -> Swap:
-        """The run that was swapped in last: one version may hold the begins of several; their counters tell them
-        apart."""
-        seq = self._token("swap/seq")
-        for found in self._controls(version):
-            if found.event == "begin" and found.order.seq == seq:
-                return swap_of(found)
-        raise InvariantBroken(f"table {self._layout.schema.table}: the begin row of what it shows is gone")
 
     def _controls(self, version: int | None) -> list[Control]:
         """Control rows that came with one version of the changelog."""
@@ -381,9 +375,10 @@ class _Attempt:
         epoch, lsn = table._position(self._through)
         if lsn >= 0:
             self._tokens[f"position/{epoch}"] = lsn
-        schema, shown = current_schema(self._layout), {SHOWN: str(self._layout.schema.oid)}
+        schema = current_schema(self._layout)
         if not table._log.exists():
-            table._log.open_or_create(schema, configuration=shown)
+            table._log.open_or_create(schema, configuration=self._configuration)
+        known = table._log.configuration()
         failpoint("merge.before_commit")
         self._attempted = True
         version = table._log.commit(
@@ -393,7 +388,7 @@ class _Attempt:
             expect={MERGED: None if self._merged < 0 else self._merged},
             # Files that the newest layout makes stale go in this very commit, so no reader meets both.
             schema=schema,
-            configuration=None if table._log.configuration().get(SHOWN) == shown[SHOWN] else shown,
+            configuration={k: v for k, v in self._configuration.items() if known.get(k) != v},
         )
         failpoint("merge.after_commit")
         return version, lsn

@@ -173,6 +173,13 @@ class DeltaLog:
         versions = range(after_version + 1, through_version + 1)
         return [(version, path) for version in versions for path in self._commits.at(version).added]
 
+    def rests_until(self, version: int) -> int:
+        """The last version behind `version` up to which no row and no token came: the rows are the same in all."""
+        newest = self._require().version()
+        while version < newest and self._commits.at(version + 1).is_rest:
+            version += 1
+        return version
+
     def open_file(self, path: str) -> pq.ParquetFile:
         """Open a data file for reading, with the store's own means; StoreUnavailable if it cannot be read."""
         location, options = self._store.location(f"{self.prefix}/{path}")

@@ -15,6 +15,7 @@ rows writes one more file; one that removes rows reads all of `current` and rewr
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ class Swap:
     at: Order
     version: int
     visibility: Visibility
+
+    def to_text(self) -> str:
+        """As the table's configuration keeps it: the begin row's object may be joined with others, or go."""
+        seen = self.visibility
+        return json.dumps([self.run, self.at, self.version, seen.xmin, seen.xmax, sorted(seen.in_progress)])
+
+    @staticmethod
+    def from_text(text: str) -> Swap:
+        run, at, version, xmin, xmax, running = json.loads(text)
+        return Swap(run, Order(*at), version, Visibility(xmin=xmin, xmax=xmax, in_progress=frozenset(running)))
 
 
 def swap_of(begin: Control) -> Swap:

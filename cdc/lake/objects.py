@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,7 +76,7 @@ class OpenObject:
     def __init__(self, schema: TableSchema, named: TableSchema, prefix: str, temp_dir: Path) -> None:
         self._schema = schema
         self._file_schema = file_schema(schema, named, prefix)
-        self._options = _options(named, prefix)
+        self._options = writer_options(prefix, named.key, system_type("_before", named))
         self._temp_dir = temp_dir
         self._batches: list[Batch] = []
         self._pending_rows = 0
@@ -192,21 +192,21 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
     return [path]
 
 
-def _options(schema: TableSchema, prefix: str) -> dict[str, Any]:
-    """Options of the Parquet writer for one schema version."""
+def writer_options(prefix: str, key: Sequence[str], before: pa.DataType | None) -> dict[str, Any]:
+    """Options of the Parquet writer for an object with this key and this type of `_before` (None: it has none)."""
 
     def named(*names: str) -> list[str]:
         return [system_name(n, prefix) for n in names]
 
-    unchanged, before = named("_unchanged", "_before")
+    unchanged, old = named("_unchanged", "_before")
     # Null counts of the old images let a merge pass over row groups in which no key changed.
-    olds = _leaves(before, system_type("_before", schema))
+    olds = [] if before is None else _leaves(old, before)
     return {
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": [*named("_op", "_epoch", "_origin", "_run"), f"{unchanged}.list.element"],
         "column_encoding": dict.fromkeys(named("_lsn", "_seq", "_xid", "_committed_at"), "DELTA_BINARY_PACKED"),
-        "write_statistics": [*named("_op", "_epoch", "_lsn", "_seq", "_xid", "_committed_at"), *schema.key, *olds],
+        "write_statistics": [*named("_op", "_epoch", "_lsn", "_seq", "_xid", "_committed_at"), *key, *olds],
     }
 
 

@@ -1,0 +1,217 @@
+"""Small objects of a changelog joined into bigger ones, so that reading does not cost a request per landing.
+
+Guarantees:
+- A join changes no row: what it replaces and what it adds is one Delta commit that says so (`dataChange` false), and
+  is checked in the version committed upon. Readers of older versions keep their objects until a vacuum.
+- It takes only what merges are done with: nothing that `current` has not merged, nor what a later merge reads again.
+- Each byte is written again a few times at most: objects are joined with others of their size (each tier is eight times
+  the one before), and once a day is past with whatever is left of it.
+- Memory is bounded by a row group, the disk by one object.
+
+It does not decide when (cdc.merge), and deletes nothing: replaced objects go with the vacuum. One thread per table.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import mmap
+import secrets
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cdc.errors import InvariantBroken, StoreConflict, StoreUnavailable
+from cdc.failpoints import failpoint
+from cdc.lake.bucket import Fetcher
+from cdc.lake.delta import AddedFile, DeltaLog, LiveFile
+from cdc.lake.layout import KEY_METADATA, system_name
+from cdc.lake.objects import GROUP_BYTES, GROUP_ROWS, writer_options
+from cdc.ports import ObjectStore
+
+FEW: Final = 8
+"""So many objects of one size are worth a join."""
+_TIER_BITS: Final = 3
+"""A tier is this power of two."""
+_READ_ROWS: Final = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What one join did."""
+
+    objects: int
+    rows: int
+    bytes_before: int
+    bytes_after: int
+    version: int
+
+
+class _Name(NamedTuple):
+    """What the name of a changelog's object says."""
+
+    epoch: int
+    first_lsn: int
+    last_lsn: int
+
+    @staticmethod
+    def of(path: str) -> _Name | None:
+        parts = path.rpartition("/")[2].removesuffix(".parquet").split("-")
+        if len(parts) != 4:
+            return None
+        with suppress(ValueError):
+            return _Name(int(parts[0]), int(parts[1], 16), int(parts[2], 16))
+        return None
+
+
+class Compactor:
+    """Joins objects of one changelog. `temp_dir` is for scratch files, which may be lost."""
+
+    def __init__(self, store: ObjectStore, delta: DeltaLog, prefix: str, *, temp_dir: Path, target_bytes: int) -> None:
+        """`prefix`: what the changelog's system columns begin with. `target_bytes`: where objects stop growing."""
+        self._store = store
+        self._delta = delta
+        self._prefix = prefix
+        self._temp_dir = temp_dir
+        self._target_bytes = target_bytes
+        self._shapes: dict[str, pa.Schema] = {}
+
+    def join(self, held: Collection[str], *, all_sizes: bool = False, today: dt.date | None = None) -> Joined | None:
+        """One join, of the version that has been read; None if nothing is worth it. Blocking; durable on return.
+
+        `held`: paths that merges still need. `all_sizes`: also what is not worth it by itself. StoreConflict if
+        somebody else replaced one of the objects meanwhile: nothing happened then.
+        """
+        live = self._delta.files()
+        self._shapes = {path: shape for path, shape in self._shapes.items() if path in {f.path for f in live}}
+        self._temp_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="join-", dir=self._temp_dir) as scratch:
+            fetcher = Fetcher(self._store, self._delta.prefix, Path(scratch))
+            for group, worth in self._groups(live, held, all_sizes, today or dt.datetime.now(dt.UTC).date()):
+                for alike in self._alike(group, fetcher):
+                    some = _up_to(alike, self._target_bytes)
+                    if len(some) >= worth:
+                        return self._replace(some, fetcher, Path(scratch))
+        return None
+
+    def _groups(
+        self, live: Sequence[LiveFile], held: Collection[str], all_sizes: bool, today: dt.date
+    ) -> Iterator[tuple[list[LiveFile], int]]:
+        """Small objects that may be joined, and how many of them are worth it, by day, epoch and tier."""
+        days: dict[tuple[tuple[tuple[str, str | None], ...], int, int], list[LiveFile]] = {}
+        for file in live:
+            name = _Name.of(file.path)
+            if name is None or file.path in held or file.size > self._target_bytes // 2:
+                continue
+            past = any(value is not None and value < str(today) for value in file.partition.values())
+            tier = -1 if all_sizes or past else file.size.bit_length() // _TIER_BITS
+            days.setdefault((tuple(sorted(file.partition.items())), name.epoch, tier), []).append(file)
+        for (_, _, tier), files in sorted(days.items(), key=lambda item: item[0]):
+            worth = 2 if tier < 0 else FEW
+            if len(files) >= worth:
+                yield sorted(files, key=lambda f: _Name.of(f.path) or (0, 0, 0)), worth
+
+    def _alike(self, files: Sequence[LiveFile], fetcher: Fetcher) -> list[list[LiveFile]]:
+        """The files by schema, metadata included: what their rows are known by stands there."""
+        found: list[tuple[pa.Schema, list[LiveFile]]] = []
+        for file in files:
+            if file.path not in self._shapes:
+                with fetcher.open(file.path) as opened:
+                    self._shapes[file.path] = opened.schema_arrow
+            shape = self._shapes[file.path]
+            same = next((of for known, of in found if known.equals(shape, check_metadata=True)), None)
+            if same is None:
+                found.append((shape, [file]))
+            else:
+                same.append(file)
+        return [of for _, of in found]
+
+    def _replace(self, files: Sequence[LiveFile], fetcher: Fetcher, scratch: Path) -> Joined:
+        names = [name for f in files if (name := _Name.of(f.path)) is not None]
+        first, last = min(n.first_lsn for n in names), max(n.last_lsn for n in names)
+        folder = files[0].path.rpartition("/")[0]
+        path = f"{folder}/{names[0].epoch}-{first:016x}-{last:016x}-{secrets.token_hex(6)}.parquet"
+        local = scratch / "joined"
+        rows = _write(local, (fetcher.open(f.path) for f in files), self._prefix)
+        if rows != sum(f.rows for f in files):
+            raise InvariantBroken(f"{self._delta.prefix}: a join has {rows} rows, its objects have another number")
+        size = local.stat().st_size
+        key = f"{self._delta.prefix}/{path}"
+        with local.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            self._store.put(key, mapped)
+        lsn = system_name("_lsn", self._prefix)
+        added = AddedFile(
+            path=path, size=size, rows=rows, partition=files[0].partition,
+            stats={"minValues": {lsn: first}, "maxValues": {lsn: last}, "nullCount": {lsn: 0}},
+        )  # fmt: skip
+        failpoint("compact.before_commit")
+        try:
+            version = self._delta.commit(adds=[added], removes=[f.path for f in files], data_change=False)
+        except StoreConflict:
+            with suppress(StoreUnavailable):
+                self._store.delete([key])
+            raise
+        failpoint("compact.after_commit")
+        return Joined(len(files), rows, sum(f.size for f in files), size, version)
+
+
+def _up_to(files: Sequence[LiveFile], target_bytes: int) -> list[LiveFile]:
+    """As many of the first files as make one object."""
+    some: list[LiveFile] = []
+    size = 0
+    for file in files:
+        if some and size + file.size > target_bytes:
+            break
+        some.append(file)
+        size += file.size
+    return some
+
+
+def _write(path: Path, files: Iterator[pq.ParquetFile], prefix: str) -> int:
+    """The rows of files of one schema as one file, one after the other; how many they are."""
+    writer: pq.ParquetWriter | None = None
+    held: list[pa.RecordBatch] = []
+    rows = held_rows = held_bytes = 0
+
+    def flush() -> None:
+        nonlocal held, held_rows, held_bytes
+        if held and writer is not None:
+            writer.write_table(pa.Table.from_batches(held), row_group_size=GROUP_ROWS)
+        held, held_rows, held_bytes = [], 0, 0
+
+    try:
+        for file in files:
+            with file:
+                if writer is None:
+                    writer = pq.ParquetWriter(path, file.schema_arrow, **_options(file.schema_arrow, prefix))
+                for batch in file.iter_batches(_READ_ROWS, use_threads=False):
+                    held.append(batch.replace_schema_metadata(file.schema_arrow.metadata))
+                    rows, held_rows, held_bytes = (
+                        rows + batch.num_rows, held_rows + batch.num_rows, held_bytes + batch.nbytes
+                    )  # fmt: skip
+                    if held_rows >= GROUP_ROWS or held_bytes >= GROUP_BYTES:
+                        flush()
+        flush()
+    except (OSError, pa.ArrowException) as e:
+        raise StoreUnavailable(f"a join of objects failed: {type(e).__name__}", hint="make room on the disk") from e
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows
+
+
+def _options(schema: pa.Schema, prefix: str) -> dict[str, Any]:
+    """Options of the writer for the schema of a changelog's object."""
+    numbers = (schema.metadata or {}).get(KEY_METADATA.encode(), b"").decode().split(",")
+    key = [f.name for f in schema if (f.metadata or {}).get(b"pg.attnum", b"").decode() in numbers]
+    before = system_name("_before", prefix)
+    kind = schema.field(before).type if before in schema.names else None
+    return writer_options(prefix, key, kind)
+
+
+__all__ = ["FEW", "Compactor", "Joined"]
