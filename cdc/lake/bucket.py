@@ -190,6 +190,10 @@ class OldFile:
                 return True
         return self.shape.system.get("_lsn") != system_name("_lsn", system_prefix(layout.names))
 
+    def has_strays(self) -> bool:
+        """Whether any row is not of the part."""
+        return any(not mine.all() for _, _, _, mine in self.located())
+
     def located(self) -> Iterator[tuple[int, pa.Array, Orders, np.ndarray]]:
         """(first row, keys, orders, mask of the part's rows) of each slice."""
         shape = self.shape

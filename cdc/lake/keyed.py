@@ -89,6 +89,9 @@ class KeyedMerge:
         self._truncated = max(scan.truncates, default=None)
         self._barriers = [b for b in barriers if self._truncated is None or b.at >= self._truncated]
         self._threshold = final_threshold(self._barriers)
+        self._stray = scan.repairs
+        """Whether rows are looked for that stand in a bucket which is not theirs: another writer may have put them
+        there, where no change of their keys finds them."""
         self._scratch = scratch
         self._live = live
         self._open_current = open_current
@@ -281,11 +284,11 @@ class KeyedMerge:
                 continue
             doubled = name.of != self._n
             fresh = name.layout == self._layout_print or path in self._known_fresh
-            if not (touched or doubled or not fresh or self._threshold is not None):
+            if not (touched or doubled or not fresh or self._stray or self._threshold is not None):
                 continue
-            file = OldFile(
-                self._open_current(path), self._layout, Part(bucket, self._n) if doubled else None, self._newest
-            )
+            part = Part(bucket, self._n) if doubled or self._stray else None
+            file = OldFile(self._open_current(path), self._layout, part, self._newest)
+            must = must or (self._stray and not doubled and file.has_strays())
             if not fresh:
                 fresh = not file.stale(self._missing)
                 if fresh:

@@ -57,6 +57,11 @@ class Scan:
     def ends(self) -> list[Control]:
         return [c for c in self.controls if c.event == "end" and c.kind in FULL_RUNS]
 
+    @property
+    def repairs(self) -> bool:
+        """Whether a run ends that read some rows again because somebody doubts them."""
+        return any(c.event == "end" and c.kind == "filtered" for c in self.controls)
+
 
 class Scanner:
     """Collects a Scan over files. `own_origins`: changes under these origins are not foreign."""

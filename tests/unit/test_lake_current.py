@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
@@ -233,6 +234,25 @@ def test_ghosts_go_at_the_end_of_a_run_that_began_in_an_earlier_merge(story: Sto
     story.land([story.row("u", id="3", note="c"), story.control("end", "run2", "resync")], complete=True)
     assert story.merge().rows_deleted == 1
     assert story.rows() == [{"id": 1, "note": "a2"}, {"id": 3, "note": "c"}]
+
+
+def test_a_repair_removes_rows_from_buckets_that_are_not_theirs(tmp_path: Path) -> None:
+    """No merge of ours puts them there, but another writer may; a change of their keys looks in another file."""
+    story = Story(tmp_path, bucket_rows=10)
+    story.begin([story.row("c", id=str(i), note="a") for i in range(1, 61)])
+    folder = tmp_of(story) / "current"
+    for path in folder.glob("*.parquet"):
+        rows = pq.read_table(path)
+        strays = [{**row, "id": -row["id"]} for row in rows.to_pylist()]
+        pq.write_table(pa.concat_tables([rows, pa.Table.from_pylist(strays, rows.schema)]), path)
+    story.land([story.row("u", id="7", note="b")])
+    story.merge()
+    assert len(story.rows()) > 100
+    absent = [story.row("d", id=str(-i)) | {"_run": "run2", "_seq": SNAPSHOT_SEQ + 500 + i} for i in range(1, 61)]
+    story.land([story.control("begin", "run2", "filtered"), *absent])
+    story.land([story.control("end", "run2", "filtered")])
+    story.merge()
+    assert sorted(r["id"] for r in story.rows()) == list(range(1, 61))
 
 
 def test_reading_single_keys_again_deletes_nothing(story: Story) -> None:
