@@ -159,6 +159,11 @@ def _resync(p: argparse.ArgumentParser) -> None:
     p.add_argument("--timeout", type=_seconds, default=86400.0, metavar="S", help="bound of --wait (default: a day)")
 
 
+def _upkeep(p: argparse.ArgumentParser) -> None:
+    p.add_argument("table", nargs="*", metavar="TABLE", help="tables; none: all")
+    p.add_argument("--timeout", type=_seconds, default=3600.0, metavar="S", help="how long to wait (default: an hour)")
+
+
 def _pause(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "name",
@@ -332,5 +337,12 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
         "SQL models",
         {"run": ("run it now", "cdc model run customer_value", _applied("model"), "data:model_run")},
     ),
-    "lake": ("the lake", {"ls": ("its tables", "cdc lake ls --json", _nothing, "lake:list_tables")}),
+    "lake": (
+        "the lake",
+        {
+            "ls": ("its tables", "cdc lake ls --json", _nothing, "lake:list_tables"),
+            "compact": ("join small objects of changelogs", "cdc lake compact orders", _upkeep, "lake:compact"),
+            "vacuum": ("remove what no reader needs any more", "cdc lake vacuum", _upkeep, "lake:vacuum"),
+        },
+    ),
 }

@@ -24,7 +24,7 @@ from cdc.alerts import Alerts
 from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
-from cdc.errors import CdcError, ConfigError, TimedOut
+from cdc.errors import CdcError, ConfigError, SourceRefused, TimedOut
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
 from cdc.notify import Notifier
@@ -109,6 +109,7 @@ class Daemon:
                 "pause": lambda args: self._pause(state, args, True),
                 "resume": lambda args: self._pause(state, args, False),
                 "wait": self._wait,
+                "upkeep": self._upkeep,
                 "model_run": self._serving.model_run,
                 "sync_apply": self._serving.sync_apply,
             }
@@ -313,6 +314,21 @@ class Daemon:
         else:
             state.resume(kind, name)
         return {"kind": kind, "name": name, "paused": pause}
+
+    def _upkeep(self, args: dict[str, Any]) -> Pending:
+        pipeline, table = self._pipeline(args), _table(args["table"])
+        ordered: list[Callable[[], dict[str, int] | None]] = []
+
+        def done() -> dict[str, Any] | None:
+            if not pipeline.prepared:
+                return None
+            if pipeline.rests(table):
+                raise SourceRefused(f"table {table} stands still", hint="see its reason: cdc status")
+            if not ordered:
+                ordered.append(pipeline.merger.order_upkeep(table, str(args["kind"])))
+            return ordered[0]()
+
+        return done
 
     def _wait(self, args: dict[str, Any]) -> Pending:
         pipeline = self._pipeline(args)

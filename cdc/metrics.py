@@ -144,7 +144,9 @@ SYNC_ROWS = _counter(
 SYNC_SECONDS = _histogram("cdc_sync_seconds", "Time of one run of a sync.", "sync")
 
 # The process
-STAGE_SECONDS = _counter("cdc_stage_seconds", "Time spent working (receive, decode, log, land, merge, upkeep, sync).", "stage")
+STAGE_SECONDS = _counter(
+    "cdc_stage_seconds", "Time spent working (receive, decode, log, land, merge, upkeep, sync).", "stage"
+)
 ERRORS = _counter("cdc_errors", "Errors by the part that met them and their class.", "part", "error")
 RESTARTS = _counter("cdc_restarts", "Restarts of a part after an error.", "part")
 

@@ -1,12 +1,13 @@
-"""Verbs over the lake itself: ls; and which tables it holds."""
+"""Verbs over the lake itself: ls, compact, vacuum; and which tables it holds."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from cdc.console import bytes_text
 from cdc.table import TableId
-from cdc.verbs.call import OK, Call
+from cdc.verbs.call import OK, Call, resolve_tables, tables_of
 
 if TYPE_CHECKING:
     from cdc.ports import ObjectStore
@@ -31,6 +32,33 @@ def list_tables(call: Call) -> int:
     call.console.table(
         headers, [(f"{r['source']}.{r['table']}", *_cells(r["current"]), *_cells(r["changelog"])) for r in rows]
     )
+    return OK
+
+
+def compact(call: Call) -> int:
+    """Have the daemon join the small objects of changelogs."""
+    return _upkeep(call, "compact", "objects joined")
+
+
+def vacuum(call: Call) -> int:
+    """Have the daemon remove what no version of the last `vacuum_after_s` shows."""
+    return _upkeep(call, "vacuum", "objects removed")
+
+
+def _upkeep(call: Call, kind: str, what: str) -> int:
+    from cdc import control
+
+    deadline = time.monotonic() + call.args.timeout
+    answers: list[dict[str, Any]] = []
+    with call.state() as state:
+        known = tables_of(state, call.sources())
+        for source, table in resolve_tables(known, call.args.table) if call.args.table else known:
+            args = {"source": source, "table": str(table), "kind": kind}
+            answer = control.ask(state, "upkeep", args, timeout_s=max(0.1, deadline - time.monotonic()))
+            answers.append({"source": source, "table": str(table), **answer})
+            number = answer["joined"] if kind == "compact" else answer["removed"]
+            call.console.line(f"{source}.{table}: {number} {what}")
+    call.console.document({"tables": answers})
     return OK
 
 

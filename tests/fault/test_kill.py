@@ -39,6 +39,7 @@ AREAS: Mapping[str, Mapping[str, int]] = {
     "snapshot and merge": {
         "backfill.after_snapshot": 6, "backfill.after_chunk": 10, "merge.before_commit": 6, "merge.after_commit": 6,
     },
+    "upkeep": {"compact.before_commit": 3, "compact.after_commit": 3},
 }  # fmt: skip
 KILLS = 2
 """Of one area in one run."""
@@ -62,7 +63,11 @@ class Scene:
         execute(dsn, *SCHEMA.split(";\n"))
         self.dsn = dsn
         self.daemon = Daemon(
-            directory, dsn, source={"chunk_rows": 150, "confirm_every_s": 0.3}, top={"log_segment_bytes": "1MB"}
+            directory,
+            dsn,
+            source={"chunk_rows": 150, "confirm_every_s": 0.3},
+            top={"log_segment_bytes": "1MB"},
+            lake={"compact_every_s": 0.3},
         )
         assert self.daemon.ask("setup").code == 0
         self.witness = Witness(dsn, f"witness_{self.daemon.slot}")
