@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cdc.console import bytes_text
 from cdc.table import TableId
 from cdc.verbs.call import OK, Call, resolve_tables, tables_of
-
-if TYPE_CHECKING:
-    from cdc.ports import ObjectStore
 
 
 def list_tables(call: Call) -> int:
@@ -21,14 +18,16 @@ def list_tables(call: Call) -> int:
         {
             "source": source,
             "table": str(table),
-            "current": _delta(call.store, current_path(source, table)),
-            "changelog": _delta(call.store, changelog_path(source, table)),
+            "current": _delta(call, current_path(source, table)),
+            "changelog": _delta(call, changelog_path(source, table)),
         }
         for source, tables in lake_tables(call).items()
         for table in tables
     ]
     call.console.document({"lake": call.config.lake.url, "tables": rows})
-    headers = ("table", "current: rows", "size", "files", "version", "changelog: rows", "size", "files", "version")
+    columns = ("rows", "size", "files", "small", "dead", "version")
+    headers = ("table", *(f"current: {c}" if c == "rows" else c for c in columns))
+    headers += tuple(f"changelog: {c}" if c == "rows" else c for c in columns)
     call.console.table(
         headers, [(f"{r['source']}.{r['table']}", *_cells(r["current"]), *_cells(r["changelog"])) for r in rows]
     )
@@ -69,24 +68,31 @@ def lake_tables(call: Call) -> dict[str, list[TableId]]:
     return {source: tables_in(call.store, source) for source in call.sources()}
 
 
-def _delta(store: ObjectStore, path: str) -> dict[str, Any] | None:
-    """Version, files, rows and size of a Delta table; None if there is none."""
+def _delta(call: Call, path: str) -> dict[str, Any] | None:
+    """Version, files, rows and size of a Delta table, how many of its files are small (an eighth of the size where
+    they stop growing), and the bytes of objects that its newest version does not show; None if there is none."""
     from cdc.lake.delta import DeltaLog
 
-    table = DeltaLog(store, path)
+    table = DeltaLog(call.store, path)
     if not table.exists():
         return None
     files = table.files()
+    small = call.config.lake.object_bytes_target // 8
+    live = {f"{path}/{f.path}" for f in files}
+    stored = (o for o in call.store.list(f"{path}/") if not o.key.startswith(f"{path}/_delta_log/"))
     return {
         "path": path,
         "version": table.version(),
         "files": len(files),
         "rows": sum(f.rows for f in files),
         "bytes": sum(f.size for f in files),
+        "small_files": sum(f.size < small for f in files),
+        "dead_bytes": sum(o.size for o in stored if o.key not in live),
     }
 
 
 def _cells(table: dict[str, Any] | None) -> tuple[Any, ...]:
     if table is None:
-        return ("-", "-", "-", "-")
-    return (table["rows"], bytes_text(table["bytes"]), table["files"], table["version"])
+        return ("-",) * 6
+    sizes = bytes_text(table["bytes"]), table["files"], table["small_files"], bytes_text(table["dead_bytes"])
+    return (table["rows"], *sizes, table["version"])
