@@ -298,6 +298,10 @@ class DeltaLog:
     # ---- inside ----
 
     def _load(self) -> DeltaTable | None:
+        # Credentials that are lent for an hour are others by now; an open table goes on with those that it was given.
+        where = self._store.location(self.prefix)
+        if where != (self._location, self._options):
+            (self._location, self._options), self._table = where, None
         if self._table is None:
             try:
                 with _translated(self.prefix):

@@ -44,6 +44,8 @@ _DELETED_AT_ONCE: Final = 1000
 """The protocol's limits of one upload and of one DeleteObjects."""
 _TOKEN: Final = "cdc-write"
 _ATTEMPTS: Final = 5
+WAIT_S = 0.1
+"""Before the first repetition, about; each time twice as long."""
 OPTIONS: Final = frozenset(
     {"region", "endpoint_url", "addressing_style", "single_writer", "storage_class", "sse", "sse_kms_key_id"}
 )
@@ -267,7 +269,7 @@ class S3Store:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             stop=tenacity.stop_after_attempt(_ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=5),
+            wait=tenacity.wait_exponential_jitter(multiplier=WAIT_S, max=5, jitter=WAIT_S),
             reraise=True,
         )
         return retrying(self._once, key, request)

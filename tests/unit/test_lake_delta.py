@@ -306,3 +306,23 @@ def test_vacuum_deletes_removed_files_only(store: LocalStore, tmp_path: Path) ->
     assert log.vacuum(0) == 1
     assert not (tmp_path / log.prefix / x.path).exists()
     assert [f.path for f in DeltaLog(store, log.prefix).files()] == [y.path]
+
+
+def test_credentials_that_were_renewed_are_used_from_then_on(tmp_path: Path) -> None:
+    """A role's are lent for an hour; the table is open for days."""
+
+    lent: dict[str, str] = {}
+
+    class Lent(LocalStore):
+        def location(self, key: str) -> tuple[str, dict[str, str]]:
+            return super().location(key)[0], dict(lent)
+
+    store = Lent(tmp_path)
+    log = DeltaLog(store, "t")
+    log.open_or_create(SCHEMA)
+    before = log._require()
+    assert log._require() is before
+    lent["aws_session_token"] = "new"
+    assert log._require() is not before
+    assert log._require()._storage_options == lent
+    assert log.commit(tokens={"a": 1}) == 1
