@@ -146,8 +146,6 @@ class LakeConfig:
     region: str = ""
     endpoint_url: str = ""
     """For s3://: where boto3's chain does not say it, or another server than AWS."""
-    single_writer: bool = False
-    """Use a store that lacks conditional writes: the operator vouches that this daemon alone writes there."""
     land_every_s: float = 10.0
     land_bytes: int = 128 << 20
     merge_every_s: float = 10.0

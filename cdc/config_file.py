@@ -322,8 +322,10 @@ class _Reader:
             self.problems.append("lake.url: names no place")
         elif separator and scheme == "file" and not rest.startswith("/"):
             self.problems.append('lake.url: a file URL has an absolute path after "file://"')
-        elif local and (lake.options or lake.region or lake.endpoint_url or lake.single_writer):
-            self.problems.append("lake: a local directory has no region, endpoint_url, single_writer or options")
+        elif local and (lake.options or lake.region or lake.endpoint_url):
+            self.problems.append("lake: a local directory has no region, endpoint_url or options")
+        if lake.vacuum_after_s > 7 * 86400:
+            self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
         return lake if separator else replace(lake, url=(self.folder / Path(lake.url).expanduser()).as_uri())
 
     def _finish_source(self, source: SourceConfig) -> SourceConfig:

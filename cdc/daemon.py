@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, SourceRefused, TimedOut
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
+from cdc.merge import Merger
 from cdc.notify import Notifier
 from cdc.periodic_pipeline import PeriodicPipeline
 from cdc.pipeline import Pipeline
@@ -34,6 +36,7 @@ from cdc.ports import ObjectStore
 from cdc.serving import Serving
 from cdc.state import State, open_state
 from cdc.table import TableId
+from cdc.upkeep import UpkeepOrder
 from cdc.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ class Daemon:
         sys.setswitchinterval(SWITCH_S)
         config.state_dir.mkdir(parents=True, exist_ok=True)
         with self._only_one(), self._signals_handled():
+            # What a kill has left: nothing there outlives its process, and on a store that is far away it is much.
+            shutil.rmtree(config.state_dir / "tmp", ignore_errors=True)
             state = open_state(config.state_dir)
             event_log = EventLog(
                 config.log_dir, state, bytes_max=config.log_bytes_max, segment_bytes=config.log_segment_bytes
@@ -317,16 +322,21 @@ class Daemon:
 
     def _upkeep(self, args: dict[str, Any]) -> Pending:
         pipeline, table = self._pipeline(args), _table(args["table"])
-        ordered: list[Callable[[], dict[str, int] | None]] = []
+        ordered: list[tuple[Merger, UpkeepOrder]] = []
 
         def done() -> dict[str, Any] | None:
             if not pipeline.prepared:
                 return None
             if pipeline.rests(table):
                 raise SourceRefused(f"table {table} stands still", hint="see its reason: cdc status")
-            if not ordered:
-                ordered.append(pipeline.merger.order_upkeep(table, str(args["kind"])))
-            return ordered[0]()
+            if not ordered or ordered[-1][0] is not pipeline.merger:
+                # A new history has a new one, which knows nothing of orders given before.
+                ordered.append((pipeline.merger, pipeline.merger.order_upkeep(table, str(args["kind"]))))
+            order = ordered[-1][1]
+            if order.error is not None:
+                raise order.error
+            pipeline.merger.ask()
+            return order.done
 
         return done
 

@@ -23,7 +23,7 @@ from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
 from cdc.state import State
 from cdc.table import TableId
-from cdc.upkeep import Limits, Upkeep, UpkeepOrder
+from cdc.upkeep import Limits, Upkeep, UpkeepOrder, UpkeepOrders
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Merger:
         self._check_lease = check_lease
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._upkeeps: dict[TableId, Upkeep] = {}
-        self._orders: dict[TableId, list[UpkeepOrder]] = {}
+        self._orders = UpkeepOrders()
         self._asked = 0
         self._not_before = time.monotonic() + merge_every_s
         self._versions: dict[TableId, int] = {}
@@ -100,6 +100,7 @@ class Merger:
         for table, through in cut.versions.items():
             if self._is_stopped(table) or table.is_own:
                 continue
+            before = self._versions.get(table)
             try:
                 merged = self._merge(table, through, cut.boundary.lsn)
             except CdcError as e:
@@ -121,9 +122,9 @@ class Merger:
                 continue
             whole &= merged is not None
             if merged is not None:
-                merged = self._tidy(table) or merged
-                worked |= self._versions.get(table) != merged
-                versions[table] = self._versions[table] = merged
+                self._tidy(table)
+                versions[table] = self._versions[table]
+                worked |= before != versions[table]
         if cut.common and (worked or cut.boundary.lsn != self._saved_lsn):
             self._state.save_cut(self._source, cut.boundary.lsn, versions)
             self._saved_lsn = cut.boundary.lsn
@@ -180,7 +181,7 @@ class Merger:
                     raise KeyChanged(f"the key or replica identity of table {table} has changed")
                 self._wish(table, result.unresolved)
             return None
-        self._through[table] = through
+        self._through[table], self._versions[table] = through, result.version
         metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         metrics.STAGE_SECONDS.labels("merge").inc(time.perf_counter() - began)
         rows = result.rows_upserted + result.rows_deleted
@@ -192,39 +193,62 @@ class Merger:
 
     # ---- upkeep ----
 
-    def order_upkeep(self, table: TableId, kind: str) -> Callable[[], dict[str, int] | None]:
-        """Have a table compacted or vacuumed (`kind`) as soon as it is merged; what is returned tells how many objects
-        were `joined` and `removed`, None before that. Thread-safe."""
-        order = UpkeepOrder(kind)
-        self._orders.setdefault(table, []).append(order)
+    def order_upkeep(self, table: TableId, kind: str) -> UpkeepOrder:
+        """Have a table compacted or vacuumed (`kind`) as soon as it is merged and no run of it is under way.
+        Thread-safe."""
+        order = self._orders.add(table, kind)
         self.ask()
-        return lambda: order.done
+        return order
 
-    def _tidy(self, table: TableId) -> int | None:
-        """Join small objects of a merged table's changelog, and remove what nobody reads any more, where it is due; the
-        new version of `current`, None if it has none."""
+    def _tidy(self, table: TableId) -> None:
+        """Join small objects of a merged table's changelog, and remove what nobody reads any more, where it is due.
+        What fails here fails no merge: it is told, and tried again later."""
         changelog, current = self._pairs[table]
         if table not in self._upkeeps:
             self._upkeeps[table] = Upkeep(self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits)
-        upkeep = self._upkeeps[table]
-        orders = self._orders.pop(table, [])
-        asked = {order.kind for order in orders}
-        compact = upkeep.is_compaction_due or "compact" in asked
-        vacuum = upkeep.is_vacuum_due or "vacuum" in asked
-        if not compact and not vacuum:
-            return None
+        upkeep, orders = self._upkeeps[table], self._orders.open(table)
+        by_hand = [o for o in orders if o.kind == "compact"]
+        if not (orders or upkeep.is_compaction_due or upkeep.is_vacuum_due):
+            return
+        if self._is_read_anew(table, self._through[table]):
+            return
         self._check_lease()
         began = time.perf_counter()
-        joined = removed = 0
-        if compact and not self._is_read_anew(table, self._through[table]):
-            joined = upkeep.compact(everything="compact" in asked)
-        if vacuum:
-            removed = upkeep.vacuum()
-        for order in orders:
-            order.done = {"joined": joined, "removed": removed}
+        try:
+            joined = 0
+            if by_hand or upkeep.is_compaction_due:
+                joined = upkeep.compact(everything=bool(by_hand))
+            self._follow(table)
+            vacuums = [o for o in orders if o.kind == "vacuum"]
+            removed = 0
+            if vacuums or upkeep.is_vacuum_due:
+                removed = upkeep.vacuum()
+                self._follow(table)
+        except CdcError as e:
+            if e.verdict is Verdict.FATAL:
+                raise
+            upkeep.put_off()
+            log.warning("upkeep of %s failed: %s", table, e.args[0], extra={"source": self._source, "hint": e.hint})
+            for order in orders:
+                order.error = e
+            return
         metrics.STAGE_SECONDS.labels("upkeep").inc(time.perf_counter() - began)
-        if not joined:
-            return None
+        for order in by_hand:
+            order.joined += joined
+        for order in orders:
+            if order.kind == "vacuum" or not joined:
+                order.done = {"joined": order.joined, "removed": removed}
+
+    def _follow(self, table: TableId) -> None:
+        """Let `current` name the newest version of the changelog that has the same rows as the one it has merged:
+        whoever reads both looks there, and the objects of older versions go."""
+        changelog, current = self._pairs[table]
+        changelog.refresh()
+        merged = current.merged()
+        if changelog.delta.rests_until(merged) == merged:
+            return
         schema = self._book.held(table) or self._book.latest(table)
         assert schema is not None
-        return current.merge(changelog, schema, through=current.merged(), own_origins=self._own_origins).version
+        version = current.merge(changelog, schema, through=merged, own_origins=self._own_origins).version
+        assert version is not None
+        self._versions[table] = version

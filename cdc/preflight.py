@@ -76,9 +76,6 @@ def check_store(store: ObjectStore, lake: LakeConfig) -> list[Finding]:
         Finding(name=promise, severity="error", message=what, fix=WHAT_TO_DO, object="lake")
         for promise, what in broken_promises(store)
     ]
-    if lake.single_writer:
-        message = "nothing keeps a second writer out of the lake (single_writer)"
-        findings.append(Finding(name="single_writer", severity="warning", message=message, object="lake"))
     message = f"{lake.url} is writable and honours conditional writes"
     return findings or [Finding(name="store", severity="ok", message=message, object="lake")]
 

@@ -73,7 +73,7 @@ def store(url: str, options: Mapping[str, str] | None = None) -> ObjectStore:
 
 def lake_store(lake: LakeConfig) -> ObjectStore:
     """The object store that holds the lake."""
-    named = {"region": lake.region, "endpoint_url": lake.endpoint_url, "single_writer": "true" * lake.single_writer}
+    named = {"region": lake.region, "endpoint_url": lake.endpoint_url}
     return store(lake.url, {**{k: v for k, v in named.items() if v}, **lake.options})
 
 

@@ -84,10 +84,12 @@ class Commits:
 
     def tokens(self, version: int) -> dict[str, int]:
         """All tokens at a version. Costs the commits since the version that was asked for last; the first time, or
-        when an older one is asked for, a checkpoint and the commits after it."""
+        when an older one is asked for, a checkpoint and the commits after it. LookupError if that is newer."""
         if self._through > version:
             self._through, self._set = -1, {}
-        if self._through < 0 and (checkpoint := self._checkpoint(version)) is not None:
+        if self._through < 0 and (checkpoint := self._checkpoint()) is not None:
+            if checkpoint.version > version:
+                raise LookupError(version)
             self._through = checkpoint.version
             self._set = {name: (value, checkpoint.version) for name, value in checkpoint.tokens.items()}
         for number in range(self._through + 1, version + 1):
@@ -96,44 +98,46 @@ class Commits:
         return {name: value for name, (value, _) in self._set.items()}
 
     def token(self, app_id: str, version: int) -> int | None:
-        """One token at a version, None if it was not set. LookupError if it was set anew later, and long before."""
+        """One token at a version, None if it was not set. LookupError if the commits near the version do not tell."""
         if self._through < version:
             self.tokens(version)
         value, at = self._set.get(app_id, (None, 0))
         if value is None or at <= version:
             return value
         for number in range(version, max(-1, version - _LOOK_BACK), -1):
-            tokens = self.at(number).tokens
+            try:
+                tokens = self.at(number).tokens
+            except HistoryGone:
+                break
             if app_id in tokens:
                 return tokens[app_id]
-        if version < _LOOK_BACK:
-            return None
+        else:
+            if version < _LOOK_BACK:
+                return None
         raise LookupError(app_id)
 
     def removed(self, version: int) -> set[str]:
-        """Paths of files that were removed up to a version and that no vacuum has forgotten yet."""
-        checkpoint = self._checkpoint(version)
+        """Paths of files that were removed up to a version, or a little later, and that no vacuum has forgotten yet."""
+        checkpoint = self._checkpoint()
         removed = set() if checkpoint is None else set(checkpoint.removed)
         for number in range(-1 if checkpoint is None else checkpoint.version, version):
             removed.update(self.at(number + 1).removed)
         return removed
 
-    def _checkpoint(self, version: int) -> _Checkpoint | None:
-        """The newest checkpoint, if it is at or below `version`."""
+    def _checkpoint(self) -> _Checkpoint | None:
+        """The newest checkpoint; None if there is none."""
         found = self._store.get(f"{self._prefix}/_delta_log/_last_checkpoint")
         if found is None:
             return None
         hint = json.loads(found[0])
         at, parts = int(hint["version"]), int(hint.get("parts") or 0)
-        if at > version:
-            return None
         stem = f"{self._prefix}/_delta_log/{at:020d}.checkpoint"
         names = [f"{stem}.{i:010d}.{parts:010d}.parquet" for i in range(1, parts + 1)] or [f"{stem}.parquet"]
         tables = []
         for name in names:
             part = self._store.get(name)
             if part is None:
-                return None
+                raise HistoryGone(f"{self._prefix}: the checkpoint of version {at} is being replaced")
             tables.append(pq.read_table(pa.BufferReader(part[0]), columns=["txn", "remove"]))
         actions = pa.concat_tables(tables)
         return _Checkpoint(

@@ -5,8 +5,8 @@ Guarantees:
   is checked in the version committed upon. Readers of older versions keep their objects until a vacuum.
 - It takes only what merges are done with: nothing that `current` has not merged, nor what a later merge reads again.
 - Each byte is written again a few times at most: objects are joined with others of their size (each tier is eight times
-  the one before), and once a day is past with whatever is left of it.
-- Memory is bounded by a row group, the disk by one object.
+  the one before), and once a day is past, and nothing has come for it for an hour, with whatever is left of it.
+- Memory is bounded by a row group, the disk by two objects.
 
 It does not decide when (cdc.merge), and deletes nothing: replaced objects go with the vacuum. One thread per table.
 """
@@ -17,6 +17,7 @@ import datetime as dt
 import mmap
 import secrets
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ import pyarrow.parquet as pq
 
 from cdc.errors import InvariantBroken, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
-from cdc.lake.bucket import Fetcher
 from cdc.lake.delta import AddedFile, DeltaLog, LiveFile
 from cdc.lake.layout import KEY_METADATA, system_name
 from cdc.lake.objects import GROUP_BYTES, GROUP_ROWS, writer_options
@@ -39,6 +39,7 @@ FEW: Final = 8
 _TIER_BITS: Final = 3
 """A tier is this power of two."""
 _READ_ROWS: Final = 1 << 14
+_QUIET_MS: Final = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +82,57 @@ class Compactor:
         self._target_bytes = target_bytes
         self._shapes: dict[str, pa.Schema] = {}
 
-    def join(self, held: Collection[str], *, all_sizes: bool = False, today: dt.date | None = None) -> Joined | None:
-        """One join, of the version that has been read; None if nothing is worth it. Blocking; durable on return.
+    def join(
+        self, version: int, held: Collection[str], *, all_sizes: bool = False, now_s: float | None = None
+    ) -> Joined | None:
+        """One join of objects of a version; None if nothing is worth it. Blocking; durable on return.
 
-        `held`: paths that merges still need. `all_sizes`: also what is not worth it by itself. StoreConflict if
-        somebody else replaced one of the objects meanwhile: nothing happened then.
+        `held`: paths that merges still need. `all_sizes`: also what is not worth it by itself. `now_s`: Unix time.
+        StoreConflict if somebody else replaced one of the objects meanwhile: nothing happened then.
         """
-        live = self._delta.files()
-        self._shapes = {path: shape for path, shape in self._shapes.items() if path in {f.path for f in live}}
+        live = self._delta.files(version)
+        paths = {f.path for f in live}
+        self._shapes = {path: shape for path, shape in self._shapes.items() if path in paths}
         self._temp_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="join-", dir=self._temp_dir) as scratch:
-            fetcher = Fetcher(self._store, self._delta.prefix, Path(scratch))
-            for group, worth in self._groups(live, held, all_sizes, today or dt.datetime.now(dt.UTC).date()):
-                for alike in self._alike(group, fetcher):
+            for group, worth in self._groups(live, held, all_sizes, time.time() if now_s is None else now_s):
+                for alike in self._alike(group):
                     some = _up_to(alike, self._target_bytes)
                     if len(some) >= worth:
-                        return self._replace(some, fetcher, Path(scratch))
+                        return self._replace(some, Path(scratch))
         return None
 
     def _groups(
-        self, live: Sequence[LiveFile], held: Collection[str], all_sizes: bool, today: dt.date
-    ) -> Iterator[tuple[list[LiveFile], int]]:
-        """Small objects that may be joined, and how many of them are worth it, by day, epoch and tier."""
-        days: dict[tuple[tuple[tuple[str, str | None], ...], int, int], list[LiveFile]] = {}
+        self, live: Sequence[LiveFile], held: Collection[str], all_sizes: bool, now_s: float
+    ) -> list[tuple[list[LiveFile], int]]:
+        """Small objects that may be joined, and how many of them are worth it: by day, epoch and tier; of a day that is
+        past and quiet whatever is small."""
+        today = str(dt.datetime.fromtimestamp(now_s, dt.UTC).date())
+        days: dict[tuple[tuple[tuple[str, str | None], ...], int], list[LiveFile]] = {}
         for file in live:
             name = _Name.of(file.path)
-            if name is None or file.path in held or file.size > self._target_bytes // 2:
+            if name is not None and file.path not in held and file.size <= self._target_bytes // 2:
+                days.setdefault((tuple(sorted(file.partition.items())), name.epoch), []).append(file)
+        groups: list[tuple[list[LiveFile], int]] = []
+        for (partition, _), files in sorted(days.items(), key=lambda item: item[0]):
+            files.sort(key=lambda f: _Name.of(f.path) or (0, 0, 0))
+            past = all(value is not None and value < today for _, value in partition)
+            quiet = max(f.added_ms for f in files) < now_s * 1000 - _QUIET_MS
+            if all_sizes or (past and quiet):
+                groups.append((files, 2))
                 continue
-            past = any(value is not None and value < str(today) for value in file.partition.values())
-            tier = -1 if all_sizes or past else file.size.bit_length() // _TIER_BITS
-            days.setdefault((tuple(sorted(file.partition.items())), name.epoch, tier), []).append(file)
-        for (_, _, tier), files in sorted(days.items(), key=lambda item: item[0]):
-            worth = 2 if tier < 0 else FEW
-            if len(files) >= worth:
-                yield sorted(files, key=lambda f: _Name.of(f.path) or (0, 0, 0)), worth
+            tiers: dict[int, list[LiveFile]] = {}
+            for file in files:
+                tiers.setdefault(file.size.bit_length() // _TIER_BITS, []).append(file)
+            groups += [(tiers[tier], FEW) for tier in sorted(tiers)]
+        return [(files, worth) for files, worth in groups if len(files) >= worth]
 
-    def _alike(self, files: Sequence[LiveFile], fetcher: Fetcher) -> list[list[LiveFile]]:
+    def _alike(self, files: Sequence[LiveFile]) -> list[list[LiveFile]]:
         """The files by schema, metadata included: what their rows are known by stands there."""
         found: list[tuple[pa.Schema, list[LiveFile]]] = []
         for file in files:
             if file.path not in self._shapes:
-                with fetcher.open(file.path) as opened:
+                with self._delta.open_file(file.path) as opened:
                     self._shapes[file.path] = opened.schema_arrow
             shape = self._shapes[file.path]
             same = next((of for known, of in found if known.equals(shape, check_metadata=True)), None)
@@ -131,13 +142,13 @@ class Compactor:
                 same.append(file)
         return [of for _, of in found]
 
-    def _replace(self, files: Sequence[LiveFile], fetcher: Fetcher, scratch: Path) -> Joined:
+    def _replace(self, files: Sequence[LiveFile], scratch: Path) -> Joined:
         names = [name for f in files if (name := _Name.of(f.path)) is not None]
         first, last = min(n.first_lsn for n in names), max(n.last_lsn for n in names)
         folder = files[0].path.rpartition("/")[0]
         path = f"{folder}/{names[0].epoch}-{first:016x}-{last:016x}-{secrets.token_hex(6)}.parquet"
         local = scratch / "joined"
-        rows = _write(local, (fetcher.open(f.path) for f in files), self._prefix)
+        rows = _write(local, (self._delta.open_file(f.path) for f in files), self._prefix)
         if rows != sum(f.rows for f in files):
             raise InvariantBroken(f"{self._delta.prefix}: a join has {rows} rows, its objects have another number")
         size = local.stat().st_size
@@ -161,14 +172,13 @@ class Compactor:
 
 
 def _up_to(files: Sequence[LiveFile], target_bytes: int) -> list[LiveFile]:
-    """As many of the first files as make one object."""
+    """The first files that make one object together; what would make it too big is passed over."""
     some: list[LiveFile] = []
     size = 0
     for file in files:
-        if some and size + file.size > target_bytes:
-            break
-        some.append(file)
-        size += file.size
+        if size + file.size <= target_bytes:
+            some.append(file)
+            size += file.size
     return some
 
 

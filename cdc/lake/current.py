@@ -289,6 +289,10 @@ class _Attempt:
                 added = self._table._changes.files_added(swap.version - 1, self._through)
         elif self._merged >= 0 and (text := self._table._log.configuration().get(SWAP)) is not None:
             swap = Swap.from_text(text)
+        elif self._token("swap/version") is not None:
+            # Laid out before the configuration kept it.
+            table = self._layout.schema.table
+            raise KeyChanged(f"what table {table} shows is not known any more", hint=f"cdc resync {table}")
         void = [*scan.truncates, *([swap.at] if fresh and swap is not None else [])]
         refuse_other_keys(self._layout, self._objects(added), max(void, default=None))
         settled = not fresh and swap is not None and self._token("swap/settled") == swap.at.seq

@@ -71,6 +71,8 @@ class LiveFile(NamedTuple):
     size: int
     rows: int
     partition: dict[str, str | None]
+    added_ms: int = 0
+    """When it was added, in milliseconds since 1970 by its writer's clock."""
 
 
 class DeltaLog:
@@ -147,8 +149,12 @@ class DeltaLog:
         return None if value is None else int(value)
 
     def tokens(self) -> dict[str, int]:
-        """All tokens of the version that has been read."""
-        return self._commits.tokens(self._require().version())
+        """All tokens of the version that has been read; where another thread's checkpoint is newer, of that one, which
+        is read then."""
+        try:
+            return self._commits.tokens(self._require().version())
+        except LookupError:
+            return self._commits.tokens(self.refresh())
 
     def files(self, version: int | None = None) -> list[LiveFile]:
         """The data files of a version (default: the one that has been read)."""
@@ -159,9 +165,10 @@ class DeltaLog:
         sizes = actions.column("size_bytes").to_pylist()
         rows = actions.column("num_records").to_pylist() if "num_records" in names else [None] * len(paths)
         partitions = actions.column("partition").to_pylist() if "partition" in names else [{}] * len(paths)
+        times = actions.column("modification_time").cast(pa.int64()).to_pylist()
         return [
-            LiveFile(p, int(s), int(r or 0), dict(part or {}))
-            for p, s, r, part in zip(paths, sizes, rows, partitions, strict=True)
+            LiveFile(p, int(s), int(r or 0), dict(part or {}), int(ms))
+            for p, s, r, part, ms in zip(paths, sizes, rows, partitions, times, strict=True)
         ]
 
     def files_added(self, after_version: int, through_version: int) -> list[tuple[int, str]]:

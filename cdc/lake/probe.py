@@ -12,7 +12,10 @@ import uuid
 from collections.abc import Callable
 from typing import Final
 
+import pyarrow as pa
+
 from cdc.errors import StoreConflict, StoreRefused
+from cdc.lake.delta import DeltaLog
 from cdc.ports import ObjectStore
 
 _PREFIX: Final = "_cdc/probe-"
@@ -34,11 +37,26 @@ def broken_promises(store: ObjectStore) -> list[tuple[str, str]]:
             broken.append(("put if match", "a conditional PUT refused the right etag"))
         if key not in {stored.key for stored in store.list(_PREFIX)}:
             broken.append(("list after write", "an object just written is not listed"))
+        if not broken:
+            broken += _broken_by_delta(store, f"{key}-table")
     finally:
-        store.delete([key])
+        store.delete([stored.key for stored in store.list(key)] or [key])
     if store.get(key) is not None:
         broken.append(("delete", "a removed object is still there"))
     return broken
+
+
+def _broken_by_delta(store: ObjectStore, prefix: str) -> list[tuple[str, str]]:
+    """The same of deltalake's own client, which makes most commits: it must come to the same place, and lose a race."""
+    schema = pa.schema([pa.field("n", pa.int64())])
+    one, other = DeltaLog(store, prefix), DeltaLog(store, prefix)
+    one.open_or_create(schema)
+    if store.get(f"{prefix}/_delta_log/{0:020d}.json") is None:
+        return [("one place", "a commit of deltalake's client went elsewhere than our objects")]
+    other.refresh()
+    if (one.commit(tokens={"n": 1}), other.commit(tokens={"n": 2})) != (1, 2):
+        return [("commits", "of two commits that were made upon one version, one replaced the other")]
+    return []
 
 
 def require_promises(store: ObjectStore, url: str) -> None:
@@ -49,9 +67,7 @@ def require_promises(store: ObjectStore, url: str) -> None:
         raise StoreRefused(f"the store at {url} cannot hold a lake: {told}", hint=WHAT_TO_DO)
 
 
-WHAT_TO_DO: Final = (
-    "use a store with conditional writes; or, if only this daemon writes there: lake.single_writer = true"
-)
+WHAT_TO_DO: Final = "use a store that decides conditional writes itself, and shows at once what was written"
 
 
 def _conflicts(write: Callable[[], object]) -> bool:

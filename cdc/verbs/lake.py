@@ -7,7 +7,7 @@ from typing import Any
 
 from cdc.console import bytes_text
 from cdc.table import TableId
-from cdc.verbs.call import OK, Call, resolve_tables, tables_of
+from cdc.verbs.call import FAILED, OK, Call, resolve_tables, tables_of
 
 
 def list_tables(call: Call) -> int:
@@ -53,12 +53,18 @@ def _upkeep(call: Call, kind: str, what: str) -> int:
         known = tables_of(state, call.sources())
         for source, table in resolve_tables(known, call.args.table) if call.args.table else known:
             args = {"source": source, "table": str(table), "kind": kind}
-            answer = control.ask(state, "upkeep", args, timeout_s=max(0.1, deadline - time.monotonic()))
-            answers.append({"source": source, "table": str(table), **answer})
-            number = answer["joined"] if kind == "compact" else answer["removed"]
-            call.console.line(f"{source}.{table}: {number} {what}")
+            entry: dict[str, Any] = {"source": source, "table": str(table), "joined": 0, "removed": 0, "error": ""}
+            answers.append(entry)
+            try:
+                entry |= control.ask(state, "upkeep", args, timeout_s=max(0.1, deadline - time.monotonic()))
+            except control.RequestFailed as e:
+                # The others may do all the same.
+                entry["error"] = e.args[0]
+                call.console.note(f"{source}.{table}: {e}")
+                continue
+            call.console.line(f"{source}.{table}: {entry['joined' if kind == 'compact' else 'removed']} {what}")
     call.console.document({"tables": answers})
-    return OK
+    return FAILED if any(entry["error"] for entry in answers) else OK
 
 
 def lake_tables(call: Call) -> dict[str, list[TableId]]:

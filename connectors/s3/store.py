@@ -9,15 +9,11 @@ as StoreUnavailable; what it cannot mend is told at once, with what to look at.
 Big objects go up in parts, one at a time: memory is bounded by a part. An upload that fails is aborted; what a crash
 leaves is for the bucket's lifecycle rule (AbortIncompleteMultipartUpload). Credentials come by boto3's usual chain.
 
-With `single_writer` no condition is sent: it is looked at before the write. That is no protection against another
-writer, but stores without conditional writes can be used so.
-
 It creates no bucket, sets no policies, and does not probe whether the server keeps its promises (cdc.lake.probe).
 """
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,12 +39,11 @@ _PARTS_MAX: Final = 10_000
 _DELETED_AT_ONCE: Final = 1000
 """The protocol's limits of one upload and of one DeleteObjects."""
 _TOKEN: Final = "cdc-write"
+_AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 _ATTEMPTS: Final = 5
 WAIT_S = 0.1
 """Before the first repetition, about; each time twice as long."""
-OPTIONS: Final = frozenset(
-    {"region", "endpoint_url", "addressing_style", "single_writer", "storage_class", "sse", "sse_kms_key_id"}
-)
+OPTIONS: Final = frozenset({"region", "endpoint_url", "addressing_style", "storage_class", "sse", "sse_kms_key_id"})
 """`sse`: AES256 or aws:kms. `storage_class` is for data files only: small objects of a log are read all the time."""
 
 _AGAIN: Final = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable",
@@ -85,25 +80,26 @@ class S3Store:
         self._bucket = bucket
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._session = boto3.session.Session(region_name=options.get("region"))
-        self._endpoint = options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3", "")
-        self._style = options.get("addressing_style") or ("path" if self._endpoint else "virtual")
-        self._single_writer = options.get("single_writer") == "true"
         self._storage_class = options.get("storage_class", "")
         self._encryption = {
             argument: options[name]
             for name, argument in (("sse", "ServerSideEncryption"), ("sse_kms_key_id", "SSEKMSKeyId"))
             if options.get(name)
         }
-        config = Config(
-            # What is repeated, and what is not, is decided in one place: here.
-            retries={"total_max_attempts": 1},
-            connect_timeout=10,
-            read_timeout=60,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": self._style},
-        )
         try:
+            asked = self._session.client("s3", endpoint_url=options.get("endpoint_url")).meta.endpoint_url
+            # Where the client really goes: by option, environment or profile. AWS itself is left to each client.
+            self._endpoint = "" if (urlsplit(asked).hostname or "").endswith(_AWS) else asked
+            self._style = options.get("addressing_style") or ("path" if self._endpoint else "virtual")
+            config = Config(
+                # What is repeated, and what is not, is decided in one place: here.
+                retries={"total_max_attempts": 1},
+                connect_timeout=10,
+                read_timeout=60,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                s3={"addressing_style": self._style},
+            )
             self._client: Any = self._session.client("s3", endpoint_url=self._endpoint or None, config=config)
         except (boto.BotoCoreError, ValueError) as e:
             raise ConfigError(f"lake: {e}", hint="see lake.region and lake.endpoint_url") from e
@@ -124,9 +120,6 @@ class S3Store:
     def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write bytes (anything with the buffer protocol), return the etag; see ports.ObjectStore."""
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
-        if condition and self._single_writer:
-            self._look_first(key, if_match)
-            condition = {}
         where = {"Bucket": self._bucket, "Key": self._name(key)}
         token = uuid.uuid4().hex
         about: dict[str, Any] = {"Metadata": {_TOKEN: token}, **self._encryption}
@@ -140,13 +133,6 @@ class S3Store:
             return self._finish(key, write, token)
         finally:
             view.release()
-
-    def _look_first(self, key: str, if_match: str | None) -> None:
-        """StoreConflict if a condition does not hold now."""
-        head = partial(self._client.head_object, Bucket=self._bucket, Key=self._name(key))
-        found = self._or_none(key, head)
-        if (None if found is None else found["ETag"]) != if_match:
-            raise StoreConflict(f"{key} was written, changed or removed by another writer")
 
     def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
         """The object's bytes (or b"", if they went `into` a file) and etag; None if there is none."""
@@ -196,25 +182,35 @@ class S3Store:
 
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """`s3://…` of a key, and delta-rs' options for it: the credentials are those that boto3's chain has now."""
-        options = {"aws_conditional_put": "etag"}
-        if self._single_writer:
-            options = {"aws_conditional_put": "disabled", "aws_s3_allow_unsafe_rename": "true"}
-        for argument, name in (
+        options = {
+            "aws_conditional_put": "etag",
+            "aws_virtual_hosted_style_request": "false" if self._style == "path" else "true",
+        }
+        for argument, option in (
             ("ServerSideEncryption", "aws_server_side_encryption"),
             ("SSEKMSKeyId", "aws_sse_kms_key_id"),
         ):
             if argument in self._encryption:
-                options[name] = self._encryption[argument]
+                options[option] = self._encryption[argument]
         if self._session.region_name:
             options["aws_region"] = self._session.region_name
         if self._endpoint:
-            options["aws_endpoint_url"] = self._endpoint
-            if self._endpoint.startswith("http://"):
+            scheme, _, host = self._endpoint.partition("://")
+            # There it is taken as it is: with the bucket in it, if that is where the bucket's name stands.
+            options["aws_endpoint_url"] = (
+                self._endpoint if self._style == "path" else f"{scheme}://{self._bucket}.{host}"
+            )
+            if scheme == "http":
                 options["aws_allow_http"] = "true"
-        options["aws_virtual_hosted_style_request"] = "false" if self._style == "path" else "true"
-        found = self._session.get_credentials()
-        if found is not None:
-            frozen = found.get_frozen_credentials()
+        try:
+            found = self._session.get_credentials()
+            frozen = None if found is None else found.get_frozen_credentials()
+        except (boto.BotoCoreError, boto.ClientError) as e:
+            raise StoreUnavailable(
+                f"the credentials for the bucket {self._bucket} cannot be renewed: {type(e).__name__}",
+                hint="see what gives them: profile, role or metadata service",
+            ) from e
+        if frozen is not None:
             options |= {"aws_access_key_id": frozen.access_key, "aws_secret_access_key": frozen.secret_key}
             if frozen.token:
                 options["aws_session_token"] = frozen.token

@@ -169,10 +169,7 @@ def test_objects_of_another_shape_or_key_are_not_mixed(story: Story) -> None:
         story.land([{"_op": "c", "id": str(n), "note": "x"}])
         story.land([{"_op": "c", "id": str(n + 100), "note": "x"}], other)
     held = story.objects()
-    compactor = compaction.Compactor(
-        story.store, DeltaLog(story.store, story.changelog.path), "_", temp_dir=story.temp, target_bytes=128 << 20
-    )
-    assert compactor.join([]) is None, "no kind has enough of them"
+    assert _join(story) is None, "no kind has enough of them"
     assert story.objects() == held
 
 
@@ -212,9 +209,10 @@ def test_what_grows_is_written_again_a_few_times_only(tmp_path: Path) -> None:
     assert [r["id"] for r in story.changes() if r["_op"] == "c"] == list(range(200))
 
 
-def _join(story: Story) -> compaction.Joined | None:
+def _join(story: Story, **how: Any) -> compaction.Joined | None:
     delta = DeltaLog(story.store, story.changelog.path)
-    return compaction.Compactor(story.store, delta, "_", temp_dir=story.temp, target_bytes=1 << 20).join([])
+    compactor = compaction.Compactor(story.store, delta, "_", temp_dir=story.temp, target_bytes=1 << 20)
+    return compactor.join(delta.version(), [], **how)
 
 
 def test_a_table_without_a_key_is_merged_on_after_its_run_s_begin_was_joined_and_removed(tmp_path: Path) -> None:
@@ -231,10 +229,15 @@ def test_a_table_without_a_key_is_merged_on_after_its_run_s_begin_was_joined_and
     assert [r["id"] for r in story.rows()] == [0, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_past_days_are_joined_whatever_their_sizes(story: Story) -> None:
+def test_a_past_day_is_joined_whatever_the_sizes_once_nothing_comes_for_it_any_more(story: Story) -> None:
     day_us = 86_400_000_000
     now_us = time.time_ns() // 1000
     for n in range(3):
-        story.land([{"_op": "c", "id": str(n), "note": "x" * 10 ** (n + 1), "_committed_at": now_us - 3 * day_us}])
+        row = {"_op": "c", "id": str(n), "note": "x" * 20 ** (n + 1), "_committed_at": now_us - 3 * day_us}
+        story.land([row])
     story.merge()
-    assert story.upkeep.compact() == 3
+    assert _join(story) is None, "there may be more to come"
+    joined = _join(story, now_s=now_us / 1e6 + 4000)
+    assert joined is not None
+    assert joined.objects == 3
+    assert _join(story, now_s=now_us / 1e6 + 4000) is None

@@ -308,6 +308,20 @@ def test_vacuum_deletes_removed_files_only(store: LocalStore, tmp_path: Path) ->
     assert [f.path for f in DeltaLog(store, log.prefix).files()] == [y.path]
 
 
+def test_an_older_token_is_told_although_the_log_was_cleaned_behind_a_checkpoint(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    log = DeltaLog(store, "t")
+    log.open_or_create(SCHEMA)
+    for number in range(105):
+        log.commit(tokens={"often": number, **({"once": 7} if number == 3 else {})})
+    for version in range(50):
+        (tmp_path / f"t/_delta_log/{version:020d}.json").unlink()
+    fresh = DeltaLog(store, "t")
+    assert [fresh.token(name, 80) for name in ("often", "once", "never")] == [79, 7, None]
+    assert [log.token(name, 80) for name in ("often", "once", "never")] == [79, 7, None]
+    assert fresh.tokens() == {"often": 104, "once": 7}
+
+
 def test_credentials_that_were_renewed_are_used_from_then_on(tmp_path: Path) -> None:
     """A role's are lent for an hour; the table is open for days."""
 

@@ -66,7 +66,7 @@ def test_a_store_that_breaks_a_promise_is_refused_and_told_why(
     assert [name for name, _ in broken_promises(store)] == [promise]
     with pytest.raises(StoreRefused, match=f"s3://there cannot hold a lake: {promise}: ") as refused:
         require_promises(store, "s3://there")
-    assert "single_writer" in refused.value.hint
+    assert "conditional writes" in refused.value.hint
 
 
 def test_a_store_that_keeps_them_all_is_left_as_it_was(tmp_path: Path) -> None:
