@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,20 @@ def ask(state: State, verb: str, args: Mapping[str, Any], *, timeout_s: float) -
     require_daemon(state)
     number = state.post_request(verb, {**args, EXPIRES_AT: time.time() + timeout_s})
     return _answer(state, number, timeout_s)
+
+
+def ask_all(
+    state: State, verb: str, several: Sequence[Mapping[str, Any]], *, timeout_s: float
+) -> Iterator[Answer | CdcError]:
+    """As `ask`, for several requests at once, under one time: the answers in order, or what became of a request."""
+    require_daemon(state)
+    deadline = time.monotonic() + timeout_s
+    expires = {EXPIRES_AT: time.time() + timeout_s}
+    for number in [state.post_request(verb, {**args, **expires}) for args in several]:
+        try:
+            yield _answer(state, number, max(0.0, deadline - time.monotonic()))
+        except (RequestFailed, TimedOut) as e:
+            yield e
 
 
 def require_daemon(state: State) -> None:

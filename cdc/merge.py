@@ -78,7 +78,7 @@ class Merger:
         self._through: dict[TableId, int] = {}
         self._blocked: dict[TableId, float] = {}
         self._mended: dict[TableId, int] = {}
-        self._saved_lsn = -1
+        self._saved: tuple[int, dict[TableId, int]] = (-1, {})
         self.merged_end_lsn = 0
         """End LSN of the last cut that every table has been merged to."""
         self.changed_by_others: dict[TableId, int] = {}
@@ -122,12 +122,14 @@ class Merger:
                 continue
             whole &= merged is not None
             if merged is not None:
+                versions[table] = merged
+                worked |= before != merged
+        if cut.common:
+            self._save_cut(cut.boundary.lsn, versions)
+            # Behind it: what a vacuum removes must not be what the saved cut shows.
+            for table in versions:
                 self._tidy(table)
-                versions[table] = self._versions[table]
-                worked |= before != versions[table]
-        if cut.common and (worked or cut.boundary.lsn != self._saved_lsn):
-            self._state.save_cut(self._source, cut.boundary.lsn, versions)
-            self._saved_lsn = cut.boundary.lsn
+            self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         if whole:
             self.merged_end_lsn = cut.boundary.end_lsn
             # Whoever asked while this round ran may mean a newer cut: asking again costs one look.
@@ -135,6 +137,11 @@ class Merger:
         took = time.monotonic() - began
         self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
         return worked
+
+    def _save_cut(self, lsn: int, versions: dict[TableId, int]) -> None:
+        if self._saved != (lsn, versions):
+            self._state.save_cut(self._source, lsn, versions)
+            self._saved = lsn, dict(versions)
 
     def _mend(self, table: TableId, error: SchemaConflict) -> bool:
         """Have the table read again for a shape that its rows do not have; False if that was tried for this shape."""
@@ -148,7 +155,9 @@ class Merger:
 
     def _is_read_anew(self, table: TableId, through: int) -> bool:
         """Whether a snapshot of the whole table is ordered, or running, or ends behind version `through`."""
+        given_up = ("cancelled", "failed")
         runs = [r for r in self._state.runs(self._source, table) if r.kind in ("first", "resync")]
+        runs = [r for r in runs if r.state not in given_up]
         if not runs:
             return False
         if any(r.state in ("pending", "running") for r in runs):
@@ -210,11 +219,11 @@ class Merger:
         by_hand = [o for o in orders if o.kind == "compact"]
         if not (orders or upkeep.is_compaction_due or upkeep.is_vacuum_due):
             return
-        if self._is_read_anew(table, self._through[table]):
-            return
         self._check_lease()
         began = time.perf_counter()
         try:
+            if self._is_read_anew(table, self._through[table]):
+                return
             joined = 0
             if by_hand or upkeep.is_compaction_due:
                 joined = upkeep.compact(everything=bool(by_hand))
@@ -250,5 +259,5 @@ class Merger:
         schema = self._book.held(table) or self._book.latest(table)
         assert schema is not None
         version = current.merge(changelog, schema, through=merged, own_origins=self._own_origins).version
-        assert version is not None
-        self._versions[table] = version
+        if version is not None:  # None: another table has the name, and is not read to its end yet
+            self._versions[table] = version

@@ -325,12 +325,12 @@ class PeriodicPipeline:
         self._settled = True
 
     def _take_lease(self) -> None:
-        require_promises(self._store, self._config.lake.url)
         try:
             self._lease.acquire()
         except LeaseLost as e:
             raise Standby(e.args[0], hint="it takes over when that one ends") from e
         self._renew_at = time.monotonic() + self._lease.renew_every_s
+        require_promises(self._store, self._config.lake.url)
 
     def _hold_still(self, turns: ExitStack) -> None:
         """Until `turns` is closed, neither landing nor merging is at work."""

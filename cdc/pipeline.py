@@ -262,13 +262,13 @@ class Pipeline:
             self._state.save_source(self.name, phase="streaming", error="", hint="")
 
     def _take_lease(self) -> None:
-        require_promises(self._store, self._config.lake.url)
         try:
             self._lease.acquire()
         except LeaseLost as e:
             # At the start this is a daemon that waits for its turn, not one that has lost it.
             raise Standby(e.args[0], hint="it takes over when that one ends") from e
         self._renew_at = time.monotonic() + self._lease.renew_every_s
+        require_promises(self._store, self._config.lake.url)
 
     def _hold_still(self, turns: ExitStack) -> None:
         """Until `turns` is closed, no other part is at work: what it does belongs to the history that ends."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,10 +154,12 @@ def open_views(
     """
     views: list[tuple[Relation, str]] = []
     paths: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="objects-", dir=temp_dir) as copies:
+    # Made where there is something to copy.
+    copies = (temp_dir or Path(tempfile.gettempdir())) / f"objects-{uuid.uuid4().hex}"
+    try:
         for relation in sorted(relations):
             version = (versions or {}).get(relation.source, {}).get(relation.table)
-            body, files = _view(store, relation, version, Path(copies))
+            body, files = _view(store, relation, version, copies)
             views.append((relation, body))
             paths += files
         with open_files(paths, temp_dir, memory_limit, threads) as connection:
@@ -163,6 +167,8 @@ def open_views(
                 _create_view(connection, relation, body)
             connection.execute("SET lock_configuration = true")
             yield connection
+    finally:
+        shutil.rmtree(copies, ignore_errors=True)
 
 
 @contextmanager
@@ -251,7 +257,10 @@ def _path(store: ObjectStore, key: str, copies: Path) -> str:
     location, options = store.location(key)
     if options or not location.startswith("/"):
         copy = copies / key
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise StoreUnavailable(f"objects cannot be copied to {copies}: {e.strerror}", hint="make room there") from e
         if store.get(key, into=copy) is None:
             raise StoreUnavailable(
                 f"{key} is not in the lake any more", hint="a vacuum may have come between; the next run reads on"

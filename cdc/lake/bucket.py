@@ -28,6 +28,7 @@ from cdc.batch import RAW_TYPE, TIMESTAMP_TYPE
 from cdc.errors import SchemaConflict, StoreUnavailable
 from cdc.keys import bucket_of, key_of
 from cdc.lake.assemble import Missing
+from cdc.lake.commits import HistoryGone
 from cdc.lake.events import FileShape, Layout, columns_of, file_keys, raw_in_layout
 from cdc.lake.layout import CURRENT_SYSTEM, system_name, system_prefix
 from cdc.lake.reduce import ABSENT, KNOWN, UNCHANGED, Order, Orders
@@ -117,6 +118,8 @@ class Fetcher:
                     raise FileNotFoundError(path)
                 partial.rename(copy)
             return pq.ParquetFile(copy, buffer_size=1 << 18)
+        except FileNotFoundError as e:
+            raise HistoryGone(f"{key} is not there any more", hint="resync the table to build it anew") from e
         except (OSError, pa.ArrowException) as e:
             raise StoreUnavailable(f"{key} cannot be read: {type(e).__name__}") from e
 

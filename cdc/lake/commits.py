@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdc.errors import CdcError
+from cdc.errors import CdcError, StoreUnavailable
 from cdc.ports import ObjectStore
 
 COMMIT_KEY: Final = "cdc.commit"
@@ -137,7 +137,7 @@ class Commits:
         for name in names:
             part = self._store.get(name)
             if part is None:
-                raise HistoryGone(f"{self._prefix}: the checkpoint of version {at} is being replaced")
+                raise StoreUnavailable(f"{self._prefix}: the checkpoint of version {at} is being replaced")
             tables.append(pq.read_table(pa.BufferReader(part[0]), columns=["txn", "remove"]))
         actions = pa.concat_tables(tables)
         return _Checkpoint(

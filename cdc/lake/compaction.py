@@ -90,12 +90,20 @@ class Compactor:
         `held`: paths that merges still need. `all_sizes`: also what is not worth it by itself. `now_s`: Unix time.
         StoreConflict if somebody else replaced one of the objects meanwhile: nothing happened then.
         """
+        try:
+            return self._join(version, held, all_sizes, time.time() if now_s is None else now_s)
+        except OSError as e:
+            raise StoreUnavailable(
+                f"{self._temp_dir}, where objects are joined, cannot be written: {e.strerror}", hint="make room there"
+            ) from e
+
+    def _join(self, version: int, held: Collection[str], all_sizes: bool, now_s: float) -> Joined | None:
         live = self._delta.files(version)
         paths = {f.path for f in live}
         self._shapes = {path: shape for path, shape in self._shapes.items() if path in paths}
         self._temp_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="join-", dir=self._temp_dir) as scratch:
-            for group, worth in self._groups(live, held, all_sizes, time.time() if now_s is None else now_s):
+            for group, worth in self._groups(live, held, all_sizes, now_s):
                 for alike in self._alike(group):
                     some = _up_to(alike, self._target_bytes)
                     if len(some) >= worth:
@@ -207,11 +215,14 @@ def _write(path: Path, files: Iterator[pq.ParquetFile], prefix: str) -> int:
                     if held_rows >= GROUP_ROWS or held_bytes >= GROUP_BYTES:
                         flush()
         flush()
-    except (OSError, pa.ArrowException) as e:
-        raise StoreUnavailable(f"a join of objects failed: {type(e).__name__}", hint="make room on the disk") from e
-    finally:
         if writer is not None:
             writer.close()
+    except (OSError, pa.ArrowException) as e:
+        if writer is not None:
+            # It writes the file's end once more, and fails again: what failed first is what counts.
+            with suppress(OSError, pa.ArrowException):
+                writer.close()
+        raise StoreUnavailable(f"a join of objects failed: {type(e).__name__}", hint="make room on the disk") from e
     return rows
 
 

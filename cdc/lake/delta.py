@@ -330,8 +330,10 @@ class DeltaLog:
             return table
         try:
             return DeltaTable(self._location, version=version, storage_options=self._options or None)
-        except (DeltaError, OSError) as e:
+        except (DeltaError, FileNotFoundError) as e:
             raise HistoryGone(f"{self.prefix}: version {version} cannot be read: {type(e).__name__}") from e
+        except OSError as e:
+            raise StoreUnavailable(f"{self.prefix}: version {version} cannot be read: {type(e).__name__}") from e
 
     def _check_format(self, table: DeltaTable) -> None:
         text = table.metadata().configuration.get(_FORMAT_KEY)

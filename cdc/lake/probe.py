@@ -8,41 +8,64 @@ errors.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import pyarrow as pa
 
-from cdc.errors import StoreConflict, StoreRefused
+from cdc.errors import CdcError, StoreConflict, StoreRefused
 from cdc.lake.delta import DeltaLog
 from cdc.ports import ObjectStore
 
 _PREFIX: Final = "_cdc/probe-"
+_OLD_S: Final = 3600.0
+_KEPT: Final[set[str]] = set()
 
 
 def broken_promises(store: ObjectStore) -> list[tuple[str, str]]:
     """(promise, what happened instead); none if the store keeps them all. Blocking."""
+    _sweep(store)
     key = f"{_PREFIX}{uuid.uuid4().hex}"
-    broken: list[tuple[str, str]] = []
     try:
-        etag = store.put(key, b"first", if_absent=True)
-        if store.get(key) != (b"first", etag):
-            broken.append(("read after write", "an object just written reads back differently"))
-        if not _conflicts(lambda: store.put(key, b"second", if_absent=True)):
-            broken.append(("put if absent", "a conditional PUT overwrote an object that exists"))
-        elif not _conflicts(lambda: store.put(key, b"third", if_match='"0123456789abcdef0123456789abcdef"')):
-            broken.append(("put if match", "a conditional PUT ignored a wrong etag"))
-        elif _conflicts(lambda: store.put(key, b"fourth", if_match=etag)):
-            broken.append(("put if match", "a conditional PUT refused the right etag"))
-        if key not in {stored.key for stored in store.list(_PREFIX)}:
-            broken.append(("list after write", "an object just written is not listed"))
-        if not broken:
-            broken += _broken_by_delta(store, f"{key}-table")
-    finally:
-        store.delete([stored.key for stored in store.list(key)] or [key])
+        broken = _broken(store, key) or _broken_by_delta(store, f"{key}-table")
+    except BaseException:
+        with suppress(CdcError):
+            _remove(store, key)
+        raise
+    _remove(store, key)
     if store.get(key) is not None:
         broken.append(("delete", "a removed object is still there"))
+    return broken
+
+
+def _sweep(store: ObjectStore) -> None:
+    """Remove what a probe that was killed has left."""
+    before = (time.time() - _OLD_S) * 1e6
+    old = [stored.key for stored in store.list(_PREFIX) if stored.modified_at_us < before]
+    if old:
+        store.delete(old)
+
+
+def _remove(store: ObjectStore, key: str) -> None:
+    store.delete([key, *(stored.key for stored in store.list(key) if stored.key != key)])
+
+
+def _broken(store: ObjectStore, key: str) -> list[tuple[str, str]]:
+    broken: list[tuple[str, str]] = []
+    etag = store.put(key, b"first", if_absent=True)
+    if store.get(key) != (b"first", etag):
+        broken.append(("read after write", "an object just written reads back differently"))
+    if not _conflicts(lambda: store.put(key, b"second", if_absent=True)):
+        broken.append(("put if absent", "a conditional PUT overwrote an object that exists"))
+    elif not _conflicts(lambda: store.put(key, b"third", if_match='"0123456789abcdef0123456789abcdef"')):
+        broken.append(("put if match", "a conditional PUT ignored a wrong etag"))
+    elif _conflicts(lambda: store.put(key, b"fourth", if_match=etag)):
+        broken.append(("put if match", "a conditional PUT refused the right etag"))
+    if key not in {stored.key for stored in store.list(_PREFIX)}:
+        broken.append(("list after write", "an object just written is not listed"))
     return broken
 
 
@@ -60,11 +83,14 @@ def _broken_by_delta(store: ObjectStore, prefix: str) -> list[tuple[str, str]]:
 
 
 def require_promises(store: ObjectStore, url: str) -> None:
-    """StoreRefused if the store breaks a promise."""
+    """StoreRefused if the store breaks a promise. One that keeps them is asked once in the life of a process."""
+    if url in _KEPT:
+        return
     broken = broken_promises(store)
     if broken:
         told = "; ".join(f"{promise}: {what}" for promise, what in broken)
         raise StoreRefused(f"the store at {url} cannot hold a lake: {told}", hint=WHAT_TO_DO)
+    _KEPT.add(url)
 
 
 WHAT_TO_DO: Final = "use a store that decides conditional writes itself, and shows at once what was written"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from cdc.console import bytes_text
+from cdc.errors import CdcError
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, OK, Call, resolve_tables, tables_of
 
@@ -47,22 +47,22 @@ def vacuum(call: Call) -> int:
 def _upkeep(call: Call, kind: str, what: str) -> int:
     from cdc import control
 
-    deadline = time.monotonic() + call.args.timeout
     answers: list[dict[str, Any]] = []
     with call.state() as state:
         known = tables_of(state, call.sources())
-        for source, table in resolve_tables(known, call.args.table) if call.args.table else known:
-            args = {"source": source, "table": str(table), "kind": kind}
+        tables = resolve_tables(known, call.args.table) if call.args.table else known
+        wanted = [{"source": source, "table": str(table), "kind": kind} for source, table in tables]
+        for (source, table), answer in zip(
+            tables, control.ask_all(state, "upkeep", wanted, timeout_s=call.args.timeout), strict=True
+        ):
             entry: dict[str, Any] = {"source": source, "table": str(table), "joined": 0, "removed": 0, "error": ""}
+            if isinstance(answer, CdcError):
+                entry["error"] = answer.args[0]
+                call.console.note(f"{source}.{table}: {answer}")
+            else:
+                entry |= answer
+                call.console.line(f"{source}.{table}: {entry['joined' if kind == 'compact' else 'removed']} {what}")
             answers.append(entry)
-            try:
-                entry |= control.ask(state, "upkeep", args, timeout_s=max(0.1, deadline - time.monotonic()))
-            except control.RequestFailed as e:
-                # The others may do all the same.
-                entry["error"] = e.args[0]
-                call.console.note(f"{source}.{table}: {e}")
-                continue
-            call.console.line(f"{source}.{table}: {entry['joined' if kind == 'compact' else 'removed']} {what}")
     call.console.document({"tables": answers})
     return FAILED if any(entry["error"] for entry in answers) else OK
 

@@ -64,7 +64,12 @@ class LocalStore:
         with _translated(key):
             _make_directory(path.parent)
             try:
-                _write_synced(temp, data)
+                try:
+                    _write_synced(temp, data)
+                except FileNotFoundError:
+                    # Another thread has removed the last object there, and the directory with it.
+                    _make_directory(path.parent)
+                    _write_synced(temp, data)
                 etag = self._place(key, temp, path, if_absent=if_absent, if_match=if_match)
             finally:
                 with suppress(FileNotFoundError):
@@ -103,6 +108,16 @@ class LocalStore:
         for directory in directories:
             with _translated("a directory"), suppress(FileNotFoundError):
                 _sync_directory(directory)
+            self._remove_empty(directory)
+
+    def _remove_empty(self, directory: Path) -> None:
+        """Directories are nothing of their own in a store: what has no object any more goes, up to the root."""
+        while directory != self._root:
+            try:
+                directory.rmdir()
+            except OSError:
+                return
+            directory = directory.parent
 
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """The absolute path of a key; a local directory needs no options."""

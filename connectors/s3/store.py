@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import boto3
 import tenacity
+import urllib3
 from botocore import exceptions as boto
 from botocore.config import Config
 
@@ -292,6 +293,11 @@ class S3Store:
             ) from e
         except boto.BotoCoreError as e:
             raise StoreUnavailable(f"{what}: {type(e).__name__}") from e
+        except urllib3.exceptions.HTTPError as e:
+            # In the midst of a body not every fault of the connection is wrapped.
+            raise _Again(f"{what}: {type(e).__name__}", hint="see whether the store's endpoint answers") from e
+        except OSError as e:
+            raise StoreUnavailable(f"{what}: its copy cannot be written: {e.strerror}", hint="make room there") from e
 
 
 class _Missing(StoreUnavailable):
