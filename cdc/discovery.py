@@ -120,7 +120,7 @@ class Discovery:
             elif stored is not None and stored != now.kept():
                 found[table] = compare(stored, now)
             else:
-                found[table] = self._wandered(now.schema)
+                found[table] = self._wandered(now.schema) or self._given_up(table)
             older = [stored.schema] if stored is not None else []
             schema = inherited(now.schema, older)
             prints[table] = (now if schema is now.schema else replace(now, schema=schema)).kept()
@@ -159,6 +159,14 @@ class Discovery:
         if called == table or (oid, table) in self._called or self._backfill.is_ordered(table):
             return []
         return [CatalogFinding(kind="renamed", message=f"it was called {called}, and its changes came under that name")]
+
+    def _given_up(self, table: TableId) -> list[CatalogFinding]:
+        """A table whose newest snapshot found it unpublished, and that is there at this look as it was at the last one:
+        nothing else would order what was given up."""
+        runs = [r for r in self._state.runs(self._source, table) if r.kind in FULL_RUNS]
+        if not runs or runs[-1].state != "failed" or self._tables.rests(table):
+            return []
+        return [CatalogFinding(kind="publication", message="its snapshot was given up while it was not published")]
 
     # ---- tables that are new here ----
 

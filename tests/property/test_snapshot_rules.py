@@ -468,6 +468,19 @@ def test_a_table_that_leaves_the_publication_while_it_is_read_is_read_when_it_is
     assert scene.told() == []
 
 
+def test_a_snapshot_that_was_given_up_is_ordered_again_although_the_catalog_looks_as_before(scene: Scene) -> None:
+    """It found the table unpublished; the look that saw it come back had joined that very order."""
+    stepped = scene.stepped
+    stepped.settled()
+    scene.resync()
+    assert stepped.state is not None
+    stepped.state.update_run(scene.runs()[-1].id, state="failed", reason="not in the publication")
+    stepped.until(lambda: scene.runs()[-1].state == "done", "the table to be read all the same")
+    assert [r.state for r in scene.runs()] == ["done", "failed", "done"]
+    stepped.settled()
+    assert scene.told() == []
+
+
 def test_some_rows_that_wait_for_the_lake_let_the_whole_table_be_read_before(
     server: EmbeddedPostgres, tmp_path: Path
 ) -> None:
