@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.stage", "cdc.worker", "cdc.origin", "cdc.adoption", "cdc.capture", "cdc.guard", "cdc.window",
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
-        "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
+        "cdc.evolution", "cdc.land", "cdc.merge", "cdc.upkeep", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
         "cdc.comparison", "cdc.periodic", "cdc.periodic_origin",
     ),
     "process": (
