@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
+from botocore.response import StreamingBody
+from urllib3.exceptions import ProtocolError, SSLError
 
 from cdc.errors import StoreConflict, StoreUnavailable
 from connectors.s3 import store as s3
@@ -121,6 +124,25 @@ def test_equal_bytes_of_another_writer_are_not_ours_either(bucket: Bucket) -> No
     bucket.faults = [is_reset]
     with pytest.raises(StoreConflict):
         bucket.store.put("a", b"the same", if_absent=True)
+
+
+def test_a_body_that_breaks_off_is_read_again_and_a_full_disk_is_told(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(100_000)
+    etag = bucket.store.put("a", data)
+    real, broken = StreamingBody.read, [SSLError("bad record"), ProtocolError("broken")]
+
+    def breaks_off(body: StreamingBody, amount: int | None = None) -> bytes:
+        if broken:
+            raise broken.pop()
+        return bytes(real(body, amount))
+
+    monkeypatch.setattr(StreamingBody, "read", breaks_off)
+    assert bucket.store.get("a") == (data, etag)
+    assert broken == []
+    with pytest.raises(StoreUnavailable, match="cannot be written: No space left"):
+        bucket.store.get("a", into=Path("/dev/full"))
 
 
 def test_an_upload_in_parts_that_fails_leaves_nothing(bucket: Bucket) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,16 @@ def test_a_store_that_keeps_them_all_is_left_as_it_was(tmp_path: Path) -> None:
     assert broken_promises(store) == []
     require_promises(store, "file:///there")
     assert list(store.list("")) == []
+    assert [p.name for p in tmp_path.rglob("*") if p.is_dir()] == [], "no directory either"
+
+
+def test_what_a_killed_probe_left_is_swept_and_a_store_that_kept_its_promises_is_not_asked_again(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(tmp_path)
+    for key in ("_cdc/probe-old", "_cdc/probe-new", "shop/data"):
+        store.put(key, b"x")
+    os.utime(tmp_path / "_cdc/probe-old", (1, 1))
+    require_promises(store, "file:///swept")
+    assert sorted(o.key for o in store.list("")) == ["_cdc/probe-new", "shop/data"]
+    require_promises(Overwrites(tmp_path), "file:///swept")

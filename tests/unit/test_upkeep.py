@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from cdc.batch import Boundary
 from cdc.errors import StoreUnavailable
+from cdc.lake import compaction
 from cdc.lake.compaction import FEW, Compactor
 from cdc.lake.current import CurrentTable
 from cdc.lake.delta import DeltaLog
@@ -133,6 +137,54 @@ def test_orders_are_answered_with_what_was_done_or_why_not(scene: Scene, monkeyp
         scene.merger.step()
     assert (compact.done, vacuum.done) == ({"joined": 4, "removed": 0}, {"joined": 0, "removed": 0})
     assert len(scene.objects()) == 1
+
+
+@pytest.mark.parametrize("limit", [2, 300, 1500, 3000, 5000])
+def test_a_full_disk_fails_a_join_and_nothing_else(scene: Scene, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    scene.insert(*range(FEW))
+    scene.merger.step()
+    scene.due()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    real = compaction._write
+
+    def on_a_small_disk(*args: Any) -> int:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return real(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(compaction, "_write", on_a_small_disk)
+    before = scene.objects()
+    scene.merger.step()
+    assert scene.objects() == before
+    monkeypatch.setattr(compaction, "_write", real)
+    scene.due()
+    scene.merger.step()
+    assert len(scene.objects()) == 1
+
+
+def test_a_cut_that_could_not_be_saved_is_saved_later(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.insert(*range(FEW))
+    scene.merger.step()
+    scene.due()
+    failed = fails_once(monkeypatch, State, "save_cut")
+    with pytest.raises(StoreUnavailable):
+        scene.merger.step()
+    assert failed
+    scene.merger.step()
+    assert scene.cut() == scene.current.version()
+
+
+def test_another_table_of_the_name_is_no_reason_to_end(scene: Scene) -> None:
+    scene.insert(1, 2)
+    scene.merger.step()
+    other = scene.merger._book.register(replace(scene.schema, oid=99, version=0))
+    scene.changelog.note_shape(other, 5)
+    scene.due()
+    scene.merger.step()
+    assert scene.cut() == scene.current.version()
 
 
 def test_an_order_waits_for_the_end_of_a_run(scene: Scene) -> None:
