@@ -196,7 +196,7 @@ def test_what_grows_is_written_again_a_few_times_only(tmp_path: Path) -> None:
     story.begin()
     landed = written = 0
     rng = random.Random(3)
-    for n in range(200):
+    for n in range(120):
         note = "".join(rng.choice("abcdefgh") for _ in range(3000))
         story.land([{"_op": "c", "id": str(n), "note": note}])
         if n % 4 == 3:
@@ -206,7 +206,7 @@ def test_what_grows_is_written_again_a_few_times_only(tmp_path: Path) -> None:
     landed = sum(f.size for f in DeltaLog(story.store, story.changelog.path).files())
     assert len(story.objects()) < 40
     assert written < 4 * landed, f"{written} bytes were written for {landed}"
-    assert [r["id"] for r in story.changes() if r["_op"] == "c"] == list(range(200))
+    assert [r["id"] for r in story.changes() if r["_op"] == "c"] == list(range(120))
 
 
 def _join(story: Story, **how: Any) -> compaction.Joined | None:
