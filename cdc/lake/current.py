@@ -202,7 +202,8 @@ class _Attempt:
         self._changelog = Fetcher(table._store, table._changes_prefix, scratch)
         self._uploaded: list[str] = []
         self._attempted = False
-        self._added = table._changes.files_added(merged, through)
+        # What is built anew is built of what is there: objects that were joined hold the rows of those that are gone.
+        self._added = table._changes.files_of(through) if merged < 0 else table._changes.files_added(merged, through)
         self._layout = Layout(schema_in_force(schema, self._objects(self._added), self._held_key()))
         self._patterns = Patterns(len(self._layout.names))
         self._tokens: dict[str, int] = {MERGED: through}

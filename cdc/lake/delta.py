@@ -180,6 +180,17 @@ class DeltaLog:
         versions = range(after_version + 1, through_version + 1)
         return [(version, path) for version in versions for path in self._commits.at(version).added]
 
+    def files_of(self, version: int) -> list[tuple[int, str]]:
+        """(version, path) of all files of a version, by the version that added each; 0 for one that only rearranged
+        rows of others, or whose commit has been cleaned away."""
+        added: dict[str, int] = {}
+        for number in range(version, -1, -1):
+            try:
+                added |= dict.fromkeys(self._commits.at(number).added, number)
+            except HistoryGone:
+                break
+        return sorted((added.get(file.path, 0), file.path) for file in self.files(version))
+
     def rests_until(self, version: int) -> int:
         """The last version behind `version` up to which no row and no token came: the rows are the same in all."""
         newest = self._require().version()

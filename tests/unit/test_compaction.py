@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,28 @@ def test_an_object_keeps_what_its_rows_are_known_by_and_how_it_is_encoded(story:
         return [(c.path_in_schema, c.encodings, c.compression, c.is_stats_set) for c in columns]
 
     assert kinds(new) == kinds(one)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, KEYLESS], ids=["keyed", "keyless"])
+def test_current_can_be_built_anew_when_the_objects_of_before_are_gone(tmp_path: Path, schema: TableSchema) -> None:
+    story = Story(tmp_path, schema)
+    story.begin(xmin="50", xmax="50", xip="")
+    for n in range(FEW):
+        story.land([{"_op": "c", "id": str(n), "note": "x"}])
+    story.merge()
+    story.upkeep.compact(everything=True)
+    story.merge(through=story.current.merged())
+    assert story.upkeep.vacuum() > 0
+    story.land([{"_op": "c", "id": "100", "note": "later"}])
+    story.merge()
+    rows = story.rows()
+    shutil.rmtree(tmp_path / "lake" / current_path("shop", TABLE))
+    story.current = CurrentTable(story.store, "shop", TABLE, temp_dir=story.temp)
+    story.merge()
+    assert story.rows() == rows
+    story.land([{"_op": "c", "id": "101", "note": "later"}])
+    story.merge()
+    assert len(story.rows()) == len(rows) + 1
 
 
 def test_what_is_not_merged_is_left_alone_and_merged_later_all_the_same(story: Story) -> None:
