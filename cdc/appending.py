@@ -90,14 +90,16 @@ class Appender:
 
     def begin(self, run: Run, schema: TableSchema, facts: dict[str, str]) -> None:
         """The begin row: what a whole run does not touch from here on is an orphan (rules 13, 15). Under the log's
-        lock; a table that was stopped meanwhile stays so."""
+        lock; a table that was stopped, or is gone, meanwhile stays so."""
         now = self._state.run(run.id)
         if now is None or now.state != "pending":
             return
         whole = run.kind in WHOLE_KINDS
         state = self._state.table(self._source, run.table).state
-        if state == "stopped" or (not whole and state == "new"):
-            why = "the table is stopped" if state == "stopped" else "the table has not been read as a whole yet"
+        # One that is gone comes back by a look at the catalog, which lets it take part again and orders its snapshot.
+        refused = {"stopped": "the table is stopped", "removed": "the table is not published any more"}
+        if state in refused or (not whole and state == "new"):
+            why = refused.get(state, "the table has not been read as a whole yet")
             self._state.update_run(run.id, state="failed", reason=why)
             return
         stamp = self.stamp(run.table, run.id, time.time_ns() // 1000)

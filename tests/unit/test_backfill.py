@@ -104,17 +104,19 @@ def test_a_chunk_whose_window_had_to_make_room_is_read_again(parts: tuple[State,
     assert (run.state, run.rows) == ("done", 3)
 
 
+@pytest.mark.parametrize("stands", ["stopped", "removed"])
 def test_a_run_that_was_ordered_does_not_take_back_the_stop_of_its_table(
-    parts: tuple[State, EventLog, Backfill],
+    parts: tuple[State, EventLog, Backfill], stands: str
 ) -> None:
-    """Two parts find out at once that a table's rows are in doubt and that its shape is not to be taken."""
+    """Two parts find out at once that a table's rows are in doubt and that its shape is not to be taken, or that it is
+    gone: it would be shown as streaming, and never merged."""
     state, log, backfill = parts
     run = backfill.order(ORDERS.table, "resync")
-    state.update_table(SOURCE, ORDERS.table, state="stopped", reason="frozen")
+    state.update_table(SOURCE, ORDERS.table, state=stands, reason="frozen")
     wait_until(lambda: ends(backfill), message="the run to be given up")
     after = state.run(run.id)
     assert after is not None
-    assert (after.state, state.table(SOURCE, ORDERS.table).state) == ("failed", "stopped")
+    assert (after.state, state.table(SOURCE, ORDERS.table).state) == ("failed", stands)
     assert read_rows(log) == []
 
 
