@@ -48,7 +48,7 @@ class Scene:
             directory,
             dsn,
             source={"chunk_rows": 1000, "confirm_every_s": 0.3},
-            lake={"url": self.url, "endpoint_url": self.endpoint, "lease_ttl_s": 5},
+            lake={"url": self.url, "endpoint_url": self.endpoint},
         )
         assert self.daemon.ask("setup").code == 0
         self.witness = Witness(dsn, f"witness_{self.daemon.slot}")
