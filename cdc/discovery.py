@@ -110,6 +110,7 @@ class Discovery:
         if anew:
             for run in self._state.runs(self._source, states=["pending", "running"]):
                 self._state.update_run(run.id, state="cancelled", reason="the source's history began anew")
+        failed = {r.table for r in self._state.runs(self._source, states=["failed"]) if r.kind in FULL_RUNS}
         found: dict[TableId, list[CatalogFinding]] = {}
         first: list[tuple[TableId, str]] = []
         for now in catalog.tables:
@@ -120,7 +121,7 @@ class Discovery:
             elif stored is not None and stored != now.kept():
                 found[table] = compare(stored, now)
             else:
-                found[table] = self._wandered(now.schema) or self._given_up(table)
+                found[table] = self._wandered(now.schema) or (self._given_up(table) if table in failed else [])
             older = [stored.schema] if stored is not None else []
             schema = inherited(now.schema, older)
             prints[table] = (now if schema is now.schema else replace(now, schema=schema)).kept()

@@ -1,7 +1,7 @@
 """Everything that `cdc check` looks at: configuration, sources, lake, targets, before a daemon depends on them.
 
-Nothing is changed: the one write is a probe object in the lake, removed again. A part that cannot be reached is a
-finding, not an exception, so that one run names everything. Bounded by the connectors' own time-outs.
+Nothing is changed: the one write is a probe in the lake (cdc.lake.probe), removed again. A part that cannot be reached
+is a finding, not an exception, so that one run names everything. Bounded by the connectors' own time-outs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cdc import registry
-from cdc.config import Config, LakeConfig, SourceConfig, TargetConfig, has_inline_password
+from cdc.config import Config, SourceConfig, TargetConfig, has_inline_password
 from cdc.errors import CdcError
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.ports import Finding, ObjectStore
@@ -27,7 +27,7 @@ def check(config: Config) -> list[Finding]:
     findings = [*check_config(config)]
     for source in config.sources.values():
         findings += _guarded(f"source.{source.name}", "source", lambda s=source: _check_source(s))  # type: ignore[misc]
-    findings += _guarded("lake", "lake", lambda: check_store(registry.lake_store(config.lake), config.lake))
+    findings += _guarded("lake", "lake", lambda: check_store(registry.lake_store(config.lake), config.lake.url))
     findings += _guarded("model", "models", lambda: _check_models(config))
     for target in config.targets.values():
         findings += _guarded(
@@ -67,8 +67,8 @@ def check_config(config: Config) -> list[Finding]:
     return findings or [Finding(name="config", severity="ok", message="configuration is valid", object="config")]
 
 
-def check_store(store: ObjectStore, lake: LakeConfig) -> list[Finding]:
-    """Whether the store is reachable and keeps its promises, by a probe object that is removed again.
+def check_store(store: ObjectStore, url: str) -> list[Finding]:
+    """Whether the store is reachable and keeps its promises, by a probe that is removed again.
 
     Raises the store's errors if it cannot be reached.
     """
@@ -76,7 +76,7 @@ def check_store(store: ObjectStore, lake: LakeConfig) -> list[Finding]:
         Finding(name=promise, severity="error", message=what, fix=WHAT_TO_DO, object="lake")
         for promise, what in broken_promises(store)
     ]
-    message = f"{lake.url} is writable and honours conditional writes"
+    message = f"{url} is writable and honours conditional writes"
     return findings or [Finding(name="store", severity="ok", message=message, object="lake")]
 
 

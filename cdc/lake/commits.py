@@ -150,7 +150,7 @@ class Commits:
 def _parsed(actions: list[dict[str, Any]]) -> Commit:
     tokens: dict[str, int] = {}
     added, removed = [], []
-    number: str | None = None
+    commit_id: str | None = None
     changes = False
     for action in actions:
         if "txn" in action:
@@ -161,5 +161,5 @@ def _parsed(actions: list[dict[str, Any]]) -> Commit:
         elif "add" in action and action["add"].get("dataChange", True):
             added.append(action["add"]["path"])
         elif "commitInfo" in action:
-            number = action["commitInfo"].get(COMMIT_KEY)
-    return Commit(tokens, added, removed, number, not (tokens or added or changes))
+            commit_id = action["commitInfo"].get(COMMIT_KEY)
+    return Commit(tokens, added, removed, commit_id, not (tokens or added or changes))

@@ -47,10 +47,7 @@ class Joined:
     """What one join did."""
 
     objects: int
-    rows: int
-    bytes_before: int
     bytes_after: int
-    version: int
 
 
 class _Name(NamedTuple):
@@ -123,7 +120,8 @@ class Compactor:
                 days.setdefault((tuple(sorted(file.partition.items())), name.epoch), []).append(file)
         groups: list[tuple[list[LiveFile], int]] = []
         for (partition, _), files in sorted(days.items(), key=lambda item: item[0]):
-            files.sort(key=lambda f: _Name.of(f.path) or (0, 0, 0))
+            # Of one day and epoch, so by position: names are written with all their digits.
+            files.sort(key=lambda f: f.path)
             past = all(value is not None and value < today for _, value in partition)
             quiet = max(f.added_ms for f in files) < now_s * 1000 - _QUIET_MS
             if all_sizes or (past and quiet):
@@ -170,13 +168,13 @@ class Compactor:
         )  # fmt: skip
         failpoint("compact.before_commit")
         try:
-            version = self._delta.commit(adds=[added], removes=[f.path for f in files], data_change=False)
+            self._delta.commit(adds=[added], removes=[f.path for f in files], data_change=False)
         except StoreConflict:
             with suppress(StoreUnavailable):
                 self._store.delete([key])
             raise
         failpoint("compact.after_commit")
-        return Joined(len(files), rows, sum(f.size for f in files), size, version)
+        return Joined(len(files), size)
 
 
 def _up_to(files: Sequence[LiveFile], target_bytes: int) -> list[LiveFile]:

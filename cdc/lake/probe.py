@@ -2,8 +2,8 @@
 
 There are stores that answer a conditional write with success and overwrite, stores that do not know the condition, and
 stores whose listings come late. Each loses or doubles data in silence sooner or later, so none of them may hold a
-lake. The probe is one object under a name of its own, removed again; a store that cannot be reached raises its own
-errors.
+lake. The probe is an object and a small Delta table under names of their own, removed again; a store that cannot be
+reached raises its own errors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from cdc.ports import ObjectStore
 _PREFIX: Final = "_cdc/probe-"
 _OLD_S: Final = 3600.0
 _KEPT: Final[set[str]] = set()
+"""URLs of the stores that this process has asked, and that keep their promises."""
+WHAT_TO_DO: Final = "use a store that decides conditional writes itself, and shows at once what was written"
 
 
 def broken_promises(store: ObjectStore) -> list[tuple[str, str]]:
@@ -91,9 +93,6 @@ def require_promises(store: ObjectStore, url: str) -> None:
         told = "; ".join(f"{promise}: {what}" for promise, what in broken)
         raise StoreRefused(f"the store at {url} cannot hold a lake: {told}", hint=WHAT_TO_DO)
     _KEPT.add(url)
-
-
-WHAT_TO_DO: Final = "use a store that decides conditional writes itself, and shows at once what was written"
 
 
 def _conflicts(write: Callable[[], object]) -> bool:

@@ -70,6 +70,7 @@ def test_a_write_whose_answer_was_lost_is_recognised(store: LocalStore) -> None:
     twin.save(moved)
     anchor.save(moved)
     anchor.save(replace(moved, may_confirm_lsn=0x3000))
+    assert Anchor(store, "shop").load() == replace(moved, may_confirm_lsn=0x3000)
 
 
 def test_older_and_newer_formats(store: LocalStore) -> None:
