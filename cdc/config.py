@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cdc.errors import ConfigError
+from cdc.table import PartitionBy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class TableConfig:
     """Empty: as the source has it."""
     columns: dict[str, str] = field(default_factory=dict)
     """Types other than the contract's, by column: `string` or `decimal(p,s)` (cdc.types)."""
+    partition_by: str = ""
+    """`COLUMN:day`, `:hour` or `:month`: the changelog's partitions are of that time. Empty: of the commit date."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,11 @@ class SourceConfig:
         """What a change of this table's schema meets: evolve, freeze or stop."""
         own = self.table.get(table)
         return (own.on_schema_change if own is not None else "") or self.on_schema_change
+
+    def partition_by(self, table: str) -> PartitionBy | None:
+        """The time by which this table's changelog is partitioned; None: by the date of the commit."""
+        own = self.table.get(table)
+        return PartitionBy.of(own.partition_by) if own is not None and own.partition_by else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

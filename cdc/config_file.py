@@ -29,6 +29,7 @@ from cdc.config import (
     has_inline_password,
 )
 from cdc.errors import ConfigError
+from cdc.table import PartitionBy
 from cdc.units import size_bytes, wal_threshold
 
 T = TypeVar("T")
@@ -229,6 +230,8 @@ class _Reader:
                 return declared_types(value)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
+        if section == "table" and key == "partition_by" and isinstance(value, str):
+            return str(PartitionBy.of(value))
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")

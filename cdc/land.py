@@ -27,13 +27,14 @@ from cdc.capture import ConfirmGate
 from cdc.errors import CdcError, LogCorrupt, StreamRestarted, Verdict
 from cdc.evolution import Evolution
 from cdc.failpoints import failpoint
-from cdc.lake.changelog import ChangelogTable, ChangelogWriter
+from cdc.lake.changelog import ChangelogTable, ChangelogWriter, Landed
 from cdc.lake.lease import Lease
+from cdc.lake.partitions import Lateness
 from cdc.log import EventLog, LogRecord
 from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
 from cdc.state import State
-from cdc.table import TableId
+from cdc.table import PartitionBy, TableId
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +192,10 @@ class Lander:
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
         evolution: Evolution,
+        partition_by: Callable[[str], PartitionBy | None] = lambda table: None,
     ) -> None:
         self._evolution = evolution
+        self._partition_by = partition_by
         self._source = source
         self._log = log
         self._state = state
@@ -238,7 +241,8 @@ class Lander:
     def changelog(self, table: TableId) -> ChangelogTable:
         """The changelog of a table, as landing sees it."""
         if table not in self._changelogs:
-            self._changelogs[table] = ChangelogTable(self._store, self._source, table)
+            by = self._partition_by(str(table))
+            self._changelogs[table] = ChangelogTable(self._store, self._source, table, partition_by=by)
         return self._changelogs[table]
 
     def resume(self) -> LandPoint:
@@ -345,8 +349,7 @@ class Lander:
             failpoint("land.between_tables")
             del self._writers[table]
             self._versions[table] = landed.version
-            metrics.LANDED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(landed.rows)
-            metrics.LANDED_BYTES.labels(self._source).inc(landed.bytes)
+            self._count(table, landed, writer.lateness)
             metrics.LAND_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         failpoint("land.after_cut")
         with self._state.transaction() as tx:
@@ -358,6 +361,15 @@ class Lander:
         self._evolution.commit()
         self._changed_us.clear()
         self._bytes, self._first_at, self._dirty = 0, None, False
+
+    def _count(self, table: TableId, landed: Landed, lateness: Lateness) -> None:
+        label = metrics.table_label(self._source, table)
+        metrics.LANDED_ROWS.labels(self._source, label).inc(landed.rows)
+        metrics.LANDED_BYTES.labels(self._source).inc(landed.bytes)
+        if self._changelogs[table].partition_by is not None:
+            metrics.LATE_ROWS.labels(self._source, label).inc(lateness.late)
+            metrics.UNDATED_ROWS.labels(self._source, label).inc(lateness.undated)
+            metrics.LATENESS.add((self._source, label), lateness.counts.tolist(), lateness.total_s)
 
     def _stop(self, table: TableId, error: CdcError) -> None:
         writer = self._writers.pop(table, None)

@@ -367,6 +367,7 @@ class PeriodicPipeline:
             name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.rests, evolution=self.evolution,
+            partition_by=self._source_config.partition_by,
         )  # fmt: skip
         self.merger = Merger(
             name, self._state, self._book, self._store,

@@ -341,6 +341,7 @@ class Pipeline:
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over, evolution=self.evolution,
+            partition_by=self._source_config.partition_by,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,

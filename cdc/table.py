@@ -13,6 +13,8 @@ OWN_SCHEMA = "cdc"
 """What cdc keeps itself: in a database the acknowledgements of reverse ETL, in the lake tables that no source has.
 Tables of this schema are never captured, so these names are free."""
 
+PARTITION_UNITS = ("hour", "day", "month")
+
 
 class TableId(NamedTuple):
     """Schema and name, unquoted, as the catalog stores them."""
@@ -27,6 +29,24 @@ class TableId(NamedTuple):
     def is_own(self) -> bool:
         """Whether cdc itself writes it: it has a changelog, but no rows at the source, no snapshot and no `current`."""
         return self.schema == OWN_SCHEMA
+
+
+class PartitionBy(NamedTuple):
+    """Which of a table's times decides where its rows land, and how coarsely: the unit is hour, day or month."""
+
+    column: str
+    unit: str
+
+    @classmethod
+    def of(cls, text: str) -> PartitionBy:
+        """From `COLUMN:UNIT`, as the configuration has it; ValueError if it is not that."""
+        column, _, unit = text.rpartition(":")
+        if not column or unit not in PARTITION_UNITS:
+            raise ValueError(f'write "COLUMN:UNIT", where the unit is {", ".join(PARTITION_UNITS)}')
+        return cls(column, unit)
+
+    def __str__(self) -> str:
+        return f"{self.column}:{self.unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,9 +35,10 @@ from cdc.failpoints import failpoint
 from cdc.lake.delta import AddedFile, DeltaLog
 from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix, tables_in
 from cdc.lake.objects import OBJECT_BYTES, Extent, OpenObject, lake_fields
+from cdc.lake.partitions import NO_PARTITION, SORTED_BYTES, EventRows, Lateness, event_index
 from cdc.lake.widening import in_lake
 from cdc.ports import ObjectStore
-from cdc.table import TableId, TableSchema
+from cdc.table import PartitionBy, TableId, TableSchema
 from cdc.types import arrow_fields
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,13 @@ FULL_RUNS: Final = frozenset(("first", "resync"))
 
 PREFIX_KEY: Final = "cdc.system_prefix"
 SHAPE_KEY: Final = "cdc.shape"
+PARTITION_KEY: Final = "cdc.partition_by"
+"""Of the table: what `_date` means, and from which version on (JSON: `by`, `since`); not set: the commit date."""
 LEASE: Final = "lease"
 _SNAPSHOT_SEQ: Final = "snapshot_seq"
 _OPEN_OBJECTS_MAX: Final = 32
+_SORTED_MAX: Final = 4
+"""Schema versions of which rows are gathered at the same time: each has up to a row group in memory."""
 _DAY_US: Final = 86_400_000_000
 
 
@@ -99,10 +104,14 @@ class Landed(NamedTuple):
 class ChangelogTable:
     """The changelog of one table. Created in the lake by the first rows that are written to it."""
 
-    def __init__(self, store: ObjectStore, source: str, table: TableId) -> None:
+    def __init__(
+        self, store: ObjectStore, source: str, table: TableId, *, partition_by: PartitionBy | None = None
+    ) -> None:
+        """`partition_by`: for who writes: the time that rows are partitioned by, from now on; None: their commit's."""
         self._store = store
         self._source = source
         self.table = table
+        self.partition_by = partition_by
         self.path = changelog_path(source, table)
         self.delta = DeltaLog(store, self.path)
         self._tokens: ChangelogTokens | None = None
@@ -179,8 +188,27 @@ class ChangelogTable:
         self._prefix = self.stored_prefix()
         if self._prefix != prefix:
             raise StoreConflict(f"{self.path} was created by another writer meanwhile")
+        self._note_partitions(schema)
         self._prepared[schema] = named
         return prefix
+
+    def _note_partitions(self, schema: TableSchema) -> None:
+        """Have the table say what `_date` means, and since when; and the log, that a shape has no such time."""
+        wanted = str(self.partition_by or "")
+        noted = json.loads(self.delta.configuration().get(PARTITION_KEY, "{}")).get("by", "")
+        if wanted != noted:
+            since = self.delta.version() + 1
+            self.delta.commit(configuration={PARTITION_KEY: json.dumps({"by": wanted, "since": since})})
+            facts = {"delta_table": self.path, "partition_by": wanted or "commit date", "since_version": since}
+            log.warning("partitioned otherwise from here on; what has landed stays where it is", extra=facts)
+        if self.partition_by is not None and self.event_index(schema) is None:
+            facts = {"source": self._source, "table": str(self.table), "partition_by": wanted}
+            hint = "mend partition_by and restart; `cdc check` says what is wrong with it"
+            log.error("no such time to partition by: rows land in the partition null", extra={**facts, "hint": hint})
+
+    def event_index(self, schema: TableSchema) -> int | None:
+        """Which column of a prepared version decides where its rows belong; None if none does."""
+        return None if self.partition_by is None else event_index(self.partition_by, schema, self.delta.schema())
 
     def has_columns(self, schema: TableSchema) -> bool:
         """Whether the table has every column of a schema version, by number, name and type."""
@@ -258,11 +286,14 @@ class ChangelogWriter:
         self._temp_dir = temp_dir
         self._base = changelog.tokens()
         self._receipt = dt.datetime.now(dt.UTC).date()
-        self._open: dict[tuple[TableSchema, int, int], OpenObject] = {}
+        self._open: dict[tuple[TableSchema, int, str | None], OpenObject] = {}
+        self._sorted: dict[tuple[TableSchema, int], EventRows] = {}
         self._progress = _Progress()
         self._attempted = False
         self.uploaded: list[AddedFile] = []
         """Objects that are in the store and that no version shows yet."""
+        self.lateness = Lateness()
+        """Of what was added, where a time of the rows decides where they belong; else nothing."""
 
     def add(self, batch: Batch, *, chunk: int | None = None, receipt: dt.date | None = None) -> int:
         """Take the rows that have not landed yet; how many they are. `chunk`: number in the run, for rows of a run.
@@ -275,20 +306,13 @@ class ChangelogWriter:
         kept = self._unlanded(batch, chunk)
         if kept.data.num_rows == 0:
             return 0
-        prefix = self._changelog.prepare(kept.schema)
+        self._changelog.prepare(kept.schema)
         self._progress.note(kept, chunk)
-        for day, part in _by_day(kept, receipt or self._receipt):
-            epoch = part.system("_epoch")[0].as_py()
-            key = (part.schema, epoch, day)
-            if key not in self._open:
-                if len(self._open) >= _OPEN_OBJECTS_MAX:
-                    self._finish(next(iter(self._open)))
-                named = self._changelog.named(part.schema)
-                self._open[key] = OpenObject(part.schema, named, prefix, self._temp_dir)
-            target = self._open[key]
-            target.add(part)
-            if target.written_bytes >= OBJECT_BYTES:
-                self._finish(key)
+        if self._changelog.partition_by is None:
+            for day, part in _by_day(kept, receipt or self._receipt):
+                self._write(str(np.datetime64(day, "D")), part)
+        else:
+            self._sort(kept, self._changelog.partition_by)
         return int(kept.data.num_rows)
 
     def commit(self, boundary: Boundary, *, fence: int = 0, metadata: Mapping[str, Any] | None = None) -> Landed:
@@ -308,6 +332,8 @@ class ChangelogWriter:
             if (self._base.get(LEASE) or 0) > fence:
                 raise LeaseLost(f"{self._changelog.path}: a later holder of the lease has written here")
         failpoint("land.before_upload")
+        for gathered in list(self._sorted):
+            self._place(gathered)
         for key in list(self._open):
             self._finish(key)
         if not self.uploaded:
@@ -330,6 +356,9 @@ class ChangelogWriter:
     def abandon(self) -> None:
         """Forget what was added, and delete its objects; idempotent. After a commit that raised, the objects stay: it
         may have happened after all, and if not, `reclaim` finds them."""
+        for rows in self._sorted.values():
+            rows.close()
+        self._sorted.clear()
         for item in self._open.values():
             item.abandon()
         self._open.clear()
@@ -340,14 +369,51 @@ class ChangelogWriter:
             except StoreUnavailable:
                 log.warning("objects of an abandoned landing stay", extra={"delta_table": self._changelog.path})
 
-    def _finish(self, key: tuple[TableSchema, int, int]) -> None:
+    def _sort(self, batch: Batch, by: PartitionBy) -> None:
+        """Gather rows by the time that they carry; they become objects when all are there, or too many."""
+        key = (batch.schema, batch.system("_epoch")[0].as_py())
+        if key not in self._sorted:
+            if len(self._sorted) >= _SORTED_MAX:
+                self._place(next(iter(self._sorted)))
+            index = self._changelog.event_index(batch.schema)
+            self._sorted[key] = EventRows(batch.schema, index, by.unit, self._temp_dir, self.lateness)
+        rows = self._sorted[key]
+        rows.add(batch)
+        if rows.bytes >= SORTED_BYTES:
+            self._place(key)
+
+    def _place(self, key: tuple[TableSchema, int]) -> None:
+        """Objects of what was gathered of a schema version, one partition after the other."""
+        rows = self._sorted.pop(key)
+        try:
+            for partition, batches in rows.drain():
+                for batch in batches:
+                    self._write(partition, batch)
+                if (*key, partition) in self._open:
+                    self._finish((*key, partition))
+        finally:
+            rows.close()
+
+    def _write(self, partition: str | None, part: Batch) -> None:
+        """Rows of one partition into its open object."""
+        key = (part.schema, part.system("_epoch")[0].as_py(), partition)
+        if key not in self._open:
+            if len(self._open) >= _OPEN_OBJECTS_MAX:
+                self._finish(next(iter(self._open)))
+            named, prefix = self._changelog.named(part.schema), self._changelog.prefix(part.schema)
+            self._open[key] = OpenObject(part.schema, named, prefix, self._temp_dir)
+        target = self._open[key]
+        target.add(part)
+        if target.written_bytes >= OBJECT_BYTES:
+            self._finish(key)
+
+    def _finish(self, key: tuple[TableSchema, int, str | None]) -> None:
         """Upload a finished object under a name that tells what it covers."""
-        schema, epoch, day = key
+        schema, epoch, partition = key
         item = self._open.pop(key)
-        date = str(np.datetime64(day, "D"))
         column = system_name(DATE, self._changelog.prefix(schema))
         stem = f"{epoch}-{item.first_lsn:016x}-{item.last_lsn:016x}-{secrets.token_hex(6)}"
-        path = f"{column}={date}/{stem}.parquet"
+        path = f"{column}={partition or NO_PARTITION}/{stem}.parquet"
 
         def upload(data: Any) -> None:
             self._store.put(f"{self._changelog.path}/{path}", data)
@@ -358,7 +424,7 @@ class ChangelogWriter:
                 path=path,
                 size=extent.size,
                 rows=extent.rows,
-                partition={column: date},
+                partition={column: partition},
                 stats=_stats(extent, system_name("_lsn", self._changelog.prefix(schema))),
             )
         )

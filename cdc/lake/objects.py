@@ -103,14 +103,14 @@ class OpenObject:
         self._pending_rows += batch.data.num_rows
         self._pending_bytes += batch.data.nbytes
         if self._pending_rows >= GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
-            with _disk(self._temp_dir):
+            with scratch_disk(self._temp_dir):
                 if self._file is None:
                     self._file = tempfile.TemporaryFile(dir=self._temp_dir)  # noqa: SIM115  (closed by `abandon`)
                 self._write(self._file)
 
     def finish(self, upload: Upload) -> Extent:
         """Hand the whole object to `upload` (a buffer, valid during the call), and close it."""
-        with _disk(self._temp_dir):
+        with scratch_disk(self._temp_dir):
             if self._file is None:
                 sink = pa.BufferOutputStream()
                 self._write(sink)
@@ -211,7 +211,8 @@ def writer_options(prefix: str, key: Sequence[str], before: pa.DataType | None) 
 
 
 @contextmanager
-def _disk(temp_dir: Path) -> Iterator[None]:
+def scratch_disk(temp_dir: Path) -> Iterator[None]:
+    """StoreUnavailable for what fails inside at the disk of `temp_dir`."""
     try:
         yield
     except OSError as e:

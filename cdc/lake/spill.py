@@ -7,6 +7,7 @@ directory. One file for all parts, whatever their number, so that open files sta
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,15 @@ class Spill:
 
     def read(self, part: int) -> pa.Table:
         """All rows of a part, in memory, and forget them. Empty if it has none."""
-        batches = []
+        return pa.Table.from_batches(list(self.batches(part)), self.schema)
+
+    def batches(self, part: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a part, one batch in memory at a time; they are forgotten."""
         for offset, length in self._index.pop(part, []):
             assert self._file is not None
             data = os.pread(self._file, length, offset)
-            batches.append(pa.ipc.read_record_batch(pa.py_buffer(data), self.schema))
-        batches += self._held.pop(part, [])
-        return pa.Table.from_batches(batches, self.schema)
+            yield pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)
+        yield from self._held.pop(part, [])
 
     def close(self) -> None:
         """Drop everything, the file too; idempotent."""
