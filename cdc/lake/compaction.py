@@ -5,7 +5,9 @@ Guarantees:
   is checked in the version committed upon. Readers of older versions keep their objects until a vacuum.
 - It takes only what merges are done with: nothing that `current` has not merged, nor what a later merge reads again.
 - Each byte is written again a few times at most: objects are joined with others of their size (each tier is eight times
-  the one before), and once a day is past, and nothing has come for it for an hour, with whatever is left of it.
+  the one before), and once a partition's day is past, and nothing has come for it for an hour, with whatever is left of
+  it, as long as that is no eighth of what it would be joined to: rows may come late for ever.
+- Objects of one partition only are joined, so that what its name says stays true.
 - Memory is bounded by a row group, the disk by two objects.
 
 It does not decide when (cdc.merge), and deletes nothing: replaced objects go with the vacuum. One thread per table.
@@ -102,7 +104,7 @@ class Compactor:
         with tempfile.TemporaryDirectory(prefix="join-", dir=self._temp_dir) as scratch:
             for group, worth in self._groups(live, held, all_sizes, now_s):
                 for alike in self._alike(group):
-                    some = _up_to(alike, self._target_bytes)
+                    some = _up_to(alike if all_sizes else _balanced(alike), self._target_bytes)
                     if len(some) >= worth:
                         return self._replace(some, Path(scratch))
         return None
@@ -110,19 +112,22 @@ class Compactor:
     def _groups(
         self, live: Sequence[LiveFile], held: Collection[str], all_sizes: bool, now_s: float
     ) -> list[tuple[list[LiveFile], int]]:
-        """Small objects that may be joined, and how many of them are worth it: by day, epoch and tier; of a day that is
-        past and quiet whatever is small."""
+        """Small objects that may be joined, and how many of them are worth it: by partition, epoch and tier; of a
+        partition that is past and quiet whatever is small."""
         today = str(dt.datetime.fromtimestamp(now_s, dt.UTC).date())
-        days: dict[tuple[tuple[tuple[str, str | None], ...], int], list[LiveFile]] = {}
+        partitions: dict[tuple[tuple[str, ...], int], list[LiveFile]] = {}
         for file in live:
             name = _Name.of(file.path)
             if name is not None and file.path not in held and file.size <= self._target_bytes // 2:
-                days.setdefault((tuple(sorted(file.partition.items())), name.epoch), []).append(file)
+                # Null, for rows without a time, is past as soon as it is quiet.
+                dates = tuple(value or "" for _, value in sorted(file.partition.items()))
+                partitions.setdefault((dates, name.epoch), []).append(file)
         groups: list[tuple[list[LiveFile], int]] = []
-        for (partition, _), files in sorted(days.items(), key=lambda item: item[0]):
-            # Of one day and epoch, so by position: names are written with all their digits.
+        for (dates, _), files in sorted(partitions.items(), key=lambda item: item[0]):
+            # Of one partition and epoch, so by position: names are written with all their digits.
             files.sort(key=lambda f: f.path)
-            past = all(value is not None and value < today for _, value in partition)
+            # An hour is past when its day is; a month when no day of it is today.
+            past = all(date < today[: len(date) or None] for date in dates)
             quiet = max(f.added_ms for f in files) < now_s * 1000 - _QUIET_MS
             if all_sizes or (past and quiet):
                 groups.append((files, 2))
@@ -186,6 +191,22 @@ def _up_to(files: Sequence[LiveFile], target_bytes: int) -> list[LiveFile]:
             some.append(file)
             size += file.size
     return some
+
+
+def _balanced(files: Sequence[LiveFile]) -> list[LiveFile]:
+    """Without those that are more than FEW times as big as all smaller ones together: few late rows are no reason to
+    write a whole object again."""
+    some: list[LiveFile] = []
+    size = 0
+    for file in sorted(files, key=lambda f: f.size):
+        if file.size > FEW * size:
+            if len(some) > 1:
+                break
+            some, size = [], 0
+        some.append(file)
+        size += file.size
+    chosen = {f.path for f in some}
+    return [f for f in files if f.path in chosen]
 
 
 def _write(path: Path, files: Iterator[pq.ParquetFile], prefix: str) -> int:
