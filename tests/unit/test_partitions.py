@@ -285,10 +285,10 @@ def test_a_join_stays_within_a_partition_and_leaves_big_objects_of_past_ones_alo
     assert joined(quiet) == {expected(t, "month"): 6 if expected(t, "month") == open_month else 1 for t in times}
 
     # One late row does not have a big object written again, again and again; many do it once.
-    land(table_of(store, "at:month"), tmp_path, bulk(10, 30_000))
+    land(table_of(store, "at:month"), tmp_path, bulk(10, 12_000))
     assert joined(quiet)[last] == 2
     for lsn in range(11, 18):
         land(table_of(store, "at:month"), tmp_path, batch(schema(), lsn, [times[2]]))
         assert joined(quiet)[last] == 2, "the small ones are joined"
-    land(table_of(store, "at:month"), tmp_path, bulk(20, 6_000))
+    land(table_of(store, "at:month"), tmp_path, bulk(20, 3_000))
     assert joined(quiet)[last] == 1
