@@ -164,6 +164,11 @@ def _upkeep(p: argparse.ArgumentParser) -> None:
     p.add_argument("--timeout", type=_seconds, default=3600.0, metavar="S", help="how long to wait (default: an hour)")
 
 
+def _land(p: argparse.ArgumentParser) -> None:
+    p.add_argument("now", choices=("now",), help="what is logged when the daemon takes the order")
+    p.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="exit 4 after this long (default 60)")
+
+
 def _pause(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "name",
@@ -341,6 +346,7 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
         "the lake",
         {
             "ls": ("its tables", "cdc lake ls --json", _nothing, "lake:list_tables"),
+            "land": ("land what is logged, and wait for it", "cdc lake land now", _land, "lake:land"),
             "compact": ("join small objects of changelogs", "cdc lake compact orders", _upkeep, "lake:compact"),
             "vacuum": ("remove what no reader needs any more", "cdc lake vacuum", _upkeep, "lake:vacuum"),
         },

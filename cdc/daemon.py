@@ -26,6 +26,7 @@ from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, SourceRefused, TimedOut
+from cdc.land import Lander
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
 from cdc.merge import Merger
@@ -114,6 +115,7 @@ class Daemon:
                 "pause": lambda args: self._pause(state, args, True),
                 "resume": lambda args: self._pause(state, args, False),
                 "wait": self._wait,
+                "land": self._land,
                 "upkeep": self._upkeep,
                 "model_run": self._serving.model_run,
                 "sync_apply": self._serving.sync_apply,
@@ -319,6 +321,23 @@ class Daemon:
         else:
             state.resume(kind, name)
         return {"kind": kind, "name": name, "paused": pause}
+
+    def _land(self, args: dict[str, Any]) -> Pending:
+        pipeline = self._pipeline(args)
+        asked: list[tuple[Lander, Callable[[], bool]]] = []
+
+        def landed() -> dict[str, Any] | None:
+            error = pipeline.operator_error()
+            if error is not None:
+                raise error
+            if not pipeline.prepared:
+                return None
+            if not asked or asked[-1][0] is not pipeline.lander:
+                # A new history has a new one, and a log without what was asked for.
+                asked.append((pipeline.lander, pipeline.lander.ask()))
+            return {"landed_lsn": pipeline.reached()["landed"]} if asked[-1][1]() else None
+
+        return landed
 
     def _upkeep(self, args: dict[str, Any]) -> Pending:
         pipeline, table = self._pipeline(args), _table(args["table"])

@@ -226,9 +226,10 @@ class Lander:
         self.landed: Boundary | None = None
         """Position up to which everything has landed; None until something is known."""
 
-    def ask(self) -> None:
-        """Land what is logged now as soon as a cut allows. Thread-safe."""
-        self._asked_to = self._log.end_offset(self._source, complete=True)
+    def ask(self) -> Callable[[], bool]:
+        """Land what is logged now as soon as a cut allows; whether that has happened. Thread-safe."""
+        wanted = self._asked_to = self._log.end_offset(self._source, complete=True)
+        return lambda: self._settled_to >= wanted
 
     def due_in_s(self) -> float:
         """Seconds until what is open should be committed at the next cut; infinite if nothing is open."""

@@ -224,6 +224,11 @@ def arrow_type(column: Column) -> pa.DataType:
     return _plan(column).type
 
 
+def is_time(kind: pa.DataType) -> bool:
+    """Whether values of a type say when: date, timestamp, timestamptz."""
+    return bool(pa.types.is_date(kind) or pa.types.is_timestamp(kind))
+
+
 def arrow_fields(schema: TableSchema) -> list[pa.Field]:
     """One nullable field per column, in order, with what is known of the Postgres type in its metadata."""
     return list(_fields(schema.columns))

@@ -183,6 +183,7 @@ class ChangelogTable:
                 "cdc.source": self._source,
                 "cdc.table": str(self.table),
                 SHAPE_KEY: _shape_text(schema, 0),
+                **({PARTITION_KEY: self._partition_text(0)} if self.partition_by is not None else {}),
             },
         )
         self._prefix = self.stored_prefix()
@@ -198,13 +199,16 @@ class ChangelogTable:
         noted = json.loads(self.delta.configuration().get(PARTITION_KEY, "{}")).get("by", "")
         if wanted != noted:
             since = self.delta.version() + 1
-            self.delta.commit(configuration={PARTITION_KEY: json.dumps({"by": wanted, "since": since})})
+            self.delta.commit(configuration={PARTITION_KEY: self._partition_text(since)})
             facts = {"delta_table": self.path, "partition_by": wanted or "commit date", "since_version": since}
             log.warning("partitioned otherwise from here on; what has landed stays where it is", extra=facts)
         if self.partition_by is not None and self.event_index(schema) is None:
             facts = {"source": self._source, "table": str(self.table), "partition_by": wanted}
             hint = "mend partition_by and restart; `cdc check` says what is wrong with it"
             log.error("no such time to partition by: rows land in the partition null", extra={**facts, "hint": hint})
+
+    def _partition_text(self, since: int) -> str:
+        return json.dumps({"by": str(self.partition_by or ""), "since": since})
 
     def event_index(self, schema: TableSchema) -> int | None:
         """Which column of a prepared version decides where its rows belong; None if none does."""

@@ -27,7 +27,7 @@ from cdc.lake.spill import Spill
 from cdc.lake.widening import SOURCE_NAME
 from cdc.metrics import LATENESS_SECONDS
 from cdc.table import PartitionBy, TableSchema
-from cdc.types import arrow_fields
+from cdc.types import arrow_fields, is_time
 
 NO_PARTITION: Final = "__HIVE_DEFAULT_PARTITION__"
 """How readers of partitioned folders spell null."""
@@ -37,11 +37,6 @@ SORTED_BYTES: Final = 512 << 20
 _UNITS: Final = {"hour": "h", "day": "D", "month": "M"}
 _NULL: Final = int(np.iinfo(np.int64).min)
 """numpy's NaT."""
-
-
-def is_time(kind: pa.DataType) -> bool:
-    """Whether values of a type have a period: date, timestamp, timestamptz."""
-    return bool(pa.types.is_date(kind) or pa.types.is_timestamp(kind))
 
 
 def event_index(by: PartitionBy, schema: TableSchema, lake: pa.Schema) -> int | None:
@@ -190,4 +185,4 @@ def _without_nulls(data: pa.RecordBatch) -> pa.RecordBatch:
     return data.select([i for i in range(data.num_columns) if i not in empty])
 
 
-__all__ = ["NO_PARTITION", "SORTED_BYTES", "EventRows", "Lateness", "event_index", "is_time", "period_text"]
+__all__ = ["NO_PARTITION", "SORTED_BYTES", "EventRows", "Lateness", "event_index"]

@@ -1,13 +1,13 @@
-"""Verbs over the lake itself: ls, compact, vacuum; and which tables it holds."""
+"""Verbs over the lake itself: ls, land, compact, vacuum; and which tables it holds."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cdc.console import bytes_text
-from cdc.errors import CdcError
+from cdc.console import bytes_text, lsn_text
+from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
-from cdc.verbs.call import FAILED, OK, Call, resolve_tables, tables_of
+from cdc.verbs.call import FAILED, OK, TIMED_OUT, Call, resolve_tables, tables_of
 
 
 def list_tables(call: Call) -> int:
@@ -32,6 +32,31 @@ def list_tables(call: Call) -> int:
         headers, [(f"{r['source']}.{r['table']}", *_cells(r["current"]), *_cells(r["changelog"])) for r in rows]
     )
     return OK
+
+
+def land(call: Call) -> int:
+    """Have the daemon land what is logged now, and wait until it has."""
+    from cdc import control
+
+    names, codes = call.sources(), [OK]
+    answers: list[dict[str, Any]] = []
+    with call.state() as state:
+        wanted = [{"source": name} for name in names]
+        for name, answer in zip(
+            names, control.ask_all(state, "land", wanted, timeout_s=call.args.timeout), strict=True
+        ):
+            entry: dict[str, Any] = {"source": name, "landed_lsn": None, "error": ""}
+            if isinstance(answer, CdcError):
+                entry["error"] = answer.args[0]
+                codes.append(TIMED_OUT if isinstance(answer, TimedOut) else FAILED)
+                call.console.note(f"{name}: {answer}")
+            else:
+                entry["landed_lsn"] = lsn_text(answer["landed_lsn"]) or None
+                call.console.line(f"{name}: landed up to {entry['landed_lsn'] or 'where it began'}")
+            answers.append(entry)
+    call.console.document({"sources": answers})
+    # One that failed needs somebody; one that is slow needs time.
+    return FAILED if FAILED in codes else max(codes)
 
 
 def compact(call: Call) -> int:

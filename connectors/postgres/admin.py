@@ -260,7 +260,8 @@ class PostgresAdmin:
                 schema = described[oid].sent(there[oid].columns if oid in there else None)
                 findings += self._check_table(connection, oid, schema)
                 schemas.append(schema)
-        return findings + check.declared_findings(self._config, schemas)
+        findings += check.declared_findings(self._config, schemas)
+        return findings + check.partition_findings(self._config, schemas)
 
     def _check_table(self, connection: psycopg.Connection[Any], oid: int, schema: TableSchema) -> list[Finding]:
         findings: list[Finding] = []

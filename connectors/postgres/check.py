@@ -16,6 +16,7 @@ from cdc.config import SourceConfig
 from cdc.errors import SourceRefused
 from cdc.ports import Finding, SourceStatus
 from cdc.table import TableSchema
+from cdc.types import arrow_type, is_time
 from connectors.postgres import catalog
 from connectors.postgres.connection import MANY_HOSTS, MANY_HOSTS_FIX, POOLER, POOLER_FIX, many_hosts
 
@@ -276,6 +277,36 @@ def declared_findings(config: SourceConfig, schemas: Sequence[TableSchema]) -> l
                 catalog.declared(schema, config)
         except SourceRefused as e:
             found.append(Finding(name="declared column", severity="error", message=e.args[0], fix=e.hint, object=table))
+    return found
+
+
+def partition_findings(config: SourceConfig, schemas: Sequence[TableSchema]) -> list[Finding]:
+    """Times that the configuration partitions tables by, and that are not there, or are no times."""
+    found = []
+    by_name = {str(schema.table): schema for schema in schemas}
+    for table in config.table:
+        by, schema = config.partition_by(table), by_name.get(table)
+        if by is None:
+            continue
+        column = next((c for c in schema.columns if c.name == by.column), None) if schema is not None else None
+        if schema is None:
+            what = f"table {table} is not captured"
+        elif column is None:
+            what = f"table {table} has no column {by.column!r}"
+        elif not is_time(arrow_type(column)) or (declared := config.declared(table, by.column)):
+            kind = column.type_name if not is_time(arrow_type(column)) else f"declared as {declared}"
+            what = f"column {by.column!r} of table {table} is {kind}, no date, timestamp or timestamptz"
+        else:
+            continue
+        found.append(
+            Finding(
+                name="partition_by",
+                severity="warning" if schema is None else "error",
+                message=f"{what}, but partition_by names it" + ("" if schema is None else ": rows land without a date"),
+                fix=f'mend [source.{config.name}.table."{table}"] partition_by',
+                object=table,
+            )
+        )
     return found
 
 

@@ -167,7 +167,8 @@ class PeriodicAdmin:
             if not may_read[oid]:
                 findings.append(self._unreadable(connection, schema))
             findings += self._check_table(connection, schema)
-        return findings + check.declared_findings(config, schemas)
+        findings += check.declared_findings(config, schemas)
+        return findings + check.partition_findings(config, schemas)
 
     def _unreadable(self, connection: psycopg.Connection[Any], schema: TableSchema) -> Finding:
         table = schema.table

@@ -3,7 +3,7 @@
 Each area of the code has a lake of its own, on which the daemon is killed at some of the area's points, drawn anew for
 each run, one after the other, with a snapshot in progress each time. The oracle is at the end: `verify` finds every
 table equal, and every changelog holds each change exactly once by the count of Postgres' own test_decoding per table,
-operation and transaction.
+operation and transaction. One of the tables is partitioned by a time of its rows.
 `make test-slow` kills at every point, at several passes.
 """
 
@@ -68,6 +68,7 @@ class Scene:
             source={"chunk_rows": 150, "confirm_every_s": 0.3},
             top={"log_segment_bytes": "1MB"},
             lake={"compact_every_s": 0.3},
+            more='[source.shop.table."public.events"]\npartition_by = "at:day"',
         )
         assert self.daemon.ask("setup").code == 0
         self.witness = Witness(dsn, f"witness_{self.daemon.slot}")

@@ -34,7 +34,8 @@ create table wide_old (id int primary key, n int, big text);
 alter table wide_old alter big set storage external;
 alter table wide_old replica identity full;
 create table events (
-  id bigint generated always as identity primary key, at timestamptz default clock_timestamp(), text text);
+  id bigint generated always as identity primary key,
+  at timestamptz default clock_timestamp() - random() * interval '3 days', text text);
 create table bare (a int, b text);
 create table heap (a int, b text, big text);
 alter table heap alter big set storage external;
