@@ -11,9 +11,12 @@ from tests.support.daemon import ROOT, Daemon, execute
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
 TABLE = (
-    "create table orders (id int primary key, amount numeric(10,2), tags text[], at timestamptz)",
+    "create table orders (id int primary key, amount numeric(10,2), tags text[], created_at timestamptz)",
     "insert into orders select g, g / 4.0, array['a', null], now() from generate_series(1, 100) g",
 )
+
+
+BY_TIME = '[source.shop.table."public.orders"]\npartition_by = "created_at:day"'
 
 
 def run(snippet: str, **given: Any) -> dict[str, Any]:
@@ -24,19 +27,26 @@ def run(snippet: str, **given: Any) -> dict[str, Any]:
 
 def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, database: str) -> None:
     execute(database, *TABLE)
-    with Daemon(tmp_path, database) as daemon:
+    with Daemon(tmp_path, database, more=BY_TIME) as daemon:
         daemon.start().settled()
-        execute(database, "update orders set amount = 'NaN' where id = 7", "delete from orders where id = 8")
+        execute(
+            database,
+            "update orders set amount = 'NaN' where id = 7",
+            "delete from orders where id = 8",
+            "insert into orders values (101, 1, null, '2026-11-28 10:00+00'), (102, 1, null, '2026-11-28 08:00+00')",
+        )
         daemon.settled()
-        plain, by_duckdb, _ = SNIPPETS
+        plain, by_duckdb, _, by_time = SNIPPETS
         names = run(plain, LAKE=str(daemon.lake))
         rows = {row["id"]: row for row in names["orders"].to_pylist()}
-        assert sorted(rows) == [n for n in range(1, 101) if n != 8]
+        assert sorted(rows) == [n for n in range(1, 103) if n != 8]
         assert (rows[7]["amount"], dict(rows[7]["_raw"])) == (None, {"amount": "NaN"})
         assert rows[9]["tags"] == ["a", None]
         assert names["updates"].num_rows == 1
         counted = by_duckdb.replace("duckdb.sql(", "counted = duckdb.sql(")
-        assert run(counted, LAKE=str(daemon.lake))["counted"] == [(99,)]
+        assert run(counted, LAKE=str(daemon.lake))["counted"] == [(101,)]
+        asked = run(by_time.replace("duckdb.sql(", "asked = duckdb.sql("), LAKE=str(daemon.lake))["asked"]
+        assert asked.select("_date, id").filter("id > 100").fetchall() == [("2026-11-28", 101)]
 
 
 def test_the_snippets_of_the_documentation_read_a_bucket(tmp_path: Path, database: str) -> None:

@@ -1,7 +1,8 @@
 """What tests of crashes have in common: a workload's tables, their witness, and a daemon that dies at named points.
 
-The lake is a directory or a bucket, and one table in it is partitioned by a time of its rows. `check` is the oracle: `verify` finds every table equal, each changelog holds each
-change exactly once, and readers that know only Delta open what is there.
+The lake is a directory or a bucket, and one table in it is partitioned by a time of its rows. `check` is the oracle:
+`verify` finds every table equal, each changelog holds each change exactly once, and readers that know only Delta open
+what is there.
 """
 
 from __future__ import annotations
