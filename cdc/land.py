@@ -44,6 +44,10 @@ READ_BYTES = 8 << 20
 """Log bytes in one item: bounds memory, and how late a request to land is seen."""
 OPEN_BYTES = 8 << 20
 """From this size on an open transaction is written to objects before its Commit has arrived."""
+HELD_BYTES = 128 << 20
+"""Rows of all tables in memory, as Arrow, at which a landing is due whatever the size of its objects."""
+LOG_SHARE = 4
+"""A landing is due when it is this part of what the log may hold: capture needs the room."""
 NONE_OPEN = (-1, -1)
 
 
@@ -235,9 +239,18 @@ class Lander:
         """Seconds until what is open should be committed at the next cut; infinite if nothing is open."""
         if not self._dirty or self._first_at is None:
             return math.inf
-        if self._asked_to > self._settled_to or self._bytes >= self._land_bytes:
+        if self._asked_to > self._settled_to or self._is_full():
             return 0.0
         return max(0.0, self._first_at + self._land_every_s - time.monotonic())
+
+    def _is_full(self) -> bool:
+        """Whether objects have become big enough, or wait in too much memory or log."""
+        writers = self._writers.values()
+        return (
+            self._bytes * LOG_SHARE >= self._log.bytes_max
+            or sum(w.object_bytes for w in writers) >= self._land_bytes
+            or sum(w.held_bytes for w in writers) >= HELD_BYTES
+        )
 
     def changelog(self, table: TableId) -> ChangelogTable:
         """The changelog of a table, as landing sees it."""

@@ -75,7 +75,7 @@ class EventLog:
 
     def __init__(self, directory: Path, state: State, *, bytes_max: int, segment_bytes: int = 64 << 20) -> None:
         self._state = state
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
         self._files = SegmentFiles(directory, segment_bytes=segment_bytes)
         self._xids = XidIndex(state)
         self._lock = threading.RLock()
@@ -226,7 +226,7 @@ class EventLog:
 
     def _check_room(self, source: str, size: int) -> None:
         live = self._files.bytes
-        if not size or live + size <= self._bytes_max:
+        if not size or live + size <= self.bytes_max:
             return
         if self._held:
             # What is held can be read again; a log that is full of it could wait for whoever waits for the log.
@@ -239,7 +239,7 @@ class EventLog:
             sql = "select sum(bytes) from records where source = ? and offset >= ?"
             open_bytes = int(self._state.query(sql, (source, open_from))[0][0] or 0)
         message = (
-            f"the event log holds {_size(live)} of at most {_size(self._bytes_max)} and {_size(size)} more do not fit"
+            f"the event log holds {_size(live)} of at most {_size(self.bytes_max)} and {_size(size)} more do not fit"
         )
         if open_bytes > live // 2:
             raise LogFull(
@@ -488,7 +488,7 @@ class EventLog:
             found = self._state.query("select seq from sqlite_sequence where name = 'records'")
             self._next = int(found[0][0]) + 1 if found else 1
         with self._lock:
-            return LogStats(self._files.bytes, self._bytes_max, len(self._files.sizes), self._next - 1)
+            return LogStats(self._files.bytes, self.bytes_max, len(self._files.sizes), self._next - 1)
 
     def close(self) -> None:
         """Wake who waits, and close the files; what was appended stays. Idempotent."""

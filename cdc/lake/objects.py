@@ -92,6 +92,11 @@ class OpenObject:
         """Size so far without what is still in memory."""
         return 0 if self._file is None else self._file.tell()
 
+    @property
+    def held_bytes(self) -> int:
+        """What is in memory, as Arrow."""
+        return self._pending_bytes
+
     def add(self, batch: Batch) -> None:
         """Append rows of the object's schema version; they are encoded when a row group is full."""
         lsn = batch.system("_lsn")

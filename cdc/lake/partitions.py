@@ -118,7 +118,12 @@ class EventRows:
         self._gathered: list[Batch] = []
         self._gathered_bytes = 0
         self.bytes = 0
-        """What has been added."""
+        """What has been added, as Arrow."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What of it is in memory."""
+        return self._gathered_bytes
 
     def add(self, batch: Batch) -> None:
         """Take rows, in order."""
