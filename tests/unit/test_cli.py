@@ -337,6 +337,27 @@ def test_wait_exits_4_when_the_time_is_over_and_1_without_a_daemon(
     assert heard == [{"source": "shop", "lsn": 0x1_0000_2000, "tables": ["public.orders"]}]
 
 
+def test_landing_on_order_exits_by_what_became_of_it(
+    config: Config, state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(args: dict[str, Any]) -> control.Answer:
+        raise SourceRefused("the slot is gone", hint="see status")
+
+    words = ["lake", "land", "now", "--timeout", "0.3"]
+    code, document, _ = run(capsys, config, *words)
+    assert (code, document["error"]["kind"]) == (1, "NotRunning")
+    answers: list[tuple[int, str | None, control.Handler]] = [
+        (0, "1/2000", lambda args: {"landed_lsn": 0x1_0000_2000}),
+        (4, None, lambda args: lambda: None),
+        (1, None, refuse),
+    ]
+    for wanted, lsn, handler in answers:
+        with Serving(state, {"land": handler}):
+            code, document, _ = run(capsys, config, *words)
+        (told,) = document["sources"]
+        assert (code, told["source"], told["landed_lsn"], not told["error"]) == (wanted, "shop", lsn, wanted == 0)
+
+
 def test_wait_does_not_claim_what_a_stopped_table_lacks(
     config: Config, state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:

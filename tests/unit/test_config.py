@@ -245,6 +245,12 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
             {"source__shop__table": {"public.users": {"on_schema_change": "thaw"}}},
             'source.shop.table."public.users".on_schema_change: "thaw" is none of',
         ),
+        (
+            {"source__shop__table": {"public.users": {"partition_by": "created_at:week"}}},
+            'source.shop.table."public.users".partition_by: write "COLUMN:UNIT", where the unit is hour, day, month',
+        ),
+        ({"source__shop__table": {"public.users": {"partition_by": ":day"}}}, 'write "COLUMN:UNIT"'),
+        ({"source__shop__table": {"public.users": {"partition_by": 1}}}, "a text is expected"),
         ({"alerts__webhook": "hooks.internal"}, "alerts.webhook: write a URL"),
         ({"verify__every": 5}, "verify.every: unknown key; did you mean every_s?"),
         ({"verify__sample_percent": 101}, "verify.sample_percent: is a percentage"),
