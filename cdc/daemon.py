@@ -26,6 +26,7 @@ from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, SourceRefused, TimedOut
+from cdc.ladder import operator_error
 from cdc.land import Lander
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
@@ -327,7 +328,9 @@ class Daemon:
         asked: list[tuple[Lander, Callable[[], bool]]] = []
 
         def landed() -> dict[str, Any] | None:
-            error = pipeline.operator_error()
+            # What is logged lands also while the stream stands still.
+            landing = [w for w in pipeline.workers if w.name.startswith("land:")]
+            error = operator_error(landing) if pipeline.prepared else pipeline.operator_error()
             if error is not None:
                 raise error
             if not pipeline.prepared:

@@ -27,7 +27,7 @@ ESCAPE: Final = "@"
 ESCAPED_MAX: Final = 120
 """Twice this, and a dot, fits into the name of a directory; so does twice the dense form of 63 bytes."""
 DATE: Final = "_date"
-"""Partition column of a changelog: the commit date in UTC, as text."""
+"""Partition column of a changelog, as text in UTC: the commit date, or a time of the row (cdc.lake.partitions)."""
 
 LAKE_SYSTEM: Final = (*SYSTEM, DATE)
 """Every system column that a lake table may have, by its name without a collision."""
