@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 from tests.support.buckets import CREDENTIALS, new_bucket, s3_endpoint
-from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.daemon import Daemon, execute
+from tests.support.snippets import SNIPPETS, run_snippet
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
 TABLE = (
     "create table orders (id int primary key, amount numeric(10,2), tags text[], created_at timestamptz)",
     "insert into orders select g, g / 4.0, array['a', null], now() from generate_series(1, 100) g",
 )
-
-
 BY_TIME = '[source.shop.table."public.orders"]\npartition_by = "created_at:day"'
-
-
-def run(snippet: str, **given: Any) -> dict[str, Any]:
-    names = dict(given)
-    exec(compile(snippet, "docs/reading.md", "exec"), names)
-    return names
 
 
 def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, database: str) -> None:
@@ -37,15 +27,16 @@ def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, data
         )
         daemon.settled()
         plain, by_duckdb, _, by_time = SNIPPETS
-        names = run(plain, LAKE=str(daemon.lake))
+        names = run_snippet(plain, LAKE=str(daemon.lake))
         rows = {row["id"]: row for row in names["orders"].to_pylist()}
         assert sorted(rows) == [n for n in range(1, 103) if n != 8]
         assert (rows[7]["amount"], dict(rows[7]["_raw"])) == (None, {"amount": "NaN"})
         assert rows[9]["tags"] == ["a", None]
         assert names["updates"].num_rows == 1
         counted = by_duckdb.replace("duckdb.sql(", "counted = duckdb.sql(")
-        assert run(counted, LAKE=str(daemon.lake))["counted"] == [(101,)]
-        asked = run(by_time.replace("duckdb.sql(", "asked = duckdb.sql("), LAKE=str(daemon.lake))["asked"]
+        assert run_snippet(counted, LAKE=str(daemon.lake))["counted"] == [(101,)]
+        asking = by_time.replace("duckdb.sql(", "asked = duckdb.sql(")
+        asked = run_snippet(asking, LAKE=str(daemon.lake))["asked"]
         assert asked.select("_date, id").filter("id > 100").fetchall() == [("2026-11-28", 101)]
 
 
@@ -55,4 +46,4 @@ def test_the_snippets_of_the_documentation_read_a_bucket(tmp_path: Path, databas
     with Daemon(tmp_path, database, lake={"url": url, "endpoint_url": endpoint}) as daemon:
         daemon.start().settled()
         key, secret = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
-        assert run(SNIPPETS[2], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"].num_rows == 100
+        assert run_snippet(SNIPPETS[2], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"].num_rows == 100

@@ -157,8 +157,17 @@ def test_every_option_of_a_verb_stands_in_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["dance"], [], ["resync"], ["wait", "--lsn", "zero"], ["wait", "--timeout", "-1"], ["query"], ["status", "extra"]]
-    + [["lake", "land"], ["lake", "land", "later"]],
+    [
+        ["dance"],
+        [],
+        ["resync"],
+        ["wait", "--lsn", "zero"],
+        ["wait", "--timeout", "-1"],
+        ["query"],
+        ["status", "extra"],
+        ["lake", "land"],
+        ["lake", "land", "later"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_2_and_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
