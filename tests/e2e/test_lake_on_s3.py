@@ -16,7 +16,7 @@ import pytest
 from deltalake import DeltaTable
 
 from connectors.s3.store import S3Store
-from tests.support.buckets import copy_of, new_bucket, s3_endpoint
+from tests.support.buckets import copy_of, endpoint_of, new_bucket
 from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
 from tests.support.witness import Witness, assert_exactly_once
@@ -40,9 +40,9 @@ POINTS = (
 class Scene:
     """The workload's tables, their witness, and a daemon whose lake is a bucket."""
 
-    def __init__(self, directory: Path, dsn: str) -> None:
+    def __init__(self, directory: Path, dsn: str, s3_server: str = "moto") -> None:
         execute(dsn, *SCHEMA.split(";\n"))
-        self.url, self.endpoint = f"s3://{new_bucket()}/some/lake", s3_endpoint()
+        self.url, self.endpoint = f"s3://{new_bucket(s3_server)}/some/lake", endpoint_of(s3_server)
         self.store = S3Store.from_url(self.url, {"endpoint_url": self.endpoint})
         self.daemon = Daemon(
             directory,
@@ -68,8 +68,11 @@ class Scene:
         assert [[DeltaTable(location, storage_options=options).to_pyarrow_table().num_rows]] == counted
 
 
-def test_a_lake_in_a_bucket_survives_kills_and_a_lost_disk(tmp_path: Path, database: str, rng: random.Random) -> None:
-    scene = Scene(tmp_path, database)
+@pytest.mark.parametrize("s3_server", ["moto", pytest.param("ceph", marks=pytest.mark.stores)])
+def test_a_lake_in_a_bucket_survives_kills_and_a_lost_disk(
+    s3_server: str, tmp_path: Path, database: str, rng: random.Random
+) -> None:
+    scene = Scene(tmp_path, database, s3_server)
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30), pause_s=0.05) as workload:
         first, second = rng.sample(POINTS, 2)
         scene.kill_at(first, disk_lost=False)
