@@ -31,7 +31,7 @@ from tests.support.waiting import wait_until
 STORES: dict[str, Callable[[Path], ObjectStore]] = {
     "local": lambda root: LocalStore(root),
     "s3": lambda root: S3Store(new_bucket(), "some/where", {"endpoint_url": s3_endpoint()}),
-    "ceph": lambda root: S3Store(new_bucket("ceph"), "some/where", {"endpoint_url": endpoint_of("ceph")}),
+    "ceph": lambda root: S3Store(new_bucket(endpoint_of("ceph")), "some/where", {"endpoint_url": endpoint_of("ceph")}),
 }
 REAL = {"ceph"}
 """Servers that `make test-stores` needs, and that not every machine has."""

@@ -41,10 +41,10 @@ def endpoint_of(server: str) -> str:
     return ceph_endpoint(CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
 
 
-def new_bucket(server: str = "moto") -> str:
-    """The name of an empty bucket there."""
+def new_bucket(endpoint: str = "") -> str:
+    """The name of an empty bucket at a server (moto's, if none is given)."""
     name = f"lake-{os.getpid()}-{next(_NUMBERS)}"
-    boto3.client("s3", endpoint_url=endpoint_of(server)).create_bucket(Bucket=name)
+    boto3.client("s3", endpoint_url=endpoint or s3_endpoint()).create_bucket(Bucket=name)
     return name
 
 
