@@ -16,10 +16,10 @@ import psycopg
 import pytest
 
 from cdc.lake.layout import lease_key
-from tests.support.bucket_scene import BucketScene
 from tests.support.buckets import s3_endpoint
 from tests.support.daemon import SOURCE, Daemon, execute
 from tests.support.postgres import create_database, private_server
+from tests.support.scene import Scene
 from tests.support.store_proxy import StoreProxy
 from tests.support.waiting import wait_until
 from tests.support.workload import Workload
@@ -35,52 +35,52 @@ def proxy(rng: random.Random) -> Iterator[StoreProxy]:
         yield proxy
 
 
-def fence(scene: BucketScene) -> int:
+def fence(scene: Scene) -> int:
     return int(_lease(scene)["fence"])
 
 
-def run_out_since_s(scene: BucketScene) -> float:
+def run_out_since_s(scene: Scene) -> float:
     """For how long the lease has not been renewed, beyond its end; negative while it holds."""
     return time.time() - float(_lease(scene)["expires_at"])
 
 
-def _lease(scene: BucketScene) -> dict[str, float]:
+def _lease(scene: Scene) -> dict[str, float]:
     found = scene.store.get(lease_key(SOURCE))
     assert found is not None
     return dict(json.loads(found[0]))
 
 
-def storm(proxy: StoreProxy, scene: BucketScene) -> None:
+def storm(proxy: StoreProxy, scene: Scene) -> None:
     fault = proxy.fault("says", times=10**6, share=0.5)
     wait_until(lambda: fault.hits > 200, 300, "a storm of SlowDown")
 
 
-def resets(proxy: StoreProxy, scene: BucketScene) -> None:
+def resets(proxy: StoreProxy, scene: Scene) -> None:
     fault = proxy.fault("reset", "PUT", times=10**6, share=0.3)
     wait_until(lambda: fault.hits > 30, 300, "writes that break off")
 
 
-def lost_answers(proxy: StoreProxy, scene: BucketScene) -> None:
+def lost_answers(proxy: StoreProxy, scene: Scene) -> None:
     data = proxy.fault("lost", "PUT", r"\.parquet$", times=10**6, share=0.2)
     commits = proxy.fault("lost", "PUT", r"\d{20}\.json$", times=10**6, share=0.2)
     small = proxy.fault("lost", "PUT", r"/_cdc/", times=10**6, share=0.5)
     wait_until(lambda: min(data.hits, commits.hits) > 6 and small.hits > 8, 300, "writes without an answer")
 
 
-def skew(proxy: StoreProxy, scene: BucketScene) -> None:
+def skew(proxy: StoreProxy, scene: Scene) -> None:
     fault = proxy.fault("says", times=10**6, status=403, code="RequestTimeTooSkewed")
     wait_until(lambda: fault.hits > 30 and run_out_since_s(scene) > 0, 120, "a clock that is wrong for a while")
     wait_until(lambda: "RequestTimeTooSkewed" in scene.daemon.source()["error"], 60, scene.daemon.source)
 
 
-def silence(proxy: StoreProxy, scene: BucketScene) -> None:
+def silence(proxy: StoreProxy, scene: Scene) -> None:
     """Connections stay open and no byte comes; what was sent arrives when it is over, whoever still waits for it."""
     proxy.freeze()
     wait_until(lambda: run_out_since_s(scene) > 30 - TTL_S, 120, "half a minute of silence")
     proxy.thaw()
 
 
-def cuts(proxy: StoreProxy, scene: BucketScene) -> None:
+def cuts(proxy: StoreProxy, scene: Scene) -> None:
     for _ in range(20):
         seen = len(proxy.requests)
         wait_until(lambda seen=seen: len(proxy.requests) > seen + 5, 60, "some requests")
@@ -92,7 +92,7 @@ def test_what_passes_needs_nobody(
     fault: object, tmp_path: Path, database: str, rng: random.Random, proxy: StoreProxy
 ) -> None:
     assert callable(fault)
-    scene = BucketScene(tmp_path, database, s3_endpoint(), by_way_of=proxy.endpoint, lake={"lease_ttl_s": TTL_S})
+    scene = Scene(tmp_path, database, bucket=True, by_way_of=proxy.endpoint, lake={"lease_ttl_s": TTL_S})
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30), pause_s=0.05) as workload:
         pid = daemon.start().streaming().pid
         wait_until(lambda: workload.committed > 20, 60, "some transactions")
@@ -101,7 +101,7 @@ def test_what_passes_needs_nobody(
         at = workload.committed
         wait_until(lambda: workload.committed > at + 20, 60, "some transactions after it")
         workload.stop()
-        scene.check(tmp_path / "copy")
+        assert scene.check() > 50
         assert (daemon.alive, daemon.pid, fence(scene)) == (True, pid, 1)
         assert daemon.source()["error"] == ""
         wait_until(lambda: run_out_since_s(scene) < 0, 30, "the lease to be held")
@@ -128,8 +128,8 @@ def test_an_outage_of_many_leases_under_load(
     WAL, which is told, and not bridged: a lake that is away cannot be told that the log alone has it."""
     with private_server(tmp_path / "server", max_slot_wal_keep_size="1GB") as server:
         dsn = create_database(server, "busy")
-        scene = BucketScene(
-            tmp_path, dsn, s3_endpoint(), by_way_of=proxy.endpoint, lake={"lease_ttl_s": TTL_S},
+        scene = Scene(
+            tmp_path, dsn, bucket=True, by_way_of=proxy.endpoint, lake={"lease_ttl_s": TTL_S},
             source={"confirm_after": confirm_after, "heartbeat_every_s": 0.2, "wal_warn_at": ["48MB"],
                     "wal_confirm_at": ["64MB"], "wal_pause_at": ["96MB"]},
         )  # fmt: skip
@@ -160,7 +160,7 @@ def test_an_outage_of_many_leases_under_load(
                 assert retained(daemon) > 96 << 20
             proxy.refuse(False)
             workload.stop()
-            scene.check(tmp_path / "copy")
+            assert scene.check() > 50
             wait_until(is_flat, 60, told)
             wait_until(lambda: daemon.source()["guard"]["stage"] is None, 60, told)
             assert (daemon.alive, daemon.pid, fence(scene)) == (True, pid, 1)
