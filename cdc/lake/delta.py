@@ -46,6 +46,7 @@ FORMAT: Final = 1
 _FORMAT_KEY = "cdc.format"
 _ATTEMPTS = 8
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_=./-]+")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
 
 
@@ -145,8 +146,7 @@ class DeltaLog:
                 return self._commits.token(app_id, version)
             except LookupError:
                 table = self._at(version)
-        value = table.transaction_version(app_id)
-        return None if value is None else int(value)
+        return self._token_at(table, app_id)
 
     def tokens(self) -> dict[str, int]:
         """All tokens of the version that has been read; where another thread's checkpoint is newer, of that one, which
@@ -346,6 +346,12 @@ class DeltaLog:
         except OSError as e:
             raise StoreUnavailable(f"{self.prefix}: version {version} cannot be read: {type(e).__name__}") from e
 
+    def _token_at(self, table: DeltaTable, app_id: str) -> int | None:
+        # It reads the log anew.
+        with _translated(self.prefix):
+            value = table.transaction_version(app_id)
+        return None if value is None else int(value)
+
     def _check_format(self, table: DeltaTable) -> None:
         text = table.metadata().configuration.get(_FORMAT_KEY)
         if text is None:
@@ -387,11 +393,11 @@ class DeltaLog:
     ) -> None:
         """Whether a commit may stand upon the version of `table`."""
         for app_id, value in expect.items():
-            found = table.transaction_version(app_id)
+            found = self._token_at(table, app_id)
             if found != value:
                 raise StoreConflict(f"{self.prefix}: token {app_id} is {found}, the commit was built upon {value}")
         for app_id, value in tokens.items():
-            found = table.transaction_version(app_id)
+            found = self._token_at(table, app_id)
             if found is not None and found > value:
                 raise InvariantBroken(f"{self.prefix}: token {app_id} would go back from {found} to {value}")
         if removes and not set(removes) <= {f.path for f in self.files()}:
@@ -480,6 +486,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _brief(error: BaseException) -> str:
-    """First line of a library's error: it names objects and causes, never rows."""
+    """First line of a library's error, and the store's code if it has one: they name objects and causes, never rows."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    code = _CODE.search(str(error))
+    return f"{type(error).__name__}: {lines[0][:200]}" + (f" ({code[1]})" if code else "")

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from cdc.errors import FormatTooNew, LeaseLost, StoreConflict
 from cdc.fingerprint import Fingerprint
+from cdc.lake.document import Document
 from cdc.lake.layout import fingerprints_key
 from cdc.ports import ObjectStore
 from cdc.table import TableId
@@ -23,25 +24,24 @@ class Fingerprints:
     """Fingerprints of one source. Not thread-safe."""
 
     def __init__(self, store: ObjectStore, source: str) -> None:
-        self._store = store
         self._source = source
         self._key = fingerprints_key(source)
-        self._etag: str | None = None
+        self._document = Document(store, self._key)
         self._known: dict[TableId, Fingerprint] = {}
         self._server = ""
 
     def load(self) -> tuple[str, dict[TableId, Fingerprint]]:
         """System identifier of the server that was looked at, and what was saved; ("", {}) if nothing was."""
-        found = self._store.get(self._key)
-        self._known, self._server, self._etag = {}, "", None
+        found = self._document.read()
+        self._known, self._server = {}, ""
         if found is not None:
-            data: dict[str, Any] = json.loads(found[0])
+            data: dict[str, Any] = json.loads(found)
             if int(data.get("format", 0)) > FORMAT:
                 raise FormatTooNew(f"{self._key} has format {data['format']}, this release knows {FORMAT}",
                                    hint="upgrade cdc")  # fmt: skip
             prints = [Fingerprint.from_json(t).kept() for t in data["tables"]]
             self._known = {p.schema.table: p for p in prints}
-            self._server, self._etag = data["server"], found[1]
+            self._server = data["server"]
         return self._server, dict(self._known)
 
     def save(self, server: str, prints: Mapping[TableId, Fingerprint]) -> None:
@@ -52,11 +52,7 @@ class Fingerprints:
         tables = [wanted[table].to_json() for table in sorted(wanted)]
         data = json.dumps({"format": FORMAT, "server": server, "tables": tables}, separators=(",", ":")).encode()
         try:
-            self._etag = self._store.put(self._key, data, if_absent=self._etag is None, if_match=self._etag)
+            self._document.write(data)
         except StoreConflict as e:
-            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
-            found = self._store.get(self._key)
-            if found is None or found[0] != data:
-                raise LeaseLost(f"source {self._source}: another daemon wrote {self._key}", hint="run only one") from e
-            self._etag = found[1]
+            raise LeaseLost(f"source {self._source}: another daemon wrote {self._key}", hint="run only one") from e
         self._known, self._server = wanted, server

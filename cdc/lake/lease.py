@@ -147,7 +147,7 @@ class Lease:
         try:
             new = self._store.put(self._key, document, if_absent=etag is None, if_match=etag)
         except StoreConflict:
-            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
+            # It may be ours, of whose answer we never heard.
             found = self._store.get(self._key)
             if found is None or json.loads(found[0])["id"] != self._id:
                 self._etag, self._deadline, self._renew_at = None, 0.0, math.inf
@@ -155,6 +155,9 @@ class Lease:
                     f"source {self._source}: another daemon has taken over this lake", hint="run only one"
                 ) from None
             new = found[1]
+            if found[0] != document:
+                # The renewal before this one: what others see of it ends sooner than what we would count on.
+                new = self._store.put(self._key, document, if_match=new)
         self._etag, self._deadline, self._renew_at = new, began + self._ttl_s, began + self._ttl_s / 3
 
     def _is_over(self, document: dict[str, Any], etag: str) -> bool:

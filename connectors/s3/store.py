@@ -1,13 +1,15 @@
 """An object store in a bucket of S3, or of a server that speaks its protocol.
 
 Guarantees: an object appears whole or not at all, and is durable when `put` returns, as the protocol promises. A
-conditional write is decided by the server (If-None-Match, If-Match). Each write carries a token of its own in the
+conditional write is decided by the server (If-None-Match, If-Match), and is one request however big it is: there are
+servers that ignore the condition at the end of an upload in parts. Each write carries a token of its own in the
 object's metadata, so a write whose answer was lost, and whose repetition the server then refuses, is recognised as
 ours. What a repetition may mend (throttling, 5xx, time-outs, cut connections) is repeated here a few times, then told
 as StoreUnavailable; what it cannot mend is told at once, with what to look at.
 
-Big objects go up in parts, one at a time: memory is bounded by a part. An upload that fails is aborted; what a crash
-leaves is for the bucket's lifecycle rule (AbortIncompleteMultipartUpload). Credentials come by boto3's usual chain.
+Other big objects go up in parts, one at a time: memory is bounded by a part. An upload that fails is aborted; what a
+crash leaves is for the bucket's lifecycle rule (AbortIncompleteMultipartUpload). Credentials come by boto3's usual
+chain.
 
 It creates no bucket, sets no policies, and does not probe whether the server keeps its promises (cdc.lake.probe).
 """
@@ -82,6 +84,8 @@ class S3Store:
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._session = boto3.session.Session(region_name=options.get("region"))
         self._storage_class = options.get("storage_class", "")
+        self._bare_etags = False
+        """Whether the server compares etags without their quotation marks."""
         self._encryption = {
             argument: options[name]
             for name, argument in (("sse", "ServerSideEncryption"), ("sse_kms_key_id", "SSEKMSKeyId"))
@@ -120,7 +124,6 @@ class S3Store:
 
     def put(self, key: str, data: Any, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write bytes (anything with the buffer protocol), return the etag; see ports.ObjectStore."""
-        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
         where = {"Bucket": self._bucket, "Key": self._name(key)}
         token = uuid.uuid4().hex
         about: dict[str, Any] = {"Metadata": {_TOKEN: token}, **self._encryption}
@@ -128,10 +131,12 @@ class S3Store:
             about["StorageClass"] = self._storage_class
         view = memoryview(data).cast("B")
         try:
-            if len(view) > PART_BYTES:
-                return self._put_parts(key, view, where, about, condition)
-            write = partial(self._client.put_object, **where, **about, Body=bytes(view), **condition)
-            return self._finish(key, write, token)
+            if len(view) > PART_BYTES and not if_absent and if_match is None:
+                return self._put_parts(key, view, where, about)
+            write = partial(self._client.put_object, **where, **about, Body=bytes(view))
+            if if_match is not None:
+                return self._replace(key, write, token, if_match)
+            return self._finish(key, partial(write, IfNoneMatch="*") if if_absent else write, token)
         finally:
             view.release()
 
@@ -223,9 +228,7 @@ class S3Store:
             raise InvariantBroken(f"not an object's key: {key!r}")
         return self._root + key
 
-    def _put_parts(
-        self, key: str, view: memoryview, where: dict[str, str], about: Mapping[str, Any], condition: Mapping[str, str]
-    ) -> str:
+    def _put_parts(self, key: str, view: memoryview, where: dict[str, str], about: Mapping[str, Any]) -> str:
         upload = self._call(key, partial(self._client.create_multipart_upload, **where, **about))
         where["UploadId"] = upload["UploadId"]
         size = max(PART_BYTES, -(-len(view) // _PARTS_MAX))
@@ -235,9 +238,7 @@ class S3Store:
                 body = bytes(view[start : start + size])
                 done = self._call(key, partial(self._client.upload_part, **where, PartNumber=number, Body=body))
                 parts.append({"PartNumber": number, "ETag": done["ETag"]})
-            write = partial(
-                self._client.complete_multipart_upload, **where, MultipartUpload={"Parts": parts}, **condition
-            )
+            write = partial(self._client.complete_multipart_upload, **where, MultipartUpload={"Parts": parts})
             return self._finish(key, write, about["Metadata"][_TOKEN])
         except CdcError:
             # If that fails too, it is for the bucket's lifecycle rule; what failed before is what counts.
@@ -245,15 +246,37 @@ class S3Store:
                 self._client.abort_multipart_upload(**where)
             raise
 
+    def _replace(self, key: str, write: Callable[..., Any], token: str, etag: str) -> str:
+        """Carry out a write over the version that the etag names."""
+        bare = etag.strip('"')
+        try:
+            return self._finish(key, partial(write, IfMatch=bare if self._bare_etags else etag), token)
+        except StoreConflict:
+            found = None if self._bare_etags else self._head(key)
+            if found is None or found["ETag"] != etag or bare == etag:
+                raise
+        # It refused the very version that it has: Ceph compares etags without their quotation marks.
+        done = self._finish(key, partial(write, IfMatch=bare), token)
+        self._bare_etags = True
+        return done
+
     def _finish(self, key: str, write: Callable[[], Any], token: str) -> str:
         """Carry out a write; also one whose answer was lost, and that is refused or unknown when it is repeated."""
-        try:
-            return str(self._call(key, write)["ETag"])
-        except (StoreConflict, _Missing):
-            found = self._or_none(key, partial(self._client.head_object, Bucket=self._bucket, Key=self._name(key)))
-            if found is not None and found.get("Metadata", {}).get(_TOKEN) == token:
-                return str(found["ETag"])
-            raise StoreConflict(f"{key} was written, changed or removed by another writer") from None
+        # Ceph's answer to the end of an upload in parts has no etag.
+        with suppress(StoreConflict, _Missing):
+            etag = self._call(key, write).get("ETag")
+            if etag:
+                return str(etag)
+        found = self._head(key)
+        if found is not None and found.get("Metadata", {}).get(_TOKEN) == token:
+            return str(found["ETag"])
+        raise StoreConflict(f"{key} was written, changed or removed by another writer")
+
+    def _head(self, key: str) -> Mapping[str, Any] | None:
+        head: Callable[[], Mapping[str, Any]] = partial(
+            self._client.head_object, Bucket=self._bucket, Key=self._name(key)
+        )
+        return self._or_none(key, head)
 
     def _or_none(self, key: str, read: Callable[[], T]) -> T | None:
         try:

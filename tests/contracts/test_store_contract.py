@@ -21,20 +21,26 @@ from pathlib import Path
 import pytest
 
 from cdc.errors import ConfigError, InvariantBroken, StoreConflict, StoreUnavailable
+from cdc.lake.probe import broken_promises
 from cdc.ports import ObjectStore
 from connectors.local.store import LocalStore
 from connectors.s3.store import S3Store
-from tests.support.buckets import new_bucket, s3_endpoint
+from tests.support.buckets import endpoint_of, new_bucket, s3_endpoint
 from tests.support.waiting import wait_until
 
 STORES: dict[str, Callable[[Path], ObjectStore]] = {
     "local": lambda root: LocalStore(root),
     "s3": lambda root: S3Store(new_bucket(), "some/where", {"endpoint_url": s3_endpoint()}),
+    "ceph": lambda root: S3Store(new_bucket(endpoint_of("ceph")), "some/where", {"endpoint_url": endpoint_of("ceph")}),
 }
+REAL = {"ceph"}
+"""Servers that `make test-stores` needs, and that not every machine has."""
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=sorted(STORES))
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.stores] if name in REAL else []) for name in sorted(STORES)]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return STORES[request.param](tmp_path / "lake")
 
@@ -168,6 +174,25 @@ def test_of_many_that_create_an_object_at_once_one_wins(store: ObjectStore) -> N
     found = store.get("k")
     assert found is not None
     assert won == [int(found[0])]
+
+
+def test_objects_bigger_than_one_request_are_written_whole(store: ObjectStore) -> None:
+    data = os.urandom(1 << 20) * 17
+    assert store.get("k") is None
+    etag = store.put("k", data)
+    assert etag
+    assert store.get("k") == (data, etag)
+    with pytest.raises(StoreConflict):
+        store.put("k", data[::-1], if_absent=True)
+    newer = store.put("k", data[::-1], if_match=etag)
+    with pytest.raises(StoreConflict):
+        store.put("k", data, if_match=etag)
+    assert store.get("k") == (data[::-1], newer)
+
+
+def test_it_may_hold_a_lake(store: ObjectStore) -> None:
+    assert broken_promises(store) == []
+    assert list(store.list("")) == []
 
 
 # ---- what only a local directory can do ----

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.buckets import endpoint_of
 from tests.support.scene import Scene
 from tests.support.waiting import wait_until
 from tests.support.workload import Workload
@@ -40,8 +41,11 @@ UPKEEP = {"lease_ttl_s": 5, "compact_every_s": 2, "vacuum_after_s": 0, "object_b
 PAUSE_S = 0.05
 
 
-def test_a_lake_in_a_bucket_survives_kills_and_a_lost_disk(tmp_path: Path, database: str, rng: random.Random) -> None:
-    scene = Scene(tmp_path, database, bucket=True)
+@pytest.mark.parametrize("s3_server", ["moto", pytest.param("ceph", marks=pytest.mark.stores)])
+def test_a_lake_in_a_bucket_survives_kills_and_a_lost_disk(
+    s3_server: str, tmp_path: Path, database: str, rng: random.Random
+) -> None:
+    scene = Scene(tmp_path, database, bucket=True, endpoint=endpoint_of(s3_server))
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30), pause_s=PAUSE_S) as workload:
         first, second = rng.sample([p for p in POINTS if p.startswith(("land", "merge"))], 2)
         scene.kill_at(first)

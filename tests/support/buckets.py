@@ -1,4 +1,4 @@
-"""Buckets of an S3 server of our own, in a process beside the tests, on the loopback interface."""
+"""Buckets of S3 servers of our own, in processes beside the tests, on the loopback interface: moto, and a real Ceph."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import boto3
 
 from connectors.s3.store import S3Store
+from tests.support.ceph import ceph_endpoint
 
 _NUMBERS = itertools.count()
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -32,10 +33,18 @@ def s3_endpoint() -> str:
     return f"http://127.0.0.1:{int(server.stdout.readline())}"
 
 
-def new_bucket() -> str:
-    """The name of an empty bucket there."""
+def endpoint_of(server: str) -> str:
+    """The URL of `moto` or `ceph`, started at the first call. One pair of credentials is good for both."""
+    if server == "moto":
+        return s3_endpoint()
+    os.environ.update(CREDENTIALS)
+    return ceph_endpoint(CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
+
+
+def new_bucket(endpoint: str = "") -> str:
+    """The name of an empty bucket at a server (moto's, if none is given)."""
     name = f"lake-{os.getpid()}-{next(_NUMBERS)}"
-    boto3.client("s3", endpoint_url=s3_endpoint()).create_bucket(Bucket=name)
+    boto3.client("s3", endpoint_url=endpoint or s3_endpoint()).create_bucket(Bucket=name)
     return name
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy between the daemon and its server: connections can be cut, frozen and refused from a test.
+"""A TCP proxy between the daemon and a server: connections can be cut, frozen and refused from a test.
 
 It runs an asyncio loop in a thread of its own. Frozen means that no byte passes in either direction while both sides
 keep their connection, as with a network that drops packets: also if one of them dies meanwhile.
@@ -14,11 +14,11 @@ from typing import Self
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
-class Proxy:
-    """Forwards to the server of a DSN while the block runs; `dsn` leads through it."""
+class Wire:
+    """Forwards to a server while the block runs."""
 
-    def __init__(self, dsn: str) -> None:
-        self._target = conninfo_to_dict(dsn)
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -30,10 +30,10 @@ class Proxy:
         """Connections taken so far."""
 
     @property
-    def dsn(self) -> str:
+    def port(self) -> int:
+        """Where it listens, on 127.0.0.1."""
         assert self._server is not None, "not started"
-        port = self._server.sockets[0].getsockname()[1]
-        return make_conninfo("", **{**self._target, "host": "127.0.0.1", "port": port})
+        return int(self._server.sockets[0].getsockname()[1])
 
     def cut(self) -> None:
         """Reset every connection; new ones are taken."""
@@ -95,9 +95,8 @@ class Proxy:
         if self._refusing:
             writer.transport.abort()
             return
-        host, port = str(self._target["host"]), int(str(self._target["port"]))
         try:
-            server_reader, server_writer = await asyncio.open_connection(host, port)
+            server_reader, server_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()
             return
@@ -120,3 +119,15 @@ class Proxy:
             # The news that the other side is gone does not pass either.
             await self._open_gate.wait()
             writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+
+class Proxy(Wire):
+    """Forwards to the server of a DSN; `dsn` leads through it."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = conninfo_to_dict(dsn)
+        super().__init__(str(self._dsn["host"]), int(str(self._dsn["port"])))
+
+    @property
+    def dsn(self) -> str:
+        return make_conninfo("", **{**self._dsn, "host": "127.0.0.1", "port": self.port})

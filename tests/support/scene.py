@@ -29,15 +29,26 @@ class Scene:
     """The daemon has small chunks and small segments, and looks after its lake all the time."""
 
     def __init__(
-        self, directory: Path, dsn: str, *, bucket: bool = False, lake: Mapping[str, Any] | None = None
+        self,
+        directory: Path,
+        dsn: str,
+        *,
+        bucket: bool = False,
+        endpoint: str = "",
+        by_way_of: str = "",
+        source: Mapping[str, Any] | None = None,
+        lake: Mapping[str, Any] | None = None,
     ) -> None:
+        """`endpoint`: the bucket's server, if it is another one than moto; `by_way_of`: its URL as the daemon has it,
+        if that is another one (a proxy's)."""
         execute(dsn, *SCHEMA.split(";\n"))
         self.dsn = dsn
         keys: dict[str, Any] = {"compact_every_s": 0.3}
         self.store: ObjectStore
         if bucket:
-            url, endpoint = f"s3://{new_bucket()}/some/lake", s3_endpoint()
-            keys |= {"url": url, "endpoint_url": endpoint}
+            endpoint = endpoint or s3_endpoint()
+            url = f"s3://{new_bucket(endpoint)}/some/lake"
+            keys |= {"url": url, "endpoint_url": by_way_of or endpoint}
             self.store = S3Store.from_url(url, {"endpoint_url": endpoint})
         else:
             (directory / "lake").mkdir(parents=True)
@@ -45,7 +56,7 @@ class Scene:
         self.daemon = Daemon(
             directory,
             dsn,
-            source={"chunk_rows": 150, "confirm_every_s": 0.3},
+            source={"chunk_rows": 150, "confirm_every_s": 0.3, **(source or {})},
             top={"log_segment_bytes": "1MB"},
             lake={**keys, **(lake or {})},
             more='[source.shop.table."public.events"]\npartition_by = "at:day"',

@@ -10,7 +10,7 @@ import pytest
 from cdc.batch import Boundary
 from cdc.capture import ConfirmGate
 from cdc.config import SourceConfig
-from cdc.errors import SourceRefused, StoreUnavailable
+from cdc.errors import LeaseExpired, SourceRefused, StoreUnavailable
 from cdc.guard import BACK_S, Guard, Heartbeat, WalFacts, decide, facts_of, guard_fact, rules_of
 from cdc.ports import Finding, SourceStatus
 from cdc.state import State
@@ -213,13 +213,19 @@ class Server:
 class Watched:
     def __init__(self, path: Path, **config: object) -> None:
         self.server, self.bridged, self.let_go = Server(), [False], list[str]()
+        self.away: Exception | None = None
         self.reached = {"logged": GB, "landed": GB}
         self.state = State(path / "state.db")
         source = replace(SourceConfig(name="shop"), **config)  # type: ignore[arg-type]
         self.guard = Guard(
             source, self.server, self.state,
-            reached=lambda: self.reached, bridge=self.bridged.append, let_go=self.let_go.append, streaming=lambda: True,
+            reached=lambda: self.reached, bridge=self._bridge, let_go=self.let_go.append, streaming=lambda: True,
         )  # fmt: skip
+
+    def _bridge(self, on: bool) -> None:
+        if self.away is not None:
+            raise self.away
+        self.bridged.append(on)
 
     def look(self, head_gb: float = 1, retained_gb: float = 0) -> str | None:
         self.server.now = replace(self.server.now, head_lsn=int(head_gb * GB), retained_bytes=int(retained_gb * GB))
@@ -246,6 +252,20 @@ def test_the_guard_acts_and_tells_once_per_change(tmp_path: Path, caplog: pytest
     assert watched.look(9.5, 0.1) is None
     assert (watched.bridged, watched.guard.pauses_snapshots) == ([False, True, False], False)
     assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING", "WARNING", "INFO"]
+
+
+@pytest.mark.parametrize("away", [StoreUnavailable("away"), LeaseExpired("ran out")])
+def test_a_lake_that_is_away_is_not_bridged_and_the_other_stages_hold_all_the_same(
+    tmp_path: Path, away: Exception
+) -> None:
+    watched = Watched(tmp_path)
+    watched.away = away
+    assert watched.look(8.5, 7.5) == "warn"
+    assert watched.look(9.5, 8.5) == "pause"
+    assert watched.bridged == [False]
+    watched.away = None
+    watched.look(9.5, 8.5)
+    assert watched.bridged == [False, True]
 
 
 def test_the_slot_is_let_go_only_where_an_operator_wants_it_and_once(tmp_path: Path) -> None:

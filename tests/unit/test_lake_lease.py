@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, Verdict
+from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, StoreUnavailable, Verdict
 from cdc.lake.layout import lease_key
 from cdc.lake.lease import Lease
 from connectors.local.store import LocalStore
@@ -164,6 +165,25 @@ def test_a_holder_that_renews_is_not_succeeded_however_long_one_watches(store: L
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_renewal_without_an_answer_is_renewed_and_what_others_see_holds_as_long_as_ours(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, put = taken(store, "a"), LocalStore.put
+
+    def mute(store: LocalStore, key: str, data: Any, **condition: Any) -> str:
+        put(store, key, data, **condition)
+        raise StoreUnavailable("no answer")
+
+    with monkeypatch.context() as unheard:
+        unheard.setattr(LocalStore, "put", mute)
+        with pytest.raises(StoreUnavailable):
+            first.renew()
+    unanswered = document(store)
+    first.renew()
+    assert float(str(document(store)["expires_at"])) > float(str(unanswered["expires_at"]))
+    first.check()
 
 
 def test_a_former_holder_notices_when_it_renews(store: LocalStore) -> None:
