@@ -186,6 +186,11 @@ class LakeConfig:
     named: dict[str, NamedLakeConfig] = field(default_factory=dict)
     """`[lake.NAME]`, by name; not a key of the file."""
 
+    @property
+    def all(self) -> dict[str, LakeConfig | NamedLakeConfig]:
+        """Every lake by its section's name, this one first."""
+        return {"lake": self, **{f"lake.{name}": lake for name, lake in self.named.items()}}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:

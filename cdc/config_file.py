@@ -323,13 +323,13 @@ class _Reader:
         for name in sorted(known & table.keys()):
             if isinstance(table[name], Mapping) and "url" in table[name]:
                 self.problems.append(f"lake.{name}: is a section of [lake] itself; give the lake another name")
-        named = {name: lake for name, v in others.items() if (lake := self._named_lake(name, v, known)) is not None}
+        made = {name: self._named_lake(name, v, known) for name, v in others.items()}
         values = self._values(
             LakeConfig, "lake", "lake", {k: v for k, v in table.items() if k not in others}, hidden=("named",)
         )
         if values is None:
             return None
-        lake = LakeConfig(**values, named=named)
+        lake = LakeConfig(**values, named={name: other for name, other in made.items() if other is not None})
         if lake.vacuum_after_s > 7 * 86400:
             self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
         return replace(lake, url=self._store_url("lake", lake))

@@ -27,12 +27,12 @@ from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.current import CurrentTable
 from cdc.lake.lease import Lease
-from cdc.lake.probe import require_promises
 from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.periodic import FULL_KINDS, Halted, PeriodicRuns, cursor_fact, whole_fact
 from cdc.periodic_origin import MODE, adopt_tables, settle_periodic
+from cdc.places import Places
 from cdc.ports import ObjectStore
 from cdc.runs import Run
 from cdc.schedule import Schedule
@@ -89,6 +89,7 @@ class PeriodicPipeline:
         self._ladder = Ladder(source.name, event_log)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -302,7 +303,7 @@ class PeriodicPipeline:
             if self.workers[0].error is None:
                 self._show_phase("starting")
             self._lease.acquire()
-            require_promises(self._store, self._config.lake.url)
+            self._places.require_promises()
         identity = self._reader.identity()
         with ExitStack() as turns:
             settled = settle_periodic(
@@ -346,6 +347,7 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        self._places.settle()
         adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         self._stopped = {t.table for t in self._state.tables(name) if t.state == "stopped"}
@@ -357,6 +359,7 @@ class PeriodicPipeline:
             name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.rests, evolution=self.evolution,
+            admits=self._places.admits,
         )  # fmt: skip
         self.merger = Merger(
             name, self._state, self._book, self._store,

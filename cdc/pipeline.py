@@ -40,12 +40,12 @@ from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
-from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.origin import give_up, settle
 from cdc.pace import LoadLimit, RateLimit
+from cdc.places import Places
 from cdc.ports import ObjectStore, SourceIdentity
 from cdc.runs import Run
 from cdc.schema import SchemaBook
@@ -100,6 +100,7 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self._prepared = threading.Event()
         self._built = False
         self._settled = False
@@ -242,7 +243,7 @@ class Pipeline:
             if self.workers[0].error is None:
                 self._state.save_source(self.name, phase="starting")
             self._lease.acquire()
-            require_promises(self._store, self._config.lake.url)
+            self._places.require_promises()
         identity = self._source.identity()
         with ExitStack() as turns:
             anchor = settle(
@@ -299,6 +300,7 @@ class Pipeline:
             log.info("a new epoch began", extra={"source": self.name, "epoch": anchor.epoch})
         lake = self._config.lake
         self._epoch = anchor.epoch
+        self._places.settle()
         self._discover_at = self._look_at = 0.0
         self._prune = 0, []
         self._heads.clear()
@@ -330,6 +332,7 @@ class Pipeline:
             self.name, self._log, self._state, self._book, self._store,
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over, evolution=self.evolution,
+            admits=self._places.admits,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,

@@ -1,0 +1,69 @@
+"""Tables that may not leave their region stand in a lake of their own: nothing of them is written anywhere else.
+
+The oracle of what is where is the directories themselves; of what is in it, `verify`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, execute
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def tables(database: str) -> str:
+    execute(
+        database,
+        "create schema hr",
+        "create table hr.person (id int primary key, name text)",
+        "insert into hr.person select g, 'Person ' || g from generate_series(1, 300) g",
+        "create table orders (id int primary key, person int, note text)",
+        "insert into orders select g, g % 300 + 1, 'Order ' || g from generate_series(1, 300) g",
+    )
+    return database
+
+
+def regional(directory: Path, dsn: str) -> Daemon:
+    daemon = Daemon(directory, dsn)
+    daemon.configure("lake.eu", url="eu")
+    daemon.configure("source.shop.lakes", **{'"hr.*"': "eu"})
+    return daemon
+
+
+def folders(lake: Path) -> set[str]:
+    """What stands below the source in a lake."""
+    return {path.name for path in (lake / "shop").iterdir()} if lake.exists() else set()
+
+
+def objects(lake: Path) -> dict[str, int]:
+    return {str(p.relative_to(lake)): p.stat().st_mtime_ns for p in lake.rglob("*") if p.is_file()}
+
+
+def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp_path: Path, tables: str) -> None:
+    eu = tmp_path / "eu"
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled().verified()
+        assert folders(eu) == {"hr.person"}
+        assert folders(daemon.lake) == {"public.orders", "_cdc"}
+        joined = daemon.ask("query", 'select count(*) from shop.orders o join shop."hr.person" p on o.person = p.id')
+        assert joined.document["rows"] == [[300]]
+        assert {t["table"] for t in daemon.ask("lake", "ls").document["tables"]} == {"hr.person", "public.orders"}
+        assert daemon.stop() == 0
+        execute(tables, "update orders set note = 'while nobody looked' where id = 7")
+        left = objects(daemon.lake / "shop" / "public.orders")
+        daemon.configure('source.shop.table."public.orders"', lake="eu")
+        assert daemon.start(failpoints="places.before_note=kill").ended() == -signal.SIGKILL
+        execute(tables, "delete from orders where id = 8")
+        daemon.start().settled().verified()
+        assert folders(eu) == {"hr.person", "public.orders"}
+        assert objects(daemon.lake / "shop" / "public.orders") == left, "what was left is left alone"
+        runs = daemon.ask("query", "select count(distinct _run) from shop.orders_changelog where _op = 'r'")
+        assert runs.document["rows"] == [[1]]
+        told = [f for f in daemon.ask("check").document["findings"] if f["name"] == "left behind"]
+        assert [f["object"] for f in told] == ["source.shop: public.orders"]
+        assert str(daemon.lake) in told[0]["fix"]
