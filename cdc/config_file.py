@@ -87,6 +87,7 @@ _STREAMING = (
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _LAKE_SECTIONS = frozenset({"options", "current", "changelog", "files", "iceberg", MAIN_LAKE})
 """Words behind `lake.` that are no lake's name."""
+_NO_NAME = "means something else, and cannot be the name of a lake"
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
 
@@ -322,7 +323,7 @@ class _Reader:
         others = {k: v for k, v in table.items() if k not in known and isinstance(v, Mapping)}
         for name in sorted(known & table.keys()):
             if isinstance(table[name], Mapping) and "url" in table[name]:
-                self.problems.append(f"lake.{name}: is a section of [lake] itself; give the lake another name")
+                self.problems.append(f"lake.{name}: {_NO_NAME}")
         made = {name: self._named_lake(name, v, known) for name, v in others.items()}
         values = self._values(
             LakeConfig, "lake", "lake", {k: v for k, v in table.items() if k not in others}, hidden=("named",)
@@ -338,7 +339,7 @@ class _Reader:
         """`[lake.NAME]`; None if it is wrong."""
         at = f"lake.{name}"
         if name in _LAKE_SECTIONS:
-            self.problems.append(f"{at}: is no name for a lake; [lake.{name}] means something else")
+            self.problems.append(f"{at}: {_NO_NAME}")
             return None
         if "url" not in table:
             near = _nearest(name, [*sections, *_LAKE_SECTIONS])

@@ -102,8 +102,7 @@ class Pipeline:
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self._prepared = threading.Event()
-        self._built = False
-        self._settled = False
+        self._built = self._settled = False
         self._let_go = self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]

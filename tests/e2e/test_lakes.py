@@ -67,3 +67,54 @@ def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp
         told = [f for f in daemon.ask("check").document["findings"] if f["name"] == "left behind"]
         assert [f["object"] for f in told] == ["source.shop: public.orders"]
         assert str(daemon.lake) in told[0]["fix"]
+
+
+def test_a_table_that_is_renamed_out_of_its_lake_stops_before_a_row_of_it_leaves(tmp_path: Path, tables: str) -> None:
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled()
+        execute(
+            tables,
+            "alter table hr.person set schema public",
+            "update person set name = 'Person X' where id = 1",
+        )
+        wait_until(lambda: daemon.tables().get("public.person", {}).get("state") == "stopped", message=daemon.log_tail)
+        stopped = daemon.tables()["public.person"]
+        assert "was called hr.person" in stopped["reason"]
+        assert '[source.shop.table."public.person"]' in stopped["hint"]
+        assert folders(daemon.lake) <= {"public.orders", "_cdc", "_schema_changes"}
+        assert daemon.stop() == 0
+        daemon.configure('source.shop.table."public.person"', lake="eu")
+        daemon.start().settled().verified()
+        assert "public.person" in folders(tmp_path / "eu")
+        assert "public.person" not in folders(daemon.lake)
+
+
+def test_there_and_back_with_the_disk_lost_each_time_loses_nothing(tmp_path: Path, tables: str) -> None:
+    """What the old place has looks whole to whoever knows only that place; the anchor knows better."""
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled()
+        for number, lake in enumerate(("eu", "main", "eu", "main")):
+            assert daemon.stop() == 0
+            shutil.rmtree(daemon.state_dir)
+            daemon.configure('source.shop.table."public.orders"', lake=lake)
+            execute(tables, f"update orders set note = 'in {lake} {number}' where id % 4 = {number}")
+            daemon.start().settled().verified()
+            execute(tables, f"delete from orders where id = {100 + number}")
+            daemon.settled()
+        daemon.verified()
+
+
+def test_a_lake_that_is_away_holds_its_source_until_its_tables_are_paused(tmp_path: Path, tables: str) -> None:
+    eu, away = tmp_path / "eu", tmp_path / "away"
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled()
+        eu.rename(away)
+        eu.write_text("no directory")
+        execute(tables, "update hr.person set name = 'Person X' where id = 1", "update orders set note = 'X'")
+        wait_until(lambda: "hr.person" in daemon.source()["error"], message=daemon.log_tail)
+        assert daemon.ask("pause", "hr.person").code == 0
+        daemon.settled().verified("public.orders")
+        eu.unlink()
+        away.rename(eu)
+        assert daemon.ask("resume", "hr.person").code == 0
+        daemon.settled().verified()
