@@ -27,6 +27,7 @@ from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.current import CurrentTable
 from cdc.lake.lease import Lease
+from cdc.lake.probe import require_promises
 from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
@@ -303,7 +304,7 @@ class PeriodicPipeline:
             if self.workers[0].error is None:
                 self._show_phase("starting")
             self._lease.acquire()
-            self._places.require_promises()
+            require_promises(self._store, self._config.lake.url)
         identity = self._reader.identity()
         with ExitStack() as turns:
             settled = settle_periodic(

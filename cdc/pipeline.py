@@ -40,6 +40,7 @@ from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
 from cdc.lake.lease import Lease
+from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
 from cdc.merge import Merger
@@ -242,7 +243,7 @@ class Pipeline:
             if self.workers[0].error is None:
                 self._state.save_source(self.name, phase="starting")
             self._lease.acquire()
-            self._places.require_promises()
+            require_promises(self._store, self._config.lake.url)
         identity = self._source.identity()
         with ExitStack() as turns:
             anchor = settle(

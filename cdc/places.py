@@ -57,19 +57,12 @@ class Places:
     ) -> None:
         self._source = source
         self._lake = lake
-        self._store = store
+        self._stores = stores_of(store, lake)
         self._state = state
         self._log = event_log
         self._anchor = anchor
         self._stale: dict[str, int] = {}
         """Tables that moved, and the log's end then."""
-
-    def require_promises(self) -> None:
-        """StoreRefused if a store that this source writes to breaks a promise; StoreUnavailable if one is away."""
-        used = {"", *self._source.lakes.values(), *(t.lake for t in self._source.table.values())}
-        for name, (url, each) in stores_of(self._store, self._lake).items():
-            if name in used:
-                require_promises(each, url)
 
     def of(self, table: TableId) -> str:
         """The place of a table, as the configuration has it."""
@@ -91,7 +84,8 @@ class Places:
             return
         for table, before in sorted(moved.items()):
             log.warning(
-                "table %s has moved to another lake: it is read anew there, and what it left stays", table,
+                "table %s stands in another lake now: it %s there, and what it left stays where it was",
+                table, "goes on" if table.is_own else "is read anew",
                 extra={"source": self._source.name, "table": str(table), "left": self._url(before),
                        "place": self._url(self.of(table))},
             )  # fmt: skip
@@ -105,28 +99,28 @@ class Places:
 
     def admits(self, record: LogRecord, schema: TableSchema) -> bool:
         """Whether a record belongs where its table stands now; that is noted before the first lands there.
-        SourceRefused for a table that would leave its lake with its name."""
+
+        Stop the table: SourceRefused, if it would leave its lake with its name; StoreRefused, if its store breaks a
+        promise, which is asked before the first of its records.
+        """
         table = record.table
         if record.kind != "change" and record.offset <= self._stale.get(str(table), -1):
             # Half of a snapshot that began in another place: its end would make the other half look complete.
             return False
         place, state = self.of(table), self._anchor.state
         assert state is not None
-        for name, (other, oid) in state.places.items():
-            if oid == schema.oid and name != str(table) and other != place and not self._is_named(table):
-                raise SourceRefused(
-                    f"table {table} was called {name}, which stands in the lake {self._url(other)}; nobody has said"
-                    " where it goes",
-                    hint=f'set lake in [source.{self._source.name}.table."{table}"] ("main" is [lake] itself),'
-                    f" start again, and `cdc resync {table}`",
-                )
+        self._refuse_leaving(table, schema.oid, place, state)
+        if name := self._source.lake_of(str(table)):
+            # Not with the lease, as the main one is: one that is away holds up only who writes there.
+            url, store = self._stores[name]
+            require_promises(store, url)
         if place != MAIN and state.places.get(str(table)) != (place, schema.oid):
             self._anchor.change(lambda s: replace(s, places=_with(s, {table: (place, schema.oid)})))
         return True
 
     def _order(self, table: TableId, before: str) -> None:
         """Let the state know the table as one that nothing has landed of, and order its first snapshot."""
-        name, reason = self._source.name, f"it has moved here from {self._url(before)}"
+        name, reason = self._source.name, f"it stood in {self._url(before)} before"
         self._stale[str(table)] = self._log.end_offset(name)
         cut = self._state.cut(name)
         with self._log.lock(), self._state.transaction() as tx:
@@ -143,9 +137,18 @@ class Places:
                 rest = {t: version for t, version in cut.versions.items() if t != table}
                 self._state.save_cut(name, cut.lsn, rest, at_us=cut.at_us, tx=tx)
 
-    def _is_named(self, table: TableId) -> bool:
+    def _refuse_leaving(self, table: TableId, table_oid: int, place: str, state: AnchorState) -> None:
         own = self._source.table.get(str(table))
-        return own is not None and bool(own.lake)
+        if own is not None and own.lake:
+            return
+        for name, (other, oid) in state.places.items():
+            if oid and oid == table_oid and name != str(table) and other != place:
+                raise SourceRefused(
+                    f"table {table} was called {name}, which stands in the lake {self._url(other)}; nobody has said"
+                    " where it goes",
+                    hint=f'set lake in [source.{self._source.name}.table."{table}"] ("main" is [lake] itself),'
+                    f" start again, and `cdc resync {table}`",
+                )
 
     def _url(self, place: str) -> str:
         return place or self._lake.url
