@@ -1,6 +1,6 @@
 """Everything that `cdc check` looks at: configuration, sources, lake, targets, before a daemon depends on them.
 
-Nothing is changed: the one write is a probe in the lake (cdc.lake.probe), removed again. A part that cannot be reached
+Nothing is changed: the one write is a probe in each lake (cdc.lake.probe), removed again. A part that cannot be reached
 is a finding, not an exception, so that one run names everything. Bounded by the connectors' own time-outs.
 """
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from connectors.s3.store import S3Store
+from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
 
@@ -44,6 +46,15 @@ def objects(lake: Path) -> dict[str, int]:
     return {str(p.relative_to(lake)): p.stat().st_mtime_ns for p in lake.rglob("*") if p.is_file()}
 
 
+def storage_classes(store: S3Store, prefix: str) -> dict[str, set[str]]:
+    """Classes of the objects below a prefix, by the last part of their names."""
+    found: dict[str, set[str]] = {}
+    for stored in store.list(prefix):
+        head = store._client.head_object(Bucket=store._bucket, Key=store._name(stored.key))
+        found.setdefault(stored.key.rpartition(".")[2], set()).add(head.get("StorageClass", "STANDARD"))
+    return found
+
+
 def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp_path: Path, tables: str) -> None:
     eu = tmp_path / "eu"
     with regional(tmp_path, tables) as daemon:
@@ -57,8 +68,6 @@ def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp
         execute(tables, "update orders set note = 'while nobody looked' where id = 7")
         left = objects(daemon.lake / "shop" / "public.orders")
         daemon.configure('source.shop.table."public.orders"', lake="eu")
-        assert daemon.start(failpoints="places.before_note=kill").ended() == -signal.SIGKILL
-        execute(tables, "delete from orders where id = 8")
         daemon.start().settled().verified()
         assert folders(eu) == {"hr.person", "public.orders"}
         assert objects(daemon.lake / "shop" / "public.orders") == left, "what was left is left alone"
@@ -69,6 +78,7 @@ def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp
         assert str(daemon.lake) in told[0]["fix"]
 
 
+@pytest.mark.slow
 def test_a_table_that_is_renamed_out_of_its_lake_stops_before_a_row_of_it_leaves(tmp_path: Path, tables: str) -> None:
     with regional(tmp_path, tables) as daemon:
         daemon.start().settled()
@@ -89,6 +99,7 @@ def test_a_table_that_is_renamed_out_of_its_lake_stops_before_a_row_of_it_leaves
         assert "public.person" not in folders(daemon.lake)
 
 
+@pytest.mark.slow
 def test_there_and_back_with_the_disk_lost_each_time_loses_nothing(tmp_path: Path, tables: str) -> None:
     """What the old place has looks whole to whoever knows only that place; the anchor knows better."""
     with regional(tmp_path, tables) as daemon:
@@ -104,6 +115,76 @@ def test_there_and_back_with_the_disk_lost_each_time_loses_nothing(tmp_path: Pat
         daemon.verified()
 
 
+@pytest.mark.slow
+def test_a_move_that_dies_in_the_middle_is_done_by_the_next_start(tmp_path: Path, tables: str) -> None:
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled()
+        assert daemon.stop() == 0
+        daemon.configure('source.shop.table."public.orders"', lake="eu")
+        for number in range(2):
+            execute(tables, f"update orders set note = 'again' where id % 2 = {number}")
+            assert daemon.start(failpoints="places.before_note=kill").ended() == -signal.SIGKILL
+        daemon.start(failpoints="backfill.after_chunk=kill").ended()
+        execute(tables, "delete from orders where id = 8")
+        daemon.start().settled().verified()
+        runs = daemon.ask("query", "select count(distinct _run) from shop.orders_changelog where _op = 'r'")
+        assert runs.document["rows"] == [[1]]
+
+
+@pytest.mark.slow
+def test_a_snapshot_that_was_half_done_in_one_lake_is_done_whole_in_the_other(tmp_path: Path, tables: str) -> None:
+    """Chunks of it are in the old place, others in the log: nobody may take the end of it for a whole table."""
+    execute(tables, "insert into orders select g, 0, 'Order ' || g from generate_series(1000, 4000) g")
+    with regional(tmp_path, tables) as daemon:
+        daemon.configure("source.shop", chunk_rows=100, readers=1)
+        daemon.start(failpoints="backfill.after_chunk=kill:12").ended()
+        assert folders(daemon.lake) >= {"public.orders"}
+        daemon.configure('source.shop.table."public.orders"', lake="eu")
+        daemon.start().settled().verified()
+
+
+@pytest.mark.slow
+def test_a_table_that_is_compared_periodically_moves_too(tmp_path: Path, tables: str) -> None:
+    with Daemon(
+        tmp_path, tables, source={"mode": "snapshot", "every": "1h", "slot": None, "publication": None}
+    ) as daemon:
+        daemon.configure("lake.eu", url="eu")
+        daemon.start().settled()
+        assert daemon.stop() == 0
+        execute(tables, "update hr.person set name = 'Person X' where id % 2 = 0")
+        daemon.configure("source.shop.lakes", **{'"hr.*"': "eu"})
+        daemon.start().settled().verified()
+        assert folders(tmp_path / "eu") == {"hr.person"}
+
+
+@pytest.mark.slow
+def test_lakes_in_two_buckets_and_a_class_of_storage_for_one_table(tmp_path: Path, tables: str) -> None:
+    endpoint = s3_endpoint()
+    urls = {name: f"s3://{new_bucket()}/{name}" for name in ("main", "eu")}
+    stores = {name: S3Store.from_url(url, {"endpoint_url": endpoint}) for name, url in urls.items()}
+    execute(tables, "create table archive (id int primary key)", "insert into archive values (1)")
+    with Daemon(tmp_path, tables, lake={"url": urls["main"], "endpoint_url": endpoint}) as daemon:
+        daemon.configure("lake.eu", url=urls["eu"], endpoint_url=endpoint)
+        daemon.configure("lake.ia", url=urls["main"], endpoint_url=endpoint)
+        daemon.configure("lake.ia.options", storage_class="STANDARD_IA")
+        daemon.configure("source.shop.lakes", **{'"hr.*"': "eu", '"*.archive"': "ia"})
+        daemon.start().settled().verified()
+        there = {name: {o.key.split("/")[1] for o in store.list("shop/")} for name, store in stores.items()}
+        assert there == {"main": {"_cdc", "public.orders", "public.archive"}, "eu": {"hr.person"}}
+        classes = storage_classes(stores["main"], "shop/public.archive/")
+        assert classes["parquet"] == {"STANDARD_IA"}
+        assert storage_classes(stores["main"], "shop/public.orders/")["parquet"] == {"STANDARD"}
+        joined = daemon.ask("query", 'select count(*) from shop.orders o join shop."hr.person" p on o.person = p.id')
+        assert joined.document["rows"] == [[300]]
+        assert daemon.stop() == 0
+        shutil.rmtree(daemon.state_dir)
+        daemon.configure('source.shop.table."public.orders"', lake="eu")
+        execute(tables, "delete from orders where id = 8", "update hr.person set name = 'Person X' where id = 1")
+        daemon.start().settled().verified()
+        assert {o.key.split("/")[1] for o in stores["eu"].list("shop/")} == {"hr.person", "public.orders"}
+
+
+@pytest.mark.slow
 def test_a_lake_that_is_away_holds_its_source_until_its_tables_are_paused(tmp_path: Path, tables: str) -> None:
     eu, away = tmp_path / "eu", tmp_path / "away"
     with regional(tmp_path, tables) as daemon:
@@ -114,6 +195,9 @@ def test_a_lake_that_is_away_holds_its_source_until_its_tables_are_paused(tmp_pa
         wait_until(lambda: "hr.person" in daemon.source()["error"], message=daemon.log_tail)
         assert daemon.ask("pause", "hr.person").code == 0
         daemon.settled().verified("public.orders")
+        assert daemon.stop() == 0
+        execute(tables, "update orders set note = 'Y'")
+        daemon.start().settled().verified("public.orders")
         eu.unlink()
         away.rename(eu)
         assert daemon.ask("resume", "hr.person").code == 0
