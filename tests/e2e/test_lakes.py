@@ -5,6 +5,7 @@ The oracle of what is where is the directories themselves; of what is in it, `ve
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +16,13 @@ from connectors.s3.store import S3Store
 from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
+from tests.support.workload import SCHEMA, TABLES, Workload
+
+POINTS = (
+    "places.before_note", "land.before_commit", "land.between_tables", "land.after_cut", "backfill.after_snapshot",
+    "backfill.after_chunk", "merge.before_commit", "confirm.after_anchor",
+)  # fmt: skip
+"""Where the daemon is killed while tables move at random."""
 
 
 @pytest.fixture
@@ -141,6 +149,8 @@ def test_a_snapshot_that_was_half_done_in_one_lake_is_done_whole_in_the_other(tm
         assert folders(daemon.lake) >= {"public.orders"}
         daemon.configure('source.shop.table."public.orders"', lake="eu")
         daemon.start().settled().verified()
+        runs = daemon.ask("query", "select count(distinct _run) from shop.orders_changelog where _op = 'r'")
+        assert runs.document["rows"] == [[1]]
 
 
 @pytest.mark.slow
@@ -202,3 +212,31 @@ def test_a_lake_that_is_away_holds_its_source_until_its_tables_are_paused(tmp_pa
         away.rename(eu)
         assert daemon.ask("resume", "hr.person").code == 0
         daemon.settled().verified()
+
+
+@pytest.mark.slow
+def test_tables_that_move_at_random_under_traffic_kills_and_lost_disks_are_equal_in_the_end(
+    tmp_path: Path, database: str, rng: random.Random
+) -> None:
+    execute(database, *SCHEMA.split(";\n"))
+    with Daemon(tmp_path, database, source={"chunk_rows": 150, "confirm_every_s": 0.3}) as daemon:
+        assert daemon.ask("setup").code == 0
+        for lake in ("eu", "us"):
+            daemon.configure(f"lake.{lake}", url=lake)
+        with Workload(database, rng.randrange(1 << 30), pause_s=0.05) as workload:
+            for _ in range(8):
+                for table in rng.sample(TABLES, 2):
+                    daemon.configure(f'source.shop.table."{table}"', lake=rng.choice(("main", "eu", "us")))
+                point = f"{rng.choice(POINTS)}=kill:{rng.randrange(1, 4)}"
+                daemon.start(failpoints=point)
+                at = workload.committed
+                wait_until(lambda at=at: not daemon.alive or workload.committed > at + 30, 60, "a while of traffic")
+                if daemon.alive:
+                    daemon.kill()
+                if rng.random() < 0.3:
+                    shutil.rmtree(daemon.state_dir)
+            daemon.start().streaming()
+            workload.stop()
+        daemon.settled().verified()
+        homes = {name: folders(tmp_path / name) for name in ("lake", "eu", "us")}
+        assert sum("_cdc" in home for home in homes.values()) == 1, homes
