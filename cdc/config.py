@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cdc.errors import ConfigError
 from cdc.table import PartitionBy
+
+MAIN_LAKE: Final = "main"
+"""What `lake` says of a table that stands in `[lake]` itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,8 @@ class TableConfig:
     """Types other than the contract's, by column: `string` or `decimal(p,s)` (cdc.types)."""
     partition_by: str = ""
     """`COLUMN:day`, `:hour` or `:month`: the changelog's partitions are of that time. Empty: of the commit date."""
+    lake: str = ""
+    """Name of the lake (`[lake.NAME]`) that the table stands in, or `main`; empty: as `lakes` of the source say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,8 @@ class SourceConfig:
     wal_drop_at: tuple[str, ...] = ()
     on_schema_change: str = "evolve"
     """evolve: the lake takes the new shape; freeze: its columns stay; stop: the table stops."""
+    lakes: dict[str, str] = field(default_factory=dict)
+    """Glob of `schema.table` → lake of such tables; the first that matches. What none matches stands in `[lake]`."""
     table: dict[str, TableConfig] = field(default_factory=dict)
     """By `schema.table`."""
 
@@ -111,6 +119,14 @@ class SourceConfig:
         """The type that the configuration wants for a column, empty if it says none."""
         own = self.table.get(table)
         return own.columns.get(column, "") if own is not None else ""
+
+    def lake_of(self, table: str) -> str:
+        """Name of the lake that a table (`schema.table`) stands in; empty: `[lake]` itself."""
+        own = self.table.get(table)
+        named = own.lake if own is not None else ""
+        if not named:
+            named = next((lake for glob, lake in self.lakes.items() if fnmatchcase(table, glob)), "")
+        return "" if named == MAIN_LAKE else named
 
     def contract(self, table: str) -> str:
         """What a change of this table's schema meets: evolve, freeze or stop."""
@@ -147,6 +163,17 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedLakeConfig:
+    """`[lake.NAME]`: another store, for tables that name it. It says where and how; when is said by `[lake]`."""
+
+    name: str
+    url: str
+    region: str = ""
+    endpoint_url: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -164,6 +191,13 @@ class LakeConfig:
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
     options: dict[str, str] = field(default_factory=dict)
+    named: dict[str, NamedLakeConfig] = field(default_factory=dict)
+    """`[lake.NAME]`, by name; not a key of the file."""
+
+    @property
+    def all(self) -> dict[str, LakeConfig | NamedLakeConfig]:
+        """Every lake by its section's name, this one first."""
+        return {"lake": self, **{f"lake.{name}": lake for name, lake in self.named.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

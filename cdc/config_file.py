@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.config import (
+    MAIN_LAKE,
     AlertsConfig,
     Config,
     LakeConfig,
     ModelConfig,
+    NamedLakeConfig,
     SourceConfig,
     SyncConfig,
     TableConfig,
@@ -85,6 +87,9 @@ _STREAMING = (
 )  # fmt: skip
 """Keys that say something of a slot or a stream."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
+_LAKE_SECTIONS = frozenset({"options", "current", "changelog", "files", "iceberg", MAIN_LAKE})
+"""Words behind `lake.` that are no lake's name."""
+_NO_NAME = "means something else, and cannot be the name of a lake"
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
 
@@ -162,6 +167,8 @@ class _Reader:
             self._check_sync(sync, document)
         if given is None or lake is None or alerts is None or verify is None:
             return None
+        for source in sources.values():
+            self._check_lakes(source, lake)
         config = Config(
             path=path, sources=sources, lake=lake, models=models, targets=targets, syncs=syncs, alerts=alerts,
             verify=verify, **given,
@@ -316,21 +323,63 @@ class _Reader:
         if not isinstance(table, Mapping):
             self.problems.append('no lake: write a [lake] section with url = "file:///…"')
             return None
-        values = self._values(LakeConfig, "lake", "lake", table, hidden=())
+        known = {f.name for f in fields(LakeConfig)} - {"named"}
+        others = {k: v for k, v in table.items() if k not in known and isinstance(v, Mapping)}
+        for name in sorted(known & table.keys()):
+            if isinstance(table[name], Mapping) and "url" in table[name]:
+                self.problems.append(f"lake.{name}: {_NO_NAME}")
+        made = {name: self._named_lake(name, v, known) for name, v in others.items()}
+        values = self._values(
+            LakeConfig, "lake", "lake", {k: v for k, v in table.items() if k not in others}, hidden=("named",)
+        )
         if values is None:
             return None
-        lake = LakeConfig(**values)
+        lake = LakeConfig(**values, named={name: other for name, other in made.items() if other is not None})
+        if lake.vacuum_after_s > 7 * 86400:
+            self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
+        return replace(lake, url=self._store_url("lake", lake))
+
+    def _named_lake(self, name: str, table: Mapping[str, Any], sections: Iterable[str]) -> NamedLakeConfig | None:
+        """`[lake.NAME]`; None if it is wrong."""
+        at = f"lake.{name}"
+        if name in _LAKE_SECTIONS:
+            self.problems.append(f"{at}: {_NO_NAME}")
+            return None
+        if "url" not in table:
+            near = _nearest(name, [*sections, *_LAKE_SECTIONS])
+            self.problems.append(f"{at}: no section of [lake], and without a url no lake of its own{near}")
+            return None
+        if not _NAME.fullmatch(name):
+            self.problems.append(f"{at}: a name is a letter, then letters, digits, _ or -, at most 40")
+        values = self._values(NamedLakeConfig, "lake", at, table, hidden=("name",))
+        if values is None:
+            return None
+        lake = NamedLakeConfig(name=name, **values)
+        return replace(lake, url=self._store_url(at, lake))
+
+    def _store_url(self, at: str, lake: LakeConfig | NamedLakeConfig) -> str:
+        """The store's URL; a directory's with its absolute path."""
         scheme, separator, rest = lake.url.partition("://")
         local = not separator or scheme == "file"
         if not lake.url or (separator and not rest):
-            self.problems.append("lake.url: names no place")
+            self.problems.append(f"{at}.url: names no place")
         elif separator and scheme == "file" and not rest.startswith("/"):
-            self.problems.append('lake.url: a file URL has an absolute path after "file://"')
+            self.problems.append(f'{at}.url: a file URL has an absolute path after "file://"')
         elif local and (lake.options or lake.region or lake.endpoint_url):
-            self.problems.append("lake: a local directory has no region, endpoint_url or options")
-        if lake.vacuum_after_s > 7 * 86400:
-            self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
-        return lake if separator else replace(lake, url=(self.folder / Path(lake.url).expanduser()).as_uri())
+            self.problems.append(f"{at}: a local directory has no region, endpoint_url or options")
+        return lake.url if separator else (self.folder / Path(lake.url).expanduser()).as_uri()
+
+    def _check_lakes(self, source: SourceConfig, lake: LakeConfig) -> None:
+        """Whether the lakes that tables name exist."""
+        at, known = f"source.{source.name}", [MAIN_LAKE, *lake.named]
+        named = [(f'{at}.lakes."{glob}"', name) for glob, name in source.lakes.items()]
+        named += [(f'{at}.table."{t.name}".lake', t.lake) for t in source.table.values() if t.lake]
+        for where, name in named:
+            if name not in known:
+                self.problems.append(f"{where}: there is no [lake.{name}]{_nearest(name, known)}")
+        for glob in source.lakes:
+            if "." not in glob:
+                self.problems.append(f'{at}.lakes: "{glob}" names no schema; write "{glob}.*" or "public.{glob}"')
 
     def _finish_source(self, source: SourceConfig) -> SourceConfig:
         """Fill the defaults that depend on the name, and check what depends on several keys."""

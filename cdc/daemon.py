@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cdc import __version__, control, metrics, registry
+from cdc import __version__, control, metrics
 from cdc.alerts import Alerts
 from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
 from cdc.errors import CdcError, ConfigError, SourceRefused, TimedOut
 from cdc.ladder import operator_error
+from cdc.lake.routing import open_lake
 from cdc.land import Lander
 from cdc.log import EventLog
 from cdc.memory import keep_memory_low
@@ -98,7 +99,7 @@ class Daemon:
     def _build(self, state: State, event_log: EventLog) -> None:
         self._alerts = Alerts(self._config.alerts, self._stop)
         config = self._config
-        store = registry.lake_store(config.lake)
+        store = open_lake(config)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
         self._serving = Serving(config, state, store, self._changed_by_others)
         for name, source in config.sources.items():

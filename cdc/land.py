@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from cdc import metrics
 from cdc.batch import Boundary
 from cdc.capture import ConfirmGate
-from cdc.errors import CdcError, LogCorrupt, StreamRestarted, Verdict
+from cdc.errors import CdcError, LogCorrupt, StoreUnavailable, StreamRestarted, Verdict
 from cdc.evolution import Evolution
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter, Landed
@@ -34,7 +34,7 @@ from cdc.log import EventLog, LogRecord
 from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
 from cdc.state import State
-from cdc.table import PartitionBy, TableId
+from cdc.table import PartitionBy, TableId, TableSchema
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,9 @@ class Lander:
         is_stopped: Callable[[TableId], bool],
         evolution: Evolution,
         partition_by: Callable[[str], PartitionBy | None] = lambda table: None,
+        admits: Callable[[LogRecord, TableSchema], bool] = lambda record, schema: True,
     ) -> None:
+        """`admits`: whether a record is for the place where its table stands now; raises what stops the table."""
         self._evolution = evolution
         self._partition_by = partition_by
         self._source = source
@@ -212,6 +214,7 @@ class Lander:
         self._lease = lease
         self._stop_table = stop_table
         self._is_stopped = is_stopped
+        self._admits = admits
         self._changelogs: dict[TableId, ChangelogTable] = {}
         self._writers: dict[TableId, ChangelogWriter] = {}
         self._changed_us: dict[TableId, int] = {}
@@ -290,11 +293,16 @@ class Lander:
         self._floor = -1
         for known in self._state.tables(self._source):
             changelog = self.changelog(known.table)
-            version = changelog.version()
-            if version >= 0:
-                self._versions[known.table] = version
-                self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
-                changelog.reclaim(ORPHAN_S)
+            try:
+                version = changelog.version()
+                if version >= 0:
+                    self._versions[known.table] = version
+                    self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
+                    changelog.reclaim(ORPHAN_S)
+            except StoreUnavailable:
+                # A lake that is away holds up only those that land there.
+                if not self._is_stopped(known.table):
+                    raise
 
     def _settle(self) -> LandPoint | None:
         """Commit if it is due and we stand at a cut; without open rows every cut is durable as it is."""
@@ -314,13 +322,16 @@ class Lander:
     def _add(self, record: LogRecord, generation: int) -> None:
         if self._is_stopped(record.table):
             return
+        schema = self._book.get(record.table, record.version)
         try:
-            batch = self._log.read(record, self._book.get(record.table, record.version))
+            batch = self._log.read(record, schema)
         except LogCorrupt:
             if self._log.generation(self._source) != generation:
                 raise StreamRestarted(f"source {self._source}: the stream was restarted") from None
             raise
         try:
+            if not self._admits(record, schema):
+                return
             batch = self._evolution.admit(
                 batch, lsn=record.last_lsn, judged=record.kind != "control", changelog=self.changelog(record.table)
             )

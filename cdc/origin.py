@@ -21,7 +21,7 @@ from cdc.config import SourceConfig
 from cdc.console import lsn_text
 from cdc.errors import SlotLost, SourceRefused
 from cdc.failpoints import failpoint
-from cdc.lake.anchor import Anchor, AnchorState
+from cdc.lake.anchor import Anchor, AnchorState, places_kept
 from cdc.log import EventLog
 from cdc.ports import SourceAdmin, SourceIdentity, SourceStatus
 
@@ -125,6 +125,7 @@ def _begin(
         slot=config.slot,
         mode=config.confirm_after,
         may_confirm_lsn=status.confirmed_lsn,
+        places=places_kept(known),
         why=known.why if known is not None else "the first start",
     )
     anchor.save(state)

@@ -17,7 +17,7 @@ from cdc.batch import Boundary
 from cdc.config import SourceConfig
 from cdc.console import lsn_text
 from cdc.errors import SourceRefused
-from cdc.lake.anchor import Anchor, AnchorState
+from cdc.lake.anchor import Anchor, AnchorState, places_kept
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.layout import tables_in
 from cdc.log import EventLog
@@ -79,6 +79,7 @@ def settle_periodic(
         mode=MODE,
         may_confirm_lsn=identity.head_lsn,
         needs_resync=known.needs_resync if known is not None else (),
+        places=places_kept(known),
         why=known.why if known is not None else "the first start",
     )
     anchor.save(state)

@@ -33,6 +33,7 @@ from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.periodic import FULL_KINDS, Halted, PeriodicRuns, cursor_fact, whole_fact
 from cdc.periodic_origin import MODE, adopt_tables, settle_periodic
+from cdc.places import Places
 from cdc.ports import ObjectStore
 from cdc.runs import Run
 from cdc.schedule import Schedule
@@ -89,6 +90,7 @@ class PeriodicPipeline:
         self._ladder = Ladder(source.name, event_log)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -346,6 +348,7 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        self._places.settle()
         adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
         self._stopped = {t.table for t in self._state.tables(name) if t.state == "stopped"}
@@ -358,6 +361,7 @@ class PeriodicPipeline:
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.rests, evolution=self.evolution,
             partition_by=self._source_config.partition_by,
+            admits=self._places.admits,
         )  # fmt: skip
         self.merger = Merger(
             name, self._state, self._book, self._store,

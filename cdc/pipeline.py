@@ -46,6 +46,7 @@ from cdc.log import EventLog
 from cdc.merge import Merger
 from cdc.origin import give_up, settle
 from cdc.pace import LoadLimit, RateLimit
+from cdc.places import Places
 from cdc.ports import ObjectStore, SourceIdentity
 from cdc.runs import Run
 from cdc.schema import SchemaBook
@@ -100,9 +101,9 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self._prepared = threading.Event()
-        self._built = False
-        self._settled = False
+        self._built = self._settled = False
         self._let_go = self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]
@@ -299,6 +300,7 @@ class Pipeline:
             log.info("a new epoch began", extra={"source": self.name, "epoch": anchor.epoch})
         lake = self._config.lake
         self._epoch = anchor.epoch
+        self._places.settle()
         self._discover_at = self._look_at = 0.0
         self._prune = 0, []
         self._heads.clear()
@@ -331,6 +333,7 @@ class Pipeline:
             epoch=self._epoch, temp_dir=self._temp / "land", land_every_s=lake.land_every_s, land_bytes=lake.land_bytes,
             lease=self._lease, stop_table=self.stop_table, is_stopped=self.is_passed_over, evolution=self.evolution,
             partition_by=self._source_config.partition_by,
+            admits=self._places.admits,
         )  # fmt: skip
         self.backfill = Backfill(
             self.name, self._reader, self._log, self._state, self._book,

@@ -1,6 +1,6 @@
 """Everything that `cdc check` looks at: configuration, sources, lake, targets, before a daemon depends on them.
 
-Nothing is changed: the one write is a probe in the lake (cdc.lake.probe), removed again. A part that cannot be reached
+Nothing is changed: the one write is a probe in each lake (cdc.lake.probe), removed again. A part that cannot be reached
 is a finding, not an exception, so that one run names everything. Bounded by the connectors' own time-outs.
 """
 
@@ -17,6 +17,8 @@ from cdc import registry
 from cdc.config import Config, SourceConfig, TargetConfig, has_inline_password
 from cdc.errors import CdcError
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
+from cdc.lake.routing import open_lake
+from cdc.places import left_behind
 from cdc.ports import Finding, ObjectStore
 
 SEVERITIES = ("error", "warning", "info", "ok")
@@ -27,7 +29,7 @@ def check(config: Config) -> list[Finding]:
     findings = [*check_config(config)]
     for source in config.sources.values():
         findings += _guarded(f"source.{source.name}", "source", lambda s=source: _check_source(s))  # type: ignore[misc]
-    findings += _guarded("lake", "lake", lambda: check_store(registry.lake_store(config.lake), config.lake.url))
+    findings += _check_lakes(config)
     findings += _guarded("model", "models", lambda: _check_models(config))
     for target in config.targets.values():
         findings += _guarded(
@@ -67,17 +69,17 @@ def check_config(config: Config) -> list[Finding]:
     return findings or [Finding(name="config", severity="ok", message="configuration is valid", object="config")]
 
 
-def check_store(store: ObjectStore, url: str) -> list[Finding]:
+def check_store(store: ObjectStore, url: str, at: str = "lake") -> list[Finding]:
     """Whether the store is reachable and keeps its promises, by a probe that is removed again.
 
     Raises the store's errors if it cannot be reached.
     """
     findings = [
-        Finding(name=promise, severity="error", message=what, fix=WHAT_TO_DO, object="lake")
+        Finding(name=promise, severity="error", message=what, fix=WHAT_TO_DO, object=at)
         for promise, what in broken_promises(store)
     ]
     message = f"{url} is writable and honours conditional writes"
-    return findings or [Finding(name="store", severity="ok", message=message, object="lake")]
+    return findings or [Finding(name="store", severity="ok", message=message, object=at)]
 
 
 def worst(findings: Iterable[Finding]) -> str:
@@ -115,8 +117,8 @@ def _check_state_dir(config: Config) -> list[Finding]:
                 object="config",
             )
         )
-    lake = urlsplit(config.lake.url)
-    if lake.scheme == "file" and same_disk(config.state_dir, Path(unquote(lake.path))):
+    stores = [urlsplit(lake.url) for lake in config.lake.all.values()]
+    if any(s.scheme == "file" and same_disk(config.state_dir, Path(unquote(s.path))) for s in stores):
         findings.append(
             Finding(
                 name="one disk",
@@ -126,6 +128,18 @@ def _check_state_dir(config: Config) -> list[Finding]:
                 object="config",
             )
         )
+    return findings
+
+
+def _check_lakes(config: Config) -> list[Finding]:
+    """Each store by itself, and then what tables have left where they do not stand any more."""
+    findings: list[Finding] = []
+    for at, lake in config.lake.all.items():
+        findings += _guarded(at, "lake", lambda lake=lake, at=at: check_store(registry.lake_store(lake), lake.url, at))  # type: ignore[misc]
+    if config.lake.named and worst(findings) == "ok":
+        store = open_lake(config)
+        for source in config.sources.values():
+            findings += _guarded("lake", "left behind", lambda s=source: left_behind(s, config.lake, store))  # type: ignore[misc]
     return findings
 
 

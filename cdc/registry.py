@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from cdc.config import LakeConfig, SourceConfig, TargetConfig
+from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.inspection import SourceInspector
 from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin
@@ -71,8 +71,8 @@ def store(url: str, options: Mapping[str, str] | None = None) -> ObjectStore:
     return factory(url, options or {})
 
 
-def lake_store(lake: LakeConfig) -> ObjectStore:
-    """The object store that holds the lake."""
+def lake_store(lake: LakeConfig | NamedLakeConfig) -> ObjectStore:
+    """The one object store that `[lake]`, or `[lake.NAME]`, names; cdc.lake.routing makes one of all."""
     named = {"region": lake.region, "endpoint_url": lake.endpoint_url}
     return store(lake.url, {**{k: v for k, v in named.items() if v}, **lake.options})
 

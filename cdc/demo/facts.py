@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdc import registry, status
+from cdc import status
 from cdc.config import Config
 from cdc.config_file import load as load_config
 from cdc.demo.shop import Shop, Traffic
 from cdc.errors import CdcError
 from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import current_path
+from cdc.lake.routing import open_lake
 from cdc.state import State
 from cdc.table import TableId
 
@@ -73,7 +74,7 @@ class Watch(threading.Thread):
     def __init__(self, config: Path, shop: Shop) -> None:
         super().__init__(name="demo-watch", daemon=True)
         self._config: Config = load_config(config)
-        self._store = registry.lake_store(self._config.lake)
+        self._store = open_lake(self._config)
         self._shop = shop
         self._ending = threading.Event()
         self._state: State | None = None

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from cdc.errors import FormatTooNew, InvariantBroken
@@ -40,6 +40,9 @@ class AnchorState:
     may_confirm_lsn: int
     needs_resync: tuple[str, ...] = ()
     """Tables whose changes were let go (`schema.name`): what the lake holds of them is not whole until a resync."""
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Tables whose rows landed last in another lake than `[lake]`: its place (cdc.places), and the table's OID (0: not
+    known of this history)."""
     why: str = ""
     """Why this epoch began, or why the slot was given up."""
     adopted_from_lsn: int = 0
@@ -119,9 +122,15 @@ class Anchor:
         return {t: self._marked_at.get(t, 0) for t in known.needs_resync} if known is not None else {}
 
 
+def places_kept(known: AnchorState | None) -> dict[str, tuple[str, int]]:
+    """The places of tables when a new history begins, whose server may have given other tables these OIDs."""
+    return {table: (place, 0) for table, (place, _) in known.places.items()} if known is not None else {}
+
+
 def _parse(data: bytes, key: str) -> AnchorState:
     values: dict[str, Any] = json.loads(data)
     if int(values.get("format", 0)) > FORMAT:
         raise FormatTooNew(f"{key} has format {values['format']}, this release knows {FORMAT}", hint="upgrade cdc")
     known = {f.name: values[f.name] for f in fields(AnchorState) if f.name in values}
-    return AnchorState(**{**known, "needs_resync": tuple(known.get("needs_resync", ()))})
+    places = {table: (place, oid) for table, (place, oid) in known.get("places", {}).items()}
+    return AnchorState(**{**known, "needs_resync": tuple(known.get("needs_resync", ())), "places": places})

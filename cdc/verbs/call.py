@@ -46,9 +46,9 @@ class Call:
     @cached_property
     def store(self) -> ObjectStore:
         """The object store of the lake."""
-        from cdc import registry
+        from cdc.lake.routing import open_lake
 
-        return registry.lake_store(self.config.lake)
+        return open_lake(self.config)
 
     def admin(self, source: str) -> SourceAdmin:
         """The operator's side of a source."""

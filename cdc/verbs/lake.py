@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cdc.config import MAIN_LAKE
 from cdc.console import bytes_text, lsn_text
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
@@ -18,6 +19,7 @@ def list_tables(call: Call) -> int:
         {
             "source": source,
             "table": str(table),
+            "lake": call.config.sources[source].lake_of(str(table)) or MAIN_LAKE,
             "current": _delta(call, current_path(source, table)),
             "changelog": _delta(call, changelog_path(source, table)),
         }
@@ -25,12 +27,15 @@ def list_tables(call: Call) -> int:
         for table in tables
     ]
     call.console.document({"lake": call.config.lake.url, "tables": rows})
+    many = bool(call.config.lake.named)
     columns = ("rows", "size", "files", "small", "dead", "version")
-    headers = ("table", *(f"current: {c}" if c == "rows" else c for c in columns))
+    headers = ("table", *(("lake",) if many else ()), *(f"current: {c}" if c == "rows" else c for c in columns))
     headers += tuple(f"changelog: {c}" if c == "rows" else c for c in columns)
-    call.console.table(
-        headers, [(f"{r['source']}.{r['table']}", *_cells(r["current"]), *_cells(r["changelog"])) for r in rows]
-    )
+    lines = [
+        (f"{r['source']}.{r['table']}", *((r["lake"],) if many else ()), *_cells(r["current"]), *_cells(r["changelog"]))
+        for r in rows
+    ]
+    call.console.table(headers, lines)
     return OK
 
 

@@ -22,14 +22,28 @@ import pytest
 
 from cdc.errors import ConfigError, InvariantBroken, StoreConflict, StoreUnavailable
 from cdc.lake.probe import broken_promises
+from cdc.lake.routing import RoutingStore
 from cdc.ports import ObjectStore
+from cdc.table import TableId
 from connectors.local.store import LocalStore
 from connectors.s3.store import S3Store
 from tests.support.buckets import endpoint_of, new_bucket, s3_endpoint
 from tests.support.waiting import wait_until
 
+
+def routing(main: ObjectStore, *others: ObjectStore) -> RoutingStore:
+    """One of several, with tables in each."""
+    names = ["", *map(str, range(len(others)))]
+
+    def lake_of(source: str, table: TableId) -> str:
+        return names[(len(source) + len(table.name)) % len(names)]
+
+    return RoutingStore(main, dict(zip(names[1:], others, strict=True)), lake_of)
+
+
 STORES: dict[str, Callable[[Path], ObjectStore]] = {
     "local": lambda root: LocalStore(root),
+    "routing": lambda root: routing(*(LocalStore(root.with_name(f"{root.name}-{n}")) for n in range(3))),
     "s3": lambda root: S3Store(new_bucket(), "some/where", {"endpoint_url": s3_endpoint()}),
     "ceph": lambda root: S3Store(new_bucket(endpoint_of("ceph")), "some/where", {"endpoint_url": endpoint_of("ceph")}),
 }
@@ -118,6 +132,19 @@ def test_keys_are_listed_in_order_of_the_whole_key_and_by_any_prefix(store: Obje
     assert [o.key for o in store.list("s/t/")] == ["s/t/a", "s/t/b/c"]
     assert [o.key for o in store.list("s/t/b")] == ["s/t/b/c"]
     assert list(store.list("nothing/")) == []
+
+
+def test_keys_of_tables_are_listed_in_order_and_deleted_whichever_table_they_are_of(store: ObjectStore) -> None:
+    keys = [f"s/public.{name}/{part}/x" for name in ("a", "ab", "abc", "b", "zz") for part in ("changelog", "current")]
+    keys += ["s/_cdc/lease.json", "s/_notes/x", "other/public.a/x", "_cdc/probe"]
+    for key in keys:
+        store.put(key, key.encode())
+    assert [o.key for o in store.list("")] == sorted(keys)
+    assert [o.key for o in store.list("s/public.a")] == sorted(k for k in keys if k.startswith("s/public.a"))
+    assert [o.key for o in store.list("s/public.a/")] == ["s/public.a/changelog/x", "s/public.a/current/x"]
+    assert all(store.get(key, into=None) is not None for key in keys)
+    store.delete(keys[::2])
+    assert [o.key for o in store.list("")] == sorted(keys[1::2])
 
 
 def test_a_key_cannot_leave_the_store(store: ObjectStore) -> None:

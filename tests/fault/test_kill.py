@@ -53,7 +53,8 @@ PERIODIC = {
 """Points of a periodic run: tests/e2e/test_periodic.py kills there."""
 HISTORY = ("origin.after_note", "slot.after_drop", "origin.after_setup", "origin.after_anchor")
 """Points of a new history: tests/fault/test_history.py kills there."""
-
+LAKES = {"places.before_note"}
+"""Points of a table's move to another lake: tests/e2e/test_lakes.py kills there."""
 LAKE = {
     "vacuum.before_delete",
     "vacuum.after_current",
@@ -75,7 +76,7 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    assert named == set(EVERY) | LAKE | ELSEWHERE | PERIODIC | set(HISTORY)
+    assert named == set(EVERY) | LAKE | LAKES | ELSEWHERE | PERIODIC | set(HISTORY)
 
 
 @pytest.mark.parametrize("area", AREAS)

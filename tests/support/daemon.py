@@ -84,8 +84,8 @@ class Daemon:
     # ---- configuration ----
 
     def configure(self, section: str = "", **values: Any) -> None:
-        """Change keys of one section and write the file; it holds from the next start on."""
-        self._sections[section].update(values)
+        """Change keys of one section, or add it, and write the file; it holds from the next start on."""
+        self._sections.setdefault(section, {}).update(values)
         lines = []
         for name, keys in self._sections.items():
             lines += [f"[{name}]"] if name else []

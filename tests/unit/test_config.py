@@ -14,6 +14,7 @@ from cdc.config import (
     Config,
     LakeConfig,
     ModelConfig,
+    NamedLakeConfig,
     SourceConfig,
     SyncConfig,
     TableConfig,
@@ -35,11 +36,12 @@ SECTIONS: dict[str, Any] = {
     "alerts": AlertsConfig,
     "verify": VerifyConfig,
     "lake": LakeConfig,
+    "lake.eu": NamedLakeConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
 }
-NO_KEYS = {"name", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "verify", "extra"}
+NO_KEYS = {"name", "named", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "verify", "extra"}
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -96,13 +98,14 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
             section = "table"
         elif header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
             if header[1] == "lake" and header[2]:
-                named["lake"].add(header[2])
+                named["lake"] |= {header[2]} - {"eu"}
+                section = f"lake.{header[2]}" if f"lake.{header[2]}" in SECTIONS else "lake"
             else:
                 section = header[1]
         elif key := re.match(r"(?:# )?([a-z_]+)(?:\.\w+)? = ", line):
             named[section].add(key[1])
     for section, cls in SECTIONS.items():
-        keys = {f.name for f in fields(cls)} - NO_KEYS
+        keys = {f.name for f in fields(cls)} - (NO_KEYS - {"lake"} if section == "table" else NO_KEYS)
         keys -= {"table"} if section == "source" else set()  # a section of its own
         assert named[section] == keys, f"section [{section}]"
 
@@ -409,3 +412,48 @@ def test_columns_are_declared_with_a_type_that_can_be_held() -> None:
         ([], "a table of columns is expected"),
     ):
         assert part in refusal(**declared(wrong))
+
+
+def test_lakes_of_other_names_stand_beside_the_sections_of_the_lake() -> None:
+    config = parse(
+        document(
+            lake__options={"sse": "AES256"}, lake__url="s3://main/x",
+            lake__eu={"url": "s3://eu/x", "region": "eu-west-1"}, lake__local={"url": "files"},
+            source__shop__lakes={"hr.*": "eu"},
+            source__shop__table={"public.orders": {"lake": "main"}},
+        )
+    )  # fmt: skip
+    assert list(config.lake.named) == ["eu", "local"]
+    assert (config.lake.named["eu"].region, config.lake.options) == ("eu-west-1", {"sse": "AES256"})
+    assert config.lake.named["local"].url == (Path.cwd() / "files").as_uri()
+    assert config.sources["shop"].lake_of("hr.person") == "eu"
+    assert config.sources["shop"].lake_of("public.orders") == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"lake__current": {"url": "file:///eu"}},
+            "lake.current: means something else, and cannot be the name of a lake",
+        ),
+        ({"lake__main": {"url": "file:///eu"}}, "lake.main: means something else"),
+        ({"lake__options": {"url": "file:///eu"}}, "lake.options: means something else"),
+        ({"lake__optoins": {"sse": "AES256"}}, "did you mean options?"),
+        ({"lake__eu": {"url": "file:///eu", "land_every_s": 5}}, "lake.eu.land_every_s: unknown key"),
+        ({"lake__eu": {"url": "file:///eu", "region": "eu-west-1"}}, "lake.eu: a local directory has no region"),
+        ({"lake__eu": {"url": "s3://"}}, "lake.eu.url: names no place"),
+        ({"lake__9": {"url": "file:///eu"}}, "lake.9: a name is a letter"),
+        ({"source__shop__lakes": {"hr": "main"}}, 'write "hr.*"'),
+        (
+            {"lake__eu": {"url": "file:///eu"}, "source__shop__lakes": {"hr.*": "ue"}},
+            'source.shop.lakes."hr.*": there is no [lake.ue]; did you mean eu?',
+        ),
+        (
+            {"source__shop__table": {"hr.person": {"lake": "eu"}}},
+            'source.shop.table."hr.person".lake: there is no [lake.eu]; known: main',
+        ),
+    ],
+)
+def test_a_lake_that_cannot_be_meant_is_refused_with_what_can(changes: dict[str, Any], told: str) -> None:
+    assert told in refusal(**changes)
