@@ -34,7 +34,7 @@ from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict
 from cdc.failpoints import failpoint
 from cdc.lake.delta import AddedFile, DeltaLog
 from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix, tables_in
-from cdc.lake.objects import OBJECT_BYTES, Extent, OpenObject, lake_fields
+from cdc.lake.objects import OBJECT_BYTES, OpenObject, lake_fields
 from cdc.lake.partitions import NO_PARTITION, SORTED_BYTES, EventRows, Lateness, event_index
 from cdc.lake.widening import in_lake
 from cdc.ports import ObjectStore
@@ -443,7 +443,6 @@ class ChangelogWriter:
                 size=extent.size,
                 rows=extent.rows,
                 partition={column: partition},
-                stats=_stats(extent, system_name("_lsn", self._changelog.prefix(schema))),
             )
         )
 
@@ -523,10 +522,6 @@ def lake_schema(schema: TableSchema, named: TableSchema, prefix: str) -> pa.Sche
 
 def _shape_text(schema: TableSchema, number: int) -> str:
     return json.dumps({"schema": schema.to_json(), "number": number})
-
-
-def _stats(extent: Extent, lsn: str) -> dict[str, Any]:
-    return {"minValues": {lsn: extent.first_lsn}, "maxValues": {lsn: extent.last_lsn}, "nullCount": {lsn: 0}}
 
 
 def _by_day(batch: Batch, receipt: dt.date) -> list[tuple[int, Batch]]:

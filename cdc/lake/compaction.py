@@ -166,11 +166,7 @@ class Compactor:
         key = f"{self._delta.prefix}/{path}"
         with local.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             self._store.put(key, mapped)
-        lsn = system_name("_lsn", self._prefix)
-        added = AddedFile(
-            path=path, size=size, rows=rows, partition=files[0].partition,
-            stats={"minValues": {lsn: first}, "maxValues": {lsn: last}, "nullCount": {lsn: 0}},
-        )  # fmt: skip
+        added = AddedFile(path=path, size=size, rows=rows, partition=files[0].partition)
         failpoint("compact.before_commit")
         try:
             self._delta.commit(adds=[added], removes=[f.path for f in files], data_change=False)

@@ -54,15 +54,14 @@ _DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
 class AddedFile:
     """A data file to make visible. `path` is relative to the table; letters, digits and `_=./-` only.
 
-    `partition` has a value for every partition column. `stats` are Delta's per-file statistics other than numRecords
-    (`minValues`, `maxValues`, `nullCount`), if known.
+    `partition` has a value for every partition column. Statistics of columns stand in the file's own footer only: where
+    Delta's log has those of some columns, deltalake's `to_pyarrow_dataset` takes any filter on another one for false.
     """
 
     path: str
     size: int
     rows: int
     partition: Mapping[str, str | None] = field(default_factory=dict)
-    stats: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LiveFile(NamedTuple):
@@ -468,7 +467,7 @@ def _add_actions(adds: Sequence[AddedFile], data_change: bool) -> list[AddAction
             partition_values=dict(a.partition),
             modification_time=now,
             data_change=data_change,
-            stats=json.dumps({"numRecords": a.rows, **a.stats}),
+            stats=json.dumps({"numRecords": a.rows}),
         )
         for a in adds
     ]

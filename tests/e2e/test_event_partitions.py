@@ -51,7 +51,7 @@ def tell_the_story(directory: Path, dsn: str, points: tuple[str, ...]) -> None:
         assert daemon.ask("setup").code == 0
         witness = Witness(dsn, f"witness_{daemon.slot}")
         for number, point in enumerate((*points, "")):
-            daemon.start(failpoints=f"{point}=kill:{number + 1}" if point else "").streaming()
+            daemon.start(failpoints=f"{point}=kill:{1 + number % 2}" if point else "").streaming()
             base = 1000 * (number + 1)
             execute(
                 dsn,

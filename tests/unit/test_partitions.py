@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 
@@ -157,6 +158,21 @@ def test_what_has_no_time_is_in_the_partition_null_and_nothing_is_lost(store: Lo
     assert (writer.lateness.undated, writer.lateness.late) == (4, 2)
     paths = [f.path for f in table_of(store).delta.files() if f.partition["_date"] is None]
     assert all(p.startswith("_date=__HIVE_DEFAULT_PARTITION__/1-") for p in paths)
+
+
+@pytest.mark.parametrize("by", [None, "at:day"])
+def test_a_filter_by_any_column_finds_its_rows(store: LocalStore, tmp_path: Path, by: str | None) -> None:
+    """deltalake makes conditions of what Delta's log says of each file, and takes what it does not say for null."""
+    table = table_of(store, by)
+    land(table, tmp_path, batch(schema(), 100, [COMMITTED, COMMITTED - dt.timedelta(days=3), None]))
+    changes = DeltaTable(str(tmp_path / "lake" / table.path)).to_pyarrow_dataset()
+    for condition in (
+        pc.field("id") == 100_000_001, pc.field("at") < COMMITTED, pc.field("at").is_null(), pc.field("_lsn") == 100,
+        pc.field("_xid") == 7, pc.field("note") == "note 100", pc.field("_committed_at") == COMMITTED,
+    ):  # fmt: skip
+        assert changes.to_table(filter=condition).num_rows in (1, 3), condition
+    if by is not None:
+        assert changes.to_table(filter=pc.field("_date") == "2026-11-26").column("id").to_pylist() == [100_000_001]
 
 
 def test_late_rows_are_counted_with_their_lateness_and_a_snapshots_are_not(store: LocalStore, tmp_path: Path) -> None:
