@@ -22,6 +22,10 @@ from cdc.ports import ObjectStore
 
 COMMIT_KEY: Final = "cdc.commit"
 """Of a commit's info: the id by which its writer knows it again."""
+LEASE: Final = "lease"
+"""Token: fence of the lease under which was committed (cdc.lake.lease)."""
+TRIMMED: Final = "trimmed"
+"""Token: the last version of which retention has taken away objects (cdc.lake.retention)."""
 _KEPT: Final = 16
 _KEPT_FILES: Final = 1000
 """A commit with more files than this is read again when it is asked for again."""
@@ -41,7 +45,8 @@ class Commit:
     removed: list[str]
     id: str | None
     is_rest: bool
-    """Whether it brings and takes no row, and sets no token: it rearranges, or changes what is said of the table."""
+    """Whether whoever follows the table has nothing to do for it: it brings no row, and no token but the lease's; it
+    rearranges, changes what is said of the table, or takes away what retention lets go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,4 +167,5 @@ def _parsed(actions: list[dict[str, Any]]) -> Commit:
             added.append(action["add"]["path"])
         elif "commitInfo" in action:
             commit_id = action["commitInfo"].get(COMMIT_KEY)
-    return Commit(tokens, added, removed, commit_id, not (tokens or added or changes))
+    is_rest = not (tokens.keys() - {LEASE, TRIMMED} or added or (changes and TRIMMED not in tokens))
+    return Commit(tokens, added, removed, commit_id, is_rest)
