@@ -33,7 +33,8 @@ _LOOK_BACK: Final = 50
 
 
 class HistoryGone(CdcError):
-    """Commits that are asked for have been cleaned away; only the table's present state is left."""
+    """What is asked for has been cleaned away: commits of the log, or objects by retention. Only the table's present
+    state is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,20 @@ class Commits:
             removed.update(self.at(number + 1).removed)
         return removed
 
+    def checkpointed(self) -> int:
+        """Version of the newest checkpoint; -1 if there is none."""
+        hint = self._last_checkpoint()
+        return -1 if hint is None else int(hint["version"])
+
+    def _last_checkpoint(self) -> dict[str, Any] | None:
+        found = self._store.get(f"{self._prefix}/_delta_log/_last_checkpoint")
+        return None if found is None else dict(json.loads(found[0]))
+
     def _checkpoint(self) -> _Checkpoint | None:
         """The newest checkpoint; None if there is none."""
-        found = self._store.get(f"{self._prefix}/_delta_log/_last_checkpoint")
-        if found is None:
+        hint = self._last_checkpoint()
+        if hint is None:
             return None
-        hint = json.loads(found[0])
         at, parts = int(hint["version"]), int(hint.get("parts") or 0)
         stem = f"{self._prefix}/_delta_log/{at:020d}.checkpoint"
         names = [f"{stem}.{i:010d}.{parts:010d}.parquet" for i in range(1, parts + 1)] or [f"{stem}.parquet"]

@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
+from deltalake import DeltaTable, PostCommitHookProperties
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
@@ -46,7 +46,9 @@ FORMAT: Final = 1
 _FORMAT_KEY = "cdc.format"
 _ATTEMPTS = 8
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_=./-]+")
-_DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
+CHECKPOINT_EVERY: Final = 50
+"""Versions."""
+_DEFAULTS = {"delta.checkpointInterval": str(CHECKPOINT_EVERY), _FORMAT_KEY: str(FORMAT)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +288,7 @@ class DeltaLog:
                         table.schema(),
                         partition_by=self.partition_columns(),
                         commit_properties=_properties(tokens, metadata or {}, commit_id),
+                        post_commithook_properties=_hooks(),
                     )
             except (CommitFailedError, DeltaError, OSError, StoreConflict, StoreUnavailable) as e:
                 done = self._after_failure(e, base, commit_id)
@@ -308,10 +311,28 @@ class DeltaLog:
         with _translated(self.prefix):
             hours = math.ceil(retention_s / 3600)
             gone = self._require().vacuum(
-                retention_hours=hours, dry_run=False, enforce_retention_duration=False, full=False
+                retention_hours=hours,
+                dry_run=False,
+                enforce_retention_duration=False,
+                full=False,
+                post_commithook_properties=_hooks(),
             )
         self.refresh()
         return len(gone)
+
+    def tidy_log(self) -> None:
+        """Delete the log's entries that are older than the table's `delta.logRetentionDuration` (Delta's default: 30
+        days) and that a checkpoint stands for; make one first where commits have gone without. Only when nobody goes on
+        from a version before the newest. Versions before can no longer be read."""
+        with _translated(self.prefix):
+            table = self._require()
+            if table.version() - self.checkpointed() >= CHECKPOINT_EVERY:
+                table.create_checkpoint()
+            table.cleanup_metadata()
+
+    def checkpointed(self) -> int:
+        """Version of the newest checkpoint; -1 if there is none."""
+        return self._commits.checkpointed()
 
     # ---- inside ----
 
@@ -448,6 +469,11 @@ def _properties(tokens: Mapping[str, int], metadata: Mapping[str, Any], commit_i
         max_commit_retries=0,
         app_transactions=[Transaction(app_id, value) for app_id, value in tokens.items()],
     )
+
+
+def _hooks() -> PostCommitHookProperties:
+    # The log is cleaned where it is known what somebody goes on from, not by whoever happens to commit (`tidy_log`).
+    return PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
 def _add_actions(adds: Sequence[AddedFile], data_change: bool) -> list[AddAction]:
