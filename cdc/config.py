@@ -7,6 +7,7 @@ cdc.config_file.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from cdc.errors import ConfigError
+from cdc.units import duration_s
+
+FOREVER = "forever"
+
+
+def age_s(text: str) -> float:
+    """Seconds of a duration of the configuration; infinite for FOREVER. ValueError if it is neither."""
+    return math.inf if text == FOREVER else duration_s(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +32,15 @@ class TableConfig:
     name: str
     on_schema_change: str = ""
     """Empty: as the source has it."""
+    retain: str = ""
+    """Empty: as `[lake.changelog]` has it; forever: whatever that says."""
     columns: dict[str, str] = field(default_factory=dict)
     """Types other than the contract's, by column: `string` or `decimal(p,s)` (cdc.types)."""
+
+    @property
+    def retain_s(self) -> float | None:
+        """How long its changelog keeps an object, in seconds; None: it says nothing of it."""
+        return age_s(self.retain) if self.retain else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +155,28 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangelogConfig:
+    """`[lake.changelog]`: how long changelogs keep what they hold, and where."""
+
+    retain: str = "forever"
+    """Objects whose newest row was committed longer ago than this leave the changelog; `current` keeps its rows."""
+    cold_after: str = ""
+    """Empty: never. Objects whose newest row was committed longer ago are put into `cold_storage_class`."""
+    cold_storage_class: str = ""
+    """In the store's words; one whose objects can be read at once."""
+
+    @property
+    def retain_s(self) -> float:
+        """In seconds; infinite: forever."""
+        return age_s(self.retain)
+
+    @property
+    def cold_after_s(self) -> float:
+        """In seconds; infinite: never."""
+        return age_s(self.cold_after or FOREVER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -155,6 +193,7 @@ class LakeConfig:
     object_bytes_target: int = 128 << 20
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
+    changelog: ChangelogConfig = field(default_factory=ChangelogConfig)
     options: dict[str, str] = field(default_factory=dict)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from cdc.config import LakeConfig, SourceConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.inspection import SourceInspector
-from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin
+from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin, TieredStore
 
 SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
 
@@ -72,9 +72,15 @@ def store(url: str, options: Mapping[str, str] | None = None) -> ObjectStore:
 
 
 def lake_store(lake: LakeConfig) -> ObjectStore:
-    """The object store that holds the lake."""
+    """The object store that holds the lake. ConfigError if it cannot do what `lake` asks of it."""
     named = {"region": lake.region, "endpoint_url": lake.endpoint_url}
-    return store(lake.url, {**{k: v for k, v in named.items() if v}, **lake.options})
+    found = store(lake.url, {**{k: v for k, v in named.items() if v}, **lake.options})
+    if lake.changelog.cold_after and not isinstance(found, TieredStore):
+        raise ConfigError(
+            f"lake.changelog.cold_after: the store at {lake.url} has no classes of storage",
+            hint="leave out cold_after and cold_storage_class",
+        )
+    return found
 
 
 def demo_shop(name: str) -> Any:

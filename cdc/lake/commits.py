@@ -92,7 +92,20 @@ class Commits:
         """All tokens at a version. Costs the commits since the version that was asked for last; the first time, or
         when an older one is asked for, a checkpoint and the commits after it. LookupError if that is newer."""
         if self._through > version:
-            self._through, self._set = -1, {}
+            self._forget()
+        try:
+            return self._tokens(version)
+        except HistoryGone:
+            if self._through < 0:
+                raise
+            # Commits since the version that was asked for last have been cleaned away: a checkpoint stands for them.
+            self._forget()
+            return self._tokens(version)
+
+    def _forget(self) -> None:
+        self._through, self._set = -1, {}
+
+    def _tokens(self, version: int) -> dict[str, int]:
         if self._through < 0 and (checkpoint := self._checkpoint()) is not None:
             if checkpoint.version > version:
                 raise LookupError(version)

@@ -154,10 +154,11 @@ class CurrentTable:
 
     def vacuum(self, retention_s: float) -> int:
         """Delete objects that no version of the last `retention_s` needs, also those of merges that never committed;
-        returns how many."""
+        returns how many. And entries of the log that are old enough."""
         if self.merged() < 0:
             return 0
         gone = self._log.vacuum(retention_s)
+        self._log.tidy_log()
         known = {f.path for f in self._log.files()} | self._log.removed_paths()
         before = (time.time() - max(retention_s, 3600)) * 1e6
         dead = [
@@ -235,12 +236,12 @@ class _Attempt:
     def run(self) -> MergeResult:
         added = self._added
         scan = self._scan(added)
+        if self._anew and self._table._complete(self._layout.schema.oid):
+            self._require_whole(scan)
         if not self._table._shows(self._layout.schema.oid) and not any(
             end.facts.get("oid") == str(self._layout.schema.oid) for end in scan.ends()
         ):
             return MergeResult(waiting=True)
-        if self._anew:
-            self._require_whole(scan)
         try:
             done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
             if done.unresolved:
@@ -414,7 +415,9 @@ class _Attempt:
     def _commit(self, scan: Scan, done: Rewritten) -> tuple[int, int]:
         table = self._table
         for begin in scan.begins():
-            self._tokens[f"begin/{begin.run}/version"] = begin.version
+            brought = f"begin/{begin.run}/version"
+            # What is merged anew may not tell any more which version brought it.
+            self._tokens[brought] = max(begin.version, self._token(brought) or 0)
             for part, value in begin.order._asdict().items():
                 self._tokens[f"begin/{begin.run}/{part}"] = value
         self._tokens[KEY + ",".join(map(str, key_of_schema(self._layout.schema)))] = self._through

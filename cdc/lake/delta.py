@@ -21,10 +21,10 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +39,8 @@ from cdc.lake.widening import merged
 from cdc.ports import ObjectStore
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT: Final = 1
 """Version of the layout of our tables; kept in the table's configuration."""
@@ -141,13 +143,13 @@ class DeltaLog:
 
     def token(self, app_id: str, version: int | None = None) -> int | None:
         """The token of one application in a version (default: the one that has been read), None if it never had one."""
-        table = self._require()
-        if version is not None and version != table.version():
+        if version is not None and version != self._require().version():
             try:
                 return self._commits.token(app_id, version)
             except LookupError:
-                table = self._at(version)
-        value = table.transaction_version(app_id)
+                value = self._at(version).transaction_version(app_id)
+        else:
+            value = self._read(lambda table: table.transaction_version(app_id))
         return None if value is None else int(value)
 
     def tokens(self) -> dict[str, int]:
@@ -160,8 +162,11 @@ class DeltaLog:
 
     def files(self, version: int | None = None) -> list[LiveFile]:
         """The data files of a version (default: the one that has been read)."""
-        with _translated(self.prefix):
-            actions = pa.table(self._at(version).get_add_actions(flatten=False))
+        if version is None or version == self._require().version():
+            actions = self._read(lambda table: pa.table(table.get_add_actions(flatten=False)))
+        else:
+            with _translated(self.prefix):
+                actions = pa.table(self._at(version).get_add_actions(flatten=False))
         names = set(actions.schema.names)
         paths = actions.column("path").to_pylist()
         sizes = actions.column("size_bytes").to_pylist()
@@ -266,10 +271,16 @@ class DeltaLog:
         after a `refresh` is the truth then.
         """
         tokens, expect, commit_id = tokens or {}, expect or {}, uuid.uuid4().hex
+        failed: DeltaError | None = None
         for _ in range(_ATTEMPTS):
             table = self._require()
             base = table.version()
-            self._check(table, tokens, expect, removes)
+            try:
+                self._check(table, tokens, expect, removes)
+            except DeltaError as e:
+                # The log that it stands on may have been cleaned meanwhile; what is read anew stands on a checkpoint.
+                self._table, failed = None, e
+                continue
             added, removed = _add_actions(adds, data_change), self._remove_actions(removes, data_change)
             if schema is not None:
                 _check_names(schema.names)
@@ -303,6 +314,8 @@ class DeltaLog:
             except StoreUnavailable:
                 self._table = None  # the commit is done; whoever needs the table next reads it anew
             return base + 1
+        if failed is not None:
+            raise StoreUnavailable(f"{self.prefix} cannot be read: {_brief(failed)}") from failed
         raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a commit")
 
     def vacuum(self, retention_s: float) -> int:
@@ -349,6 +362,15 @@ class DeltaLog:
                 return None
             self._check_format(self._table)
         return self._table
+
+    def _read(self, ask: Callable[[DeltaTable], T]) -> T:
+        """What the table says; opened anew if the part of its log that it stands on has been cleaned away meanwhile."""
+        try:
+            return ask(self._require())
+        except DeltaError:
+            self._table = None
+        with _translated(self.prefix):
+            return ask(self._require())
 
     def _require(self) -> DeltaTable:
         table = self._load()
