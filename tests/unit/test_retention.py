@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from cdc.lake.commits import TRIMMED, HistoryGone
 from cdc.lake.compaction import FEW
 from cdc.lake.current import CurrentTable
 from cdc.lake.delta import CHECKPOINT_EVERY, DeltaLog
+from cdc.lake.inventory import inventory, lifecycle
 from cdc.lake.layout import current_path
 from cdc.lake.retention import newest_s
 from cdc.table import TableId, TableSchema
@@ -355,3 +358,31 @@ def test_a_checkpoint_is_made_where_commits_have_gone_without(story: Kept) -> No
     story.merge(through=story.current.merged())
     story.upkeep.vacuum()
     assert delta.checkpointed() >= CHECKPOINT_EVERY
+
+
+# ---- what is told of it ----
+
+
+def test_the_inventory_tells_what_is_there_and_what_goes_next(tmp_path: Path) -> None:
+    story = Kept(tmp_path)
+    story.begin()
+    now = time.time()
+    for days in (3, 8, 8):
+        story.land([{**row, "_committed_at": int((now - days * DAY_S) * 1e6)} for row in rows_of(days)])
+    story.merge()
+    path = story.changelog.path
+    found = inventory(story.store, path, small_bytes=1 << 20)
+    assert found is not None
+    assert (found["files"], found["small_files"], found["small_ratio"], found["dead_bytes"]) == (4, 4, 1.0, 0)
+    assert found["oldest_date"] == str(dt.datetime.fromtimestamp(now - 8 * DAY_S, dt.UTC).date())
+    assert found["newest_date"] == str(dt.datetime.fromtimestamp(now, dt.UTC).date())
+    assert found["log_entries"] == found["version"] + 1, "no checkpoint yet"
+    next_days = lifecycle(story.store, path, retain_s=RETAIN_S, cold_after_s=math.inf)
+    assert next_days["cools"] is None
+    assert next_days["expires"]["files"] == 2
+    assert now + 2 * DAY_S < next_days["expires"]["at"] <= now + 3 * DAY_S
+    assert story.later(4) == 2
+    after = inventory(story.store, path, small_bytes=1 << 20)
+    assert after is not None
+    assert (after["files"], after["dead_bytes"]) == (2, next_days["expires"]["bytes"])
+    assert inventory(story.store, "no/table", small_bytes=1) is None
