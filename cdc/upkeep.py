@@ -24,6 +24,7 @@ from typing import Final
 from cdc import metrics
 from cdc.config import LakeConfig, SourceConfig
 from cdc.errors import CdcError, StoreConflict
+from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.compaction import Compactor
 from cdc.lake.cooling import Cooler
@@ -210,11 +211,13 @@ class Upkeep:
     def vacuum(self) -> int:
         """Remove objects that no version of the last `vacuum_after_s` shows; how many. And entries of the logs that are
         old enough. Only when `current` names the newest version of the changelog that has its rows."""
-        self._vacuum_at = time.monotonic() + self._limits.vacuum_after_s
-        gone = self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        self._vacuum_at = time.monotonic() + max(self._limits.vacuum_after_s, self._limits.every_s)
+        failpoint("vacuum.before_delete")
+        gone = 0 if self._current is None else self._current.vacuum(self._limits.vacuum_after_s)
+        failpoint("vacuum.after_current")
+        gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        failpoint("vacuum.after_delete")
         self._changelog.delta.tidy_log()
-        if self._current is not None:
-            gone += self._current.vacuum(self._limits.vacuum_after_s)
         if gone:
             metrics.VACUUMED_OBJECTS.inc(gone)
         return gone
