@@ -318,16 +318,17 @@ class DeltaLog:
             raise StoreUnavailable(f"{self.prefix} cannot be read: {_brief(failed)}") from failed
         raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a commit")
 
-    def vacuum(self, retention_s: float) -> int:
+    def vacuum(self, retention_s: float, *, untracked: bool = False) -> int:
         """Delete the objects of files that were removed more than `retention_s` ago (in whole hours, rounded up);
-        returns how many. Versions older than that can no longer be read."""
+        returns how many. Versions older than that can no longer be read. `untracked`: also objects of that age that no
+        version has ever shown."""
         with _translated(self.prefix):
             hours = math.ceil(retention_s / 3600)
             gone = self._require().vacuum(
                 retention_hours=hours,
                 dry_run=False,
                 enforce_retention_duration=False,
-                full=False,
+                full=untracked,
                 post_commithook_properties=_hooks(),
             )
         self.refresh()
