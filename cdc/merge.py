@@ -220,17 +220,7 @@ class Merger:
     def _tidy(self, table: TableId) -> None:
         """Do what is due of a merged table's upkeep, and what somebody waits for. What fails here fails no merge: it is
         told, and tried again later."""
-        changelog, current = self._pair(table)
-        if table not in self._upkeeps:
-            self._upkeeps[table] = Upkeep(
-                self._store,
-                changelog,
-                None if table.is_own else current,
-                temp_dir=self._temp_dir,
-                limits=self._limits,
-                fence=self._lease.fence,
-            )
-        upkeep, orders = self._upkeeps[table], self._orders.open(table)
+        upkeep, orders = self._upkeep(table), self._orders.open(table)
         if not (orders or upkeep.is_due):
             return
         self._lease.check()
@@ -251,6 +241,19 @@ class Merger:
         metrics.STAGE_SECONDS.labels("upkeep").inc(time.perf_counter() - began)
         for order in orders:
             order.note(done)
+
+    def _upkeep(self, table: TableId) -> Upkeep:
+        if table not in self._upkeeps:
+            changelog, current = self._pair(table)
+            self._upkeeps[table] = Upkeep(
+                self._store,
+                changelog,
+                None if table.is_own else current,
+                temp_dir=self._temp_dir,
+                limits=self._limits,
+                fence=self._lease.fence,
+            )
+        return self._upkeeps[table]
 
     def _pair(self, table: TableId) -> tuple[ChangelogTable, CurrentTable]:
         if table not in self._pairs:

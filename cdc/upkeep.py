@@ -23,7 +23,7 @@ from typing import Final
 
 from cdc import metrics
 from cdc.config import LakeConfig, SourceConfig
-from cdc.errors import CdcError, StoreConflict
+from cdc.errors import CdcError, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.compaction import Compactor
@@ -143,12 +143,19 @@ class Upkeep:
             done.removed = self.reclaim()
         if compact or ageing or now >= self._compact_at:
             done.joined = self.compact(everything=compact)
+        failed: StoreUnavailable | None = None
         if ageing:
-            done.expired, done.cooled = self.age(cool=not done.joined)
+            try:
+                done.expired, done.cooled = self.age(cool=not done.joined)
+            except StoreUnavailable as e:
+                # A class of storage that is refused must not keep what is dead from going.
+                failed = e
         follow()
         if vacuum:
             done.removed += self.vacuum()
             follow()
+        if failed is not None:
+            raise failed
         return done
 
     def compact(self, *, everything: bool = False) -> int:

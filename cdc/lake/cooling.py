@@ -22,6 +22,8 @@ from cdc.ports import TieredStore
 
 COLD_BYTES_MIN: Final = 128 << 10
 """What is smaller stays: it is charged as this much in cold classes, and each object costs a request to move."""
+_COLD_BYTES_MAX: Final = 5 << 30
+"""What S3 copies in one request; what is bigger stays too."""
 _TURN_S: Final = 5.0
 
 
@@ -47,7 +49,7 @@ class Cooler:
         cold, cooled = self.cold(), 0
         until = time.monotonic() + _TURN_S
         for file in expired(files, held, date, before_s):
-            if file.path in cold or file.size < COLD_BYTES_MIN:
+            if file.path in cold or not COLD_BYTES_MIN <= file.size <= _COLD_BYTES_MAX:
                 continue
             if time.monotonic() >= until:
                 return cooled, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -177,3 +178,22 @@ def test_what_is_not_merged_is_not_put_away(bucket: Bucket, monkeypatch: pytest.
     keys = moved(bucket, monkeypatch)
     assert bucket.upkeep().age(now_s=time.time() + 31 * DAY_S) == (0, 0)
     assert keys == []
+
+
+def test_a_class_that_is_refused_keeps_nothing_else_from_being_done(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.insert(1)
+    bucket.merge()
+
+    def refused(self: S3Store, key: str, storage_class: str) -> bool:
+        raise StoreUnavailable("no such class")
+
+    monkeypatch.setattr(S3Store, "move", refused)
+    upkeep, real = bucket.upkeep(), time.time
+    monkeypatch.setattr("cdc.upkeep.time", SimpleNamespace(time=lambda: real() + 31 * DAY_S, monotonic=time.monotonic))
+    vacuumed: list[Upkeep] = []
+    monkeypatch.setattr(Upkeep, "vacuum", lambda self: vacuumed.append(self) or 0)
+    with pytest.raises(StoreUnavailable, match="no such class"):
+        upkeep.work(lambda: None, vacuum=True)
+    assert vacuumed == [upkeep]

@@ -386,3 +386,23 @@ def test_the_inventory_tells_what_is_there_and_what_goes_next(tmp_path: Path) ->
     assert after is not None
     assert (after["files"], after["dead_bytes"]) == (2, next_days["expires"]["bytes"])
     assert inventory(story.store, "no/table", small_bytes=1) is None
+
+
+def test_a_table_that_is_gone_lets_go_and_one_that_stands_still_does_not(
+    scene: KeptScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.insert(1, 2)
+    scene.merger.step()
+    scene.merger._is_stopped = lambda table: True
+    scene.aged(monkeypatch, 30)
+    scene.state.update_table("shop", TABLE, state="stopped")
+    scene.merger.step()
+    assert len(scene.objects()) == 3
+    scene.state.update_table("shop", TABLE, state="removed")
+    scene.merger._pairs.clear()  # as a process that has just started has it
+    scene.merger._upkeeps.clear()
+    scene.merger._upkeep(TABLE)._age_at = 0.0
+    scene.merger.step()
+    assert scene.objects() == []
+    assert scene.current.merged() == DeltaLog(scene.store, scene.changelog.path).version()
+    assert [r["id"] for r in scene.rows()] == [1, 2]
