@@ -138,9 +138,9 @@ class Merger:
             self._asked = max(0, self._asked - asked)
         if cut.common:
             # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
-            for table in cut.versions:
+            for table, through in cut.versions.items():
                 if table in versions or self._is_apart(table):
-                    self._tidy(table)
+                    self._tidy(table, through)
             self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         took = time.monotonic() - began
         self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
@@ -170,7 +170,7 @@ class Merger:
             return False
         if any(r.state in ("pending", "running") for r in runs):
             return True
-        landed = self._pairs[table][0].delta.token(f"run/{runs[-1].id}", through)
+        landed = self._pair(table)[0].delta.token(f"run/{runs[-1].id}", through)
         return runs[-1].state == "done" and (-1 if landed is None else landed) < runs[-1].chunk_no
 
     def _merge(self, table: TableId, through: int, lsn: int) -> int | None:
@@ -217,7 +217,7 @@ class Merger:
         """Whether only a table's upkeep is done: it has no `current`, or takes no part any more."""
         return table.is_own or self._state.table(self._source, table).state == "removed"
 
-    def _tidy(self, table: TableId) -> None:
+    def _tidy(self, table: TableId, through: int) -> None:
         """Do what is due of a merged table's upkeep, and what somebody waits for. What fails here fails no merge: it is
         told, and tried again later."""
         upkeep, orders = self._upkeep(table), self._orders.open(table)
@@ -226,7 +226,7 @@ class Merger:
         self._lease.check()
         began = time.perf_counter()
         try:
-            if self._is_read_anew(table, self._through.get(table, -1)):
+            if self._is_read_anew(table, through):
                 return
             kinds = {order.kind for order in orders}
             done = upkeep.work(lambda: self._follow(table), compact="compact" in kinds, vacuum="vacuum" in kinds)

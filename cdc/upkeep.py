@@ -26,6 +26,7 @@ from cdc.config import LakeConfig, SourceConfig
 from cdc.errors import CdcError, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
+from cdc.lake.commits import HistoryGone
 from cdc.lake.compaction import Compactor
 from cdc.lake.cooling import Cooler
 from cdc.lake.current import CurrentTable
@@ -230,11 +231,15 @@ class Upkeep:
         return gone
 
     def _newest(self) -> tuple[int, set[str]]:
-        """The newest version of the changelog, and the objects in it that `current` has not merged."""
+        """The newest version of the changelog, and the objects in it that `current` has not merged; all of them if the
+        log does not tell any more."""
         if self._current is None:
             return self._changelog.refresh(), set()
-        merged, newest = self._current.merged(), self._changelog.refresh()
-        return newest, {path for _, path in self._changelog.delta.files_added(merged, newest)}
+        merged, newest, delta = self._current.merged(), self._changelog.refresh(), self._changelog.delta
+        try:
+            return newest, {path for _, path in delta.files_added(merged, newest)}
+        except HistoryGone:
+            return newest, {f.path for f in delta.files(newest)}
 
 
 @dataclass(slots=True)

@@ -120,9 +120,12 @@ class DeltaLog:
         """Read what has been committed since, and return the newest version; StoreUnavailable if there is no table."""
         if self._table is None:
             return self._require().version()
-        with _translated(self.prefix):
+        try:
             self._table.update_incremental()
-        return self._table.version()
+        except (DeltaError, OSError):
+            # Also if the part of the log that it stands on has been cleaned away meanwhile.
+            self._table = None
+        return self._require().version()
 
     def version(self) -> int:
         """The newest version that has been read (`refresh` reads on); -1 if there is no table."""
@@ -201,8 +204,11 @@ class DeltaLog:
     def rests_until(self, version: int) -> int:
         """The last version behind `version` up to which no row and no token came: the rows are the same in all."""
         newest = self._require().version()
-        while version < newest and self._commits.at(version + 1).is_rest:
-            version += 1
+        try:
+            while version < newest and self._commits.at(version + 1).is_rest:
+                version += 1
+        except HistoryGone:
+            log.info("a commit is gone: nobody knows what it brought", extra={"delta_table": self.prefix})
         return version
 
     def open_file(self, path: str) -> pq.ParquetFile:

@@ -112,6 +112,7 @@ def test_an_object_is_moved_with_all_that_it_is(bucket: Bucket) -> None:
     assert not store.move("no/object", "GLACIER_IR")
 
 
+@pytest.mark.slow
 def test_objects_are_joined_first_and_then_put_away_once(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         bucket.insert(number)
@@ -144,6 +145,7 @@ def test_objects_are_joined_first_and_then_put_away_once(bucket: Bucket, monkeyp
     assert upkeep.age(now_s=time.time() + 92 * DAY_S)[0] == 2, "and in the end retention lets it go"
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         bucket.insert(number)
@@ -173,6 +175,7 @@ def test_it_goes_on_where_it_stopped(bucket: Bucket, monkeypatch: pytest.MonkeyP
     assert sorted(bucket.classes().values()) == ["GLACIER_IR"] * 3 + ["STANDARD"] * 2, "small ones stay"
 
 
+@pytest.mark.slow
 def test_what_is_not_merged_is_not_put_away(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.insert(1)
     keys = moved(bucket, monkeypatch)
@@ -180,6 +183,7 @@ def test_what_is_not_merged_is_not_put_away(bucket: Bucket, monkeypatch: pytest.
     assert keys == []
 
 
+@pytest.mark.slow
 def test_a_class_that_is_refused_keeps_nothing_else_from_being_done(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,7 +333,9 @@ def test_a_table_without_current_has_its_upkeep_too(scene: KeptScene, monkeypatc
 # ---- the log of the table's versions ----
 
 
-def test_the_log_is_cleaned_behind_merges_and_never_by_a_landing(story: Kept) -> None:
+def test_the_log_is_cleaned_behind_merges_and_never_by_a_landing(tmp_path: Path) -> None:
+    story = Kept(tmp_path)
+    story.begin()
     delta = DeltaLog(story.store, story.changelog.path)
     delta.commit(configuration={"delta.logRetentionDuration": "interval 0 seconds"})
     for n in range(CHECKPOINT_EVERY + 5):
@@ -350,7 +352,9 @@ def test_the_log_is_cleaned_behind_merges_and_never_by_a_landing(story: Kept) ->
     assert len(story.rows()) == CHECKPOINT_EVERY + 6
 
 
-def test_a_checkpoint_is_made_where_commits_have_gone_without(story: Kept) -> None:
+def test_a_checkpoint_is_made_where_commits_have_gone_without(tmp_path: Path) -> None:
+    story = Kept(tmp_path)
+    story.begin()
     delta = DeltaLog(story.store, story.changelog.path)
     for n in range(CHECKPOINT_EVERY + 2):  # commits of our own making, behind which none is made
         delta.commit(configuration={"cdc.some": str(n)})
@@ -392,12 +396,18 @@ def test_a_table_that_is_gone_lets_go_and_one_that_stands_still_does_not(
     scene: KeptScene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene.insert(1, 2)
+    run = scene.state.create_run("shop", TABLE, "resync")
+    writer = scene.changelog.writer(scene.temp)
+    row = {"_op": "s", "_lsn": scene.lsn, "_seq": (1 << 62) + 9, "_run": run.id, "_raw": {"event": "gap"}}
+    writer.add(batch_of(scene.schema, [row]), chunk=3)
+    scene.through = writer.commit(Boundary(0, scene.lsn, scene.lsn + 1)).version
+    scene.state.update_run(run.id, state="done", chunk_no=3)
     scene.merger.step()
     scene.merger._is_stopped = lambda table: True
     scene.aged(monkeypatch, 30)
     scene.state.update_table("shop", TABLE, state="stopped")
     scene.merger.step()
-    assert len(scene.objects()) == 3
+    assert len(scene.objects()) == 4
     scene.state.update_table("shop", TABLE, state="removed")
     scene.merger._pairs.clear()  # as a process that has just started has it
     scene.merger._upkeeps.clear()
