@@ -8,8 +8,9 @@ Guarantees:
   removes those that a crash left.
 
 Other tokens: `run/<id>` = highest chunk, `complete/<epoch>/<oid>` = 1 once the end row of a run over the whole table
-is in, `lease` = fence number of the holder's lease, `trimmed` (cdc.lake.retention). It does not decide when to commit or where a stream may be cut
-(cdc.land), and never reads a row back. Not thread-safe; one process writes a changelog at a time (cdc.lake.lease).
+is in, `lease` = fence number of the holder's lease, `trimmed` (cdc.lake.retention). It does not decide when to commit
+or where a stream may be cut (cdc.land), and never reads a row back. Not thread-safe; one process writes a changelog at
+a time (cdc.lake.lease).
 """
 
 from __future__ import annotations
