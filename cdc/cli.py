@@ -159,8 +159,12 @@ def _resync(p: argparse.ArgumentParser) -> None:
     p.add_argument("--timeout", type=_seconds, default=86400.0, metavar="S", help="bound of --wait (default: a day)")
 
 
-def _upkeep(p: argparse.ArgumentParser) -> None:
+def _held(p: argparse.ArgumentParser) -> None:
     p.add_argument("table", nargs="*", metavar="TABLE", help="tables; none: all")
+
+
+def _upkeep(p: argparse.ArgumentParser) -> None:
+    _held(p)
     p.add_argument("--timeout", type=_seconds, default=3600.0, metavar="S", help="how long to wait (default: an hour)")
 
 
@@ -347,7 +351,7 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
     "lake": (
         "the lake",
         {
-            "ls": ("its tables", "cdc lake ls --json", _nothing, "lake:list_tables"),
+            "ls": ("its tables", "cdc lake ls --json", _held, "lake:list_tables"),
             "land": ("land what is logged, and wait for it", "cdc lake land now", _land, "lake:land"),
             "compact": ("join small objects of changelogs", "cdc lake compact orders", _upkeep, "lake:compact"),
             "vacuum": ("remove what no reader needs any more", "cdc lake vacuum", _upkeep, "lake:vacuum"),

@@ -7,6 +7,7 @@ cdc.config_file.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,9 +17,16 @@ from typing import Any, Final
 
 from cdc.errors import ConfigError
 from cdc.table import PartitionBy
+from cdc.units import duration_s
 
 MAIN_LAKE: Final = "main"
 """What `lake` says of a table that stands in `[lake]` itself."""
+FOREVER = "forever"
+
+
+def age_s(text: str) -> float:
+    """Seconds of a duration of the configuration; infinite for FOREVER. ValueError if it is neither."""
+    return math.inf if text == FOREVER else duration_s(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +36,19 @@ class TableConfig:
     name: str
     on_schema_change: str = ""
     """Empty: as the source has it."""
+    retain: str = ""
+    """Empty: as `[lake.changelog]` has it; forever: whatever that says."""
     columns: dict[str, str] = field(default_factory=dict)
     """Types other than the contract's, by column: `string` or `decimal(p,s)` (cdc.types)."""
     partition_by: str = ""
     """`COLUMN:day`, `:hour` or `:month`: the changelog's partitions are of that time. Empty: of the commit date."""
     lake: str = ""
     """Name of the lake (`[lake.NAME]`) that the table stands in, or `main`; empty: as `lakes` of the source say."""
+
+    @property
+    def retain_s(self) -> float | None:
+        """How long its changelog keeps an object, in seconds; None: it says nothing of it."""
+        return age_s(self.retain) if self.retain else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +189,28 @@ class NamedLakeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangelogConfig:
+    """`[lake.changelog]`: how long changelogs keep what they hold, and where."""
+
+    retain: str = "forever"
+    """Objects whose newest row was committed longer ago than this leave the changelog; `current` keeps its rows."""
+    cold_after: str = ""
+    """Empty: never. Objects whose newest row was committed longer ago are put into `cold_storage_class`."""
+    cold_storage_class: str = ""
+    """In the store's words; one whose objects can be read at once."""
+
+    @property
+    def retain_s(self) -> float:
+        """In seconds; infinite: forever."""
+        return age_s(self.retain)
+
+    @property
+    def cold_after_s(self) -> float:
+        """In seconds; infinite: never."""
+        return age_s(self.cold_after or FOREVER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -190,6 +227,7 @@ class LakeConfig:
     object_bytes_target: int = 128 << 20
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
+    changelog: ChangelogConfig = field(default_factory=ChangelogConfig)
     options: dict[str, str] = field(default_factory=dict)
     named: dict[str, NamedLakeConfig] = field(default_factory=dict)
     """`[lake.NAME]`, by name; not a key of the file."""

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.config import (
+    FOREVER,
     MAIN_LAKE,
     AlertsConfig,
+    ChangelogConfig,
     Config,
     LakeConfig,
     ModelConfig,
@@ -28,6 +30,7 @@ from cdc.config import (
     TableConfig,
     TargetConfig,
     VerifyConfig,
+    age_s,
     has_inline_password,
 )
 from cdc.errors import ConfigError
@@ -86,6 +89,10 @@ _STREAMING = (
     "heartbeat_every_s", "wal_warn_at", "wal_confirm_at", "wal_pause_at", "wal_drop_at",
 )  # fmt: skip
 """Keys that say something of a slot or a stream."""
+_UNREADABLE = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+"""Classes of S3 whose objects have to be brought back before anybody reads them."""
+_AGE_LEAST_S = 86_400.0
+"""Of what is kept: longer than any comparison of `verify` takes, which reads what has changed meanwhile."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _LAKE_SECTIONS = frozenset({"options", "current", "changelog", "files", "iceberg", MAIN_LAKE})
 """Words behind `lake.` that are no lake's name."""
@@ -229,6 +236,8 @@ class _Reader:
             return self._seconds_or_share(section, key, value)
         if kind == dict[str, TableConfig]:
             return self._tables(at, value)
+        if kind is ChangelogConfig:
+            return self._changelog(at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
@@ -252,6 +261,8 @@ class _Reader:
             if not value:
                 raise ValueError("a path is expected, not an empty text")
             return self.folder / Path(value).expanduser()
+        if value and key in ("retain", "cold_after"):
+            _check_age(value, forever=key == "retain")
         if value in _LATER_VALUES.get((section, key), ()):
             raise ValueError(f'"{value}" is not supported yet')
         choices = _CHOICES.get((section, key))
@@ -296,6 +307,23 @@ class _Reader:
                 found[name] = TableConfig(name=name, **values)
         return found
 
+    def _changelog(self, at: str, value: Any) -> ChangelogConfig:
+        if not isinstance(value, Mapping):
+            raise ValueError("write a [lake.changelog] section")
+        values = self._values(ChangelogConfig, "changelog", at, value, hidden=())
+        if values is None:
+            return ChangelogConfig()
+        kept = ChangelogConfig(**values)
+        if bool(kept.cold_after) != bool(kept.cold_storage_class):
+            raise ValueError("set both cold_after and cold_storage_class, or none")
+        if kept.cold_storage_class in _UNREADABLE:
+            raise ValueError(
+                f"objects of class {kept.cold_storage_class} cannot be read at once; GLACIER_IR and STANDARD_IA can"
+            )
+        if kept.cold_after and kept.cold_after_s >= kept.retain_s:
+            raise ValueError("cold_after is not before retain: nothing would ever be put away")
+        return kept
+
     def _alerts(self, table: Any) -> AlertsConfig | None:
         if not isinstance(table, Mapping):
             self.problems.append("alerts: write an [alerts] section")
@@ -337,6 +365,9 @@ class _Reader:
         lake = LakeConfig(**values, named={name: other for name, other in made.items() if other is not None})
         if lake.vacuum_after_s > 7 * 86400:
             self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
+        for at, each in lake.all.items():
+            if lake.changelog.cold_after and each.url.startswith("file:"):
+                self.problems.append(f"lake.changelog.cold_after: [{at}] is a local directory, without storage classes")
         return replace(lake, url=self._store_url("lake", lake))
 
     def _named_lake(self, name: str, table: Mapping[str, Any], sections: Iterable[str]) -> NamedLakeConfig | None:
@@ -490,6 +521,14 @@ class _Reader:
                 self.problems.append('metrics_listen: write "host:port", or "" for none')
         if config.log_bytes_max < 2 * config.log_segment_bytes:
             self.problems.append("log_bytes_max: must hold at least two segments (log_segment_bytes)")
+
+
+def _check_age(text: str, *, forever: bool) -> None:
+    """ValueError if a text is no age that objects are kept to."""
+    if text == FOREVER and not forever:
+        raise ValueError("leave it out for never")
+    if age_s(text) < _AGE_LEAST_S:
+        raise ValueError('must be at least a day, "1d"')
 
 
 def _strings(value: Any, *, single: bool) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from cdc.evolution import Evolution
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter, Landed
 from cdc.lake.lease import Lease
+from cdc.lake.naming import LANDED
 from cdc.lake.partitions import Lateness
 from cdc.log import EventLog, LogRecord
 from cdc.ports import ObjectStore
@@ -38,8 +39,6 @@ from cdc.table import PartitionBy, TableId, TableSchema
 
 log = logging.getLogger(__name__)
 
-ORPHAN_S = 24 * 3600.0
-"""Age from which an object that no version shows is nobody's any more; longer than any transaction should stay open."""
 READ_BYTES = 8 << 20
 """Log bytes in one item: bounds memory, and how late a request to land is seen."""
 OPEN_BYTES = 8 << 20
@@ -298,7 +297,8 @@ class Lander:
                 if version >= 0:
                     self._versions[known.table] = version
                     self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
-                    changelog.reclaim(ORPHAN_S)
+                    # No writer of landing is at work now: what one has uploaded and not committed is nobody's.
+                    changelog.reclaim(term=self._lease.fence, kind=LANDED)
             except StoreUnavailable:
                 # A lake that is away holds up only those that land there.
                 if not self._is_stopped(known.table):
@@ -336,7 +336,9 @@ class Lander:
                 batch, lsn=record.last_lsn, judged=record.kind != "control", changelog=self.changelog(record.table)
             )
             if record.table not in self._writers:
-                self._writers[record.table] = self.changelog(record.table).writer(self._temp_dir)
+                self._writers[record.table] = self.changelog(record.table).writer(
+                    self._temp_dir, fence=self._lease.fence
+                )
             self._writers[record.table].add(batch, chunk=record.chunk)
         except CdcError as e:
             if e.verdict is not Verdict.OPERATOR:
@@ -365,7 +367,7 @@ class Lander:
         for table, writer in list(self._writers.items()):
             began = time.perf_counter()
             try:
-                landed = writer.commit(cut.boundary, fence=self._lease.fence)
+                landed = writer.commit(cut.boundary)
             except CdcError as e:
                 if e.verdict is not Verdict.OPERATOR:
                     raise

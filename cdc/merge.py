@@ -17,7 +17,9 @@ from pathlib import Path
 from cdc import metrics
 from cdc.errors import CdcError, KeyChanged, SchemaConflict, Verdict
 from cdc.lake.changelog import ChangelogTable
+from cdc.lake.commits import HistoryGone
 from cdc.lake.current import CurrentTable
+from cdc.lake.lease import Lease
 from cdc.land import LandedCut
 from cdc.ports import ObjectStore
 from cdc.schema import SchemaBook
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BLOCKED_S = 0.3
 """Pause before a table that waits for a snapshot's rows is looked at again."""
+BUILT_ANEW_S = 5.0
+"""The same where each look costs as much as its whole changelog."""
 
 
 class Merger:
@@ -51,7 +55,7 @@ class Merger:
         read_anew: Callable[[TableId, str], None],
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
-        check_lease: Callable[[], None],
+        lease: Lease,
     ) -> None:
         """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table."""
         self._source = source
@@ -68,7 +72,7 @@ class Merger:
         self._read_anew = read_anew
         self._stop_table = stop_table
         self._is_stopped = is_stopped
-        self._check_lease = check_lease
+        self._lease = lease
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._upkeeps: dict[TableId, Upkeep] = {}
         self._orders = UpkeepOrders()
@@ -108,10 +112,12 @@ class Merger:
                     raise
                 if self._is_read_anew(table, through):
                     # What cannot be merged stands before the run's begin: with the run's end it no longer counts.
-                    self._blocked[table] = time.monotonic() + BLOCKED_S
+                    self._blocked[table] = time.monotonic() + (
+                        BUILT_ANEW_S if isinstance(e, HistoryGone) else BLOCKED_S
+                    )
                     whole = False
                     continue
-                if isinstance(e, KeyChanged):
+                if isinstance(e, KeyChanged | HistoryGone):
                     self._read_anew(table, e.args[0])
                     whole = False
                     continue
@@ -132,8 +138,9 @@ class Merger:
             self._asked = max(0, self._asked - asked)
         if cut.common:
             # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
-            for table in versions:
-                self._tidy(table)
+            for table, through in cut.versions.items():
+                if table in versions or self._is_apart(table):
+                    self._tidy(table, through)
             self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         took = time.monotonic() - began
         self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
@@ -163,7 +170,7 @@ class Merger:
             return False
         if any(r.state in ("pending", "running") for r in runs):
             return True
-        landed = self._pairs[table][0].delta.token(f"run/{runs[-1].id}", through)
+        landed = self._pair(table)[0].delta.token(f"run/{runs[-1].id}", through)
         return runs[-1].state == "done" and (-1 if landed is None else landed) < runs[-1].chunk_no
 
     def _merge(self, table: TableId, through: int, lsn: int) -> int | None:
@@ -171,16 +178,12 @@ class Merger:
         schema = self._book.held(table) or self._book.latest(table)
         if schema is None:
             return None
-        if table not in self._pairs:
-            changelog = ChangelogTable(self._store, self._source, table)
-            current = CurrentTable(self._store, self._source, table, temp_dir=self._temp_dir)
-            self._pairs[table] = changelog, current
-        changelog, current = self._pairs[table]
+        changelog, current = self._pair(table)
         if self._through.get(table, -1) >= through:
             return self._versions[table]
         if time.monotonic() < self._blocked.get(table, 0.0):
             return None
-        self._check_lease()
+        self._lease.check()
         began = time.perf_counter()
         result = current.merge(changelog, schema, through=through, own_origins=self._own_origins)
         if result.unresolved or result.version is None:
@@ -210,30 +213,23 @@ class Merger:
         self.ask()
         return order
 
-    def _tidy(self, table: TableId) -> None:
-        """Join small objects of a merged table's changelog, and remove what nobody reads any more, where it is due.
-        What fails here fails no merge: it is told, and tried again later."""
-        changelog, current = self._pairs[table]
-        if table not in self._upkeeps:
-            self._upkeeps[table] = Upkeep(self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits)
-        upkeep, orders = self._upkeeps[table], self._orders.open(table)
-        by_hand = [o for o in orders if o.kind == "compact"]
-        if not (orders or upkeep.is_compaction_due or upkeep.is_vacuum_due):
+    def _is_apart(self, table: TableId) -> bool:
+        """Whether only a table's upkeep is done: it has no `current`, or takes no part any more."""
+        return table.is_own or self._state.table(self._source, table).state == "removed"
+
+    def _tidy(self, table: TableId, through: int) -> None:
+        """Do what is due of a merged table's upkeep, and what somebody waits for. What fails here fails no merge: it is
+        told, and tried again later."""
+        upkeep, orders = self._upkeep(table), self._orders.open(table)
+        if not (orders or upkeep.is_due):
             return
-        self._check_lease()
+        self._lease.check()
         began = time.perf_counter()
         try:
-            if self._is_read_anew(table, self._through[table]):
+            if self._is_read_anew(table, through):
                 return
-            joined = 0
-            if by_hand or upkeep.is_compaction_due:
-                joined = upkeep.compact(everything=bool(by_hand))
-            self._follow(table)
-            vacuums = [o for o in orders if o.kind == "vacuum"]
-            removed = 0
-            if vacuums or upkeep.is_vacuum_due:
-                removed = upkeep.vacuum()
-                self._follow(table)
+            kinds = {order.kind for order in orders}
+            done = upkeep.work(lambda: self._follow(table), compact="compact" in kinds, vacuum="vacuum" in kinds)
         except CdcError as e:
             if e.verdict is Verdict.FATAL:
                 raise
@@ -243,22 +239,39 @@ class Merger:
                 order.error = e
             return
         metrics.STAGE_SECONDS.labels("upkeep").inc(time.perf_counter() - began)
-        for order in by_hand:
-            order.joined += joined
         for order in orders:
-            if order.kind == "vacuum" or not joined:
-                order.done = {"joined": order.joined, "removed": removed}
+            order.note(done)
+
+    def _upkeep(self, table: TableId) -> Upkeep:
+        if table not in self._upkeeps:
+            changelog, current = self._pair(table)
+            self._upkeeps[table] = Upkeep(
+                self._store,
+                changelog,
+                None if table.is_own else current,
+                temp_dir=self._temp_dir,
+                limits=self._limits,
+                fence=self._lease.fence,
+            )
+        return self._upkeeps[table]
+
+    def _pair(self, table: TableId) -> tuple[ChangelogTable, CurrentTable]:
+        if table not in self._pairs:
+            changelog = ChangelogTable(self._store, self._source, table)
+            current = CurrentTable(self._store, self._source, table, temp_dir=self._temp_dir)
+            self._pairs[table] = changelog, current
+        return self._pairs[table]
 
     def _follow(self, table: TableId) -> None:
         """Let `current` name the newest version of the changelog that has the same rows as the one it has merged:
         whoever reads both looks there, and the objects of older versions go."""
-        changelog, current = self._pairs[table]
+        changelog, current = self._pair(table)
         changelog.refresh()
         merged = current.merged()
-        if changelog.delta.rests_until(merged) == merged:
-            return
         schema = self._book.held(table) or self._book.latest(table)
-        assert schema is not None
+        if merged < 0 or schema is None or changelog.delta.rests_until(merged) == merged:
+            return
         version = current.merge(changelog, schema, through=merged, own_origins=self._own_origins).version
-        if version is not None:  # None: another table has the name, and is not read to its end yet
+        # None: another table has the name, and is not read to its end yet.
+        if version is not None and table in self._versions:
             self._versions[table] = version

@@ -366,10 +366,10 @@ class PeriodicPipeline:
         self.merger = Merger(
             name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
-            upkeep=Limits(lake.compact_every_s, lake.object_bytes_target, lake.vacuum_after_s),
+            upkeep=Limits.of(lake, self._source_config),
             own_origins=self._own_origins, landed=lambda: self._landed_cut(doubtful_lsn),
             wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
-            stop_table=self.stop_table, is_stopped=self.rests, check_lease=self._lease.check,
+            stop_table=self.stop_table, is_stopped=self.rests, lease=self._lease,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         gate = ConfirmGate(

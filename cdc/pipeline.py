@@ -345,10 +345,10 @@ class Pipeline:
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
             temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
-            upkeep=Limits(lake.compact_every_s, lake.object_bytes_target, lake.vacuum_after_s),
+            upkeep=Limits.of(lake, self._source_config),
             own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
-            check_lease=self._lease.check,
+            lease=self._lease,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         self.discovery = Discovery(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -370,6 +370,8 @@ class StoredObject:
     size: int
     modified_at_us: int
     etag: str
+    storage_class: str = ""
+    """Where the store keeps it, in the store's own words; empty: it has no classes, or does not say."""
 
 
 class ObjectStore(Protocol):
@@ -392,6 +394,15 @@ class ObjectStore(Protocol):
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """URL of a key and the storage options, for libraries that read and write by themselves (deltalake, DuckDB).
         A local directory's URL is an absolute path."""
+
+
+@runtime_checkable
+class TieredStore(ObjectStore, Protocol):
+    """An object store that has classes of storage."""
+
+    def move(self, key: str, storage_class: str) -> bool:
+        """Rewrite an object in place into another class; idempotent, durable on return. False if there is no such
+        object. StoreUnavailable if the store does not know the class, or cannot move an object of that size."""
 
 
 __all__ = [
@@ -417,5 +428,6 @@ __all__ = [
     "StoredObject",
     "SumsRead",
     "TableSnapshot",
+    "TieredStore",
     "Visibility",
 ]

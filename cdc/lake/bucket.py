@@ -25,10 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cdc.batch import RAW_TYPE, TIMESTAMP_TYPE
-from cdc.errors import SchemaConflict, StoreUnavailable
+from cdc.errors import CdcError, SchemaConflict, StoreUnavailable
 from cdc.keys import bucket_of, key_of
 from cdc.lake.assemble import Missing
-from cdc.lake.commits import HistoryGone
 from cdc.lake.events import FileShape, Layout, columns_of, file_keys, raw_in_layout
 from cdc.lake.layout import CURRENT_SYSTEM, system_name, system_prefix
 from cdc.lake.reduce import ABSENT, KNOWN, UNCHANGED, Order, Orders
@@ -96,6 +95,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
+class ObjectGone(CdcError):
+    """An object that the table shows is not in the store."""
+
+
 class Fetcher:
     """Opens data files: in place if the store is a local directory, else by way of a scratch copy."""
 
@@ -119,7 +122,7 @@ class Fetcher:
                 partial.rename(copy)
             return pq.ParquetFile(copy, buffer_size=1 << 18)
         except FileNotFoundError as e:
-            raise HistoryGone(f"{key} is not there any more", hint="resync the table to build it anew") from e
+            raise ObjectGone(f"{key} is not there any more", hint="bring it back: somebody has deleted it") from e
         except (OSError, pa.ArrowException) as e:
             raise StoreUnavailable(f"{key} cannot be read: {type(e).__name__}") from e
 

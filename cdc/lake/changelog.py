@@ -8,8 +8,9 @@ Guarantees:
   removes those that a crash left.
 
 Other tokens: `run/<id>` = highest chunk, `complete/<epoch>/<oid>` = 1 once the end row of a run over the whole table
-is in, `lease` = fence number of the holder's lease. It does not decide when to commit or where a stream may be cut
-(cdc.land), and never reads a row back. Not thread-safe; one process writes a changelog at a time (cdc.lake.lease).
+is in, `lease` = fence number of the holder's lease, `trimmed` (cdc.lake.retention). It does not decide when to commit
+or where a stream may be cut (cdc.land), and never reads a row back. Not thread-safe; one process writes a changelog at
+a time (cdc.lake.lease).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
-import secrets
 import time
 import weakref
 from collections.abc import Mapping
@@ -32,8 +32,10 @@ import pyarrow.compute as pc
 from cdc.batch import SNAPSHOT_SEQ, SYSTEM, Batch, Boundary, system_type
 from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
+from cdc.lake.commits import LEASE
 from cdc.lake.delta import AddedFile, DeltaLog
-from cdc.lake.layout import DATE, changelog_path, system_name, system_prefix, tables_in
+from cdc.lake.layout import DATE, PARTITION_KEY, changelog_path, system_name, system_prefix, tables_in
+from cdc.lake.naming import LANDED, ObjectName
 from cdc.lake.objects import OBJECT_BYTES, OpenObject, lake_fields
 from cdc.lake.partitions import NO_PARTITION, SORTED_BYTES, EventRows, Lateness, event_index
 from cdc.lake.widening import in_lake
@@ -48,9 +50,6 @@ FULL_RUNS: Final = frozenset(("first", "resync"))
 
 PREFIX_KEY: Final = "cdc.system_prefix"
 SHAPE_KEY: Final = "cdc.shape"
-PARTITION_KEY: Final = "cdc.partition_by"
-"""Of the table: what `_date` means, and from which version on (JSON: `by`, `since`); not set: the commit date."""
-LEASE: Final = "lease"
 _SNAPSHOT_SEQ: Final = "snapshot_seq"
 _OPEN_OBJECTS_MAX: Final = 32
 _SORTED_MAX: Final = 4
@@ -58,6 +57,8 @@ _SORTED_MAX: Final = 4
 _SMALLER_AT_LEAST: Final = 4
 """Times that objects are smaller than their rows as Arrow; measured: 3.7 (ten mixed columns) to 20 (pgbench)."""
 _DAY_US: Final = 86_400_000_000
+UNKNOWN_S: Final = 24 * 3600.0
+"""Age from which an object is nobody's any more whose name does not say whose it was."""
 
 
 class ChangelogTokens:
@@ -139,9 +140,10 @@ class ChangelogTable:
             self._tokens = ChangelogTokens(self.delta.tokens() if self.delta.exists() else {})
         return self._tokens
 
-    def writer(self, temp_dir: Path) -> ChangelogWriter:
-        """A writer of rows that are to become visible together; big objects grow in unnamed files in `temp_dir`."""
-        writer = ChangelogWriter(self, self._store, temp_dir)
+    def writer(self, temp_dir: Path, *, fence: int = 0) -> ChangelogWriter:
+        """A writer of rows that are to become visible together; big objects grow in unnamed files in `temp_dir`.
+        `fence`: the lease's number, 0 without one."""
+        writer = ChangelogWriter(self, self._store, temp_dir, fence)
         self._writers.add(writer)
         return writer
 
@@ -249,32 +251,57 @@ class ChangelogTable:
         """Read the tokens anew before the next use."""
         self._tokens = None
 
-    def orphans(self, older_than_s: float) -> list[str]:
-        """Keys of objects that no version shows and that no writer of this process still means to commit, last
-        modified more than `older_than_s` ago: what a crash between upload and commit leaves."""
+    def orphans(self, *, term: int = 0, kind: str = "") -> list[str]:
+        """Keys of objects that no version shows and that nobody means to commit any more: what a crash, or a commit
+        that failed, leaves.
+
+        These are what was written in a term of the lease before `term`; of this very term what is of that `kind`, and
+        that no writer of this object holds: for the only thread that writes this kind. Objects whose names say no term
+        were left by another release: they count when they are older than any transaction should stay open.
+        """
         if self.refresh() < 0:
             return []
-        known = {f.path for f in self.delta.files()} | self.delta.removed_paths()
-        known |= {f.path for w in self._writers for f in w.uploaded}
-        bound = (time.time() - older_than_s) * 1e6
         below = f"{self.path}/"
-        return [
-            o.key
+        bound_us = (time.time() - UNKNOWN_S) * 1e6
+
+        def is_dead(key: str, modified_at_us: int) -> bool:
+            name = ObjectName.of(key)
+            if name is None or not name.term:
+                return modified_at_us < bound_us
+            return name.term < term or (name.term == term and name.kind == kind)
+
+        found = [
+            o.key.removeprefix(below)
             for o in self._store.list(below)
             if o.key.endswith(".parquet")
             and not o.key.startswith(f"{below}_delta_log/")
-            and o.modified_at_us < bound
-            and o.key.removeprefix(below) not in known
+            and is_dead(o.key, o.modified_at_us)
         ]
+        known = self._known() if found else set()
+        return [f"{below}{path}" for path in found if path not in known]
 
-    def reclaim(self, older_than_s: float) -> int:
-        """Delete orphans; returns how many. The bound must exceed the time that any writer keeps objects uncommitted
-        (a transaction still open included), counted over all processes that may hold the lease."""
-        keys = self.orphans(older_than_s)
+    def reclaim(self, *, term: int = 0, kind: str = "") -> int:
+        """Delete orphans; returns how many. Blocking.
+
+        Where there are any, a commit that sets nothing but the lease's token goes first: behind it nothing that was
+        meant for the versions before can be committed any more, neither by a former holder of the lease that wakes up
+        late nor by a request of ours whose answer was lost. What has been committed all the same is no orphan then.
+        """
+        found = self.orphans(term=term, kind=kind)
+        if found and term:
+            self.delta.commit(tokens={LEASE: term})
+            self.refresh()
+        known = self._known() if found else set()
+        keys = [key for key in found if key.removeprefix(f"{self.path}/") not in known]
         self._store.delete(keys)
         if keys:
             log.info("objects without a commit removed", extra={"delta_table": self.path, "objects": len(keys)})
         return len(keys)
+
+    def _known(self) -> set[str]:
+        """Paths of objects that a version shows or did show, or that a writer of this object means to commit."""
+        held = {f.path for w in self._writers for f in w.uploaded}
+        return held | {f.path for f in self.delta.files()} | self.delta.removed_paths()
 
 
 def highest_landed(store: ObjectStore, source: str, epoch: int) -> int:
@@ -286,10 +313,11 @@ def highest_landed(store: ObjectStore, source: str, epoch: int) -> int:
 class ChangelogWriter:
     """Rows on their way to one commit. `add` any number of times, then `commit` at a cut, or `abandon`."""
 
-    def __init__(self, changelog: ChangelogTable, store: ObjectStore, temp_dir: Path) -> None:
+    def __init__(self, changelog: ChangelogTable, store: ObjectStore, temp_dir: Path, fence: int) -> None:
         self._changelog = changelog
         self._store = store
         self._temp_dir = temp_dir
+        self._fence = fence
         self._base = changelog.tokens()
         self._receipt = dt.datetime.now(dt.UTC).date()
         self._open: dict[tuple[TableSchema, int, str | None], OpenObject] = {}
@@ -333,21 +361,21 @@ class ChangelogWriter:
             self._sort(kept, self._changelog.partition_by)
         return int(kept.data.num_rows)
 
-    def commit(self, boundary: Boundary, *, fence: int = 0, metadata: Mapping[str, Any] | None = None) -> Landed:
+    def commit(self, boundary: Boundary, *, metadata: Mapping[str, Any] | None = None) -> Landed:
         """Make everything that was added visible, with `boundary` as the stream's token; durable on return.
 
         The caller vouches that all changes of this table up to `boundary` have landed or were added. Nothing added:
-        nothing is committed. `fence`: the lease's number; LeaseLost if a later holder has written here. StoreConflict:
-        another writer landed meanwhile; StoreUnavailable: it may or may not have happened. After either, abandon this
-        writer and add the rows again: the tokens tell what is missing.
+        nothing is committed. LeaseLost if a later holder of the lease has written here. StoreConflict: another writer
+        landed meanwhile; StoreUnavailable: it may or may not have happened. After either, abandon this writer and add
+        the rows again: the tokens tell what is missing.
         """
         stream = f"stream/{boundary.epoch}"
         tokens = self._progress.tokens(self._base, boundary.epoch)
         tokens[stream] = max(boundary.lsn, self._base.stream(boundary.epoch))
         self._progress.check(boundary, str(self._changelog.table))
-        if fence:
-            tokens[LEASE] = fence
-            if (self._base.get(LEASE) or 0) > fence:
+        if self._fence:
+            tokens[LEASE] = self._fence
+            if (self._base.get(LEASE) or 0) > self._fence:
                 raise LeaseLost(f"{self._changelog.path}: a later holder of the lease has written here")
         failpoint("land.before_upload")
         for gathered in list(self._sorted):
@@ -430,8 +458,8 @@ class ChangelogWriter:
         schema, epoch, partition = key
         item = self._open.pop(key)
         column = system_name(DATE, self._changelog.prefix(schema))
-        stem = f"{epoch}-{item.first_lsn:016x}-{item.last_lsn:016x}-{secrets.token_hex(6)}"
-        path = f"{column}={partition or NO_PARTITION}/{stem}.parquet"
+        name = ObjectName(epoch, item.first_lsn, item.last_lsn, LANDED, self._fence)
+        path = f"{column}={partition or NO_PARTITION}/{name.fresh()}"
 
         def upload(data: Any) -> None:
             self._store.put(f"{self._changelog.path}/{path}", data)

@@ -22,6 +22,10 @@ from cdc.ports import ObjectStore
 
 COMMIT_KEY: Final = "cdc.commit"
 """Of a commit's info: the id by which its writer knows it again."""
+LEASE: Final = "lease"
+"""Token: fence of the lease under which was committed (cdc.lake.lease)."""
+TRIMMED: Final = "trimmed"
+"""Token: the last version of which retention has taken away objects (cdc.lake.retention)."""
 _KEPT: Final = 16
 _KEPT_FILES: Final = 1000
 """A commit with more files than this is read again when it is asked for again."""
@@ -29,7 +33,8 @@ _LOOK_BACK: Final = 50
 
 
 class HistoryGone(CdcError):
-    """Commits that are asked for have been cleaned away; only the table's present state is left."""
+    """What is asked for has been cleaned away: commits of the log, or objects by retention. Only the table's present
+    state is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,8 @@ class Commit:
     removed: list[str]
     id: str | None
     is_rest: bool
-    """Whether it brings and takes no row, and sets no token: it rearranges, or changes what is said of the table."""
+    """Whether whoever follows the table has nothing to do for it: it brings no row, and no token but the lease's; it
+    rearranges, changes what is said of the table, or takes away what retention lets go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,20 @@ class Commits:
         """All tokens at a version. Costs the commits since the version that was asked for last; the first time, or
         when an older one is asked for, a checkpoint and the commits after it. LookupError if that is newer."""
         if self._through > version:
-            self._through, self._set = -1, {}
+            self._forget()
+        try:
+            return self._tokens(version)
+        except HistoryGone:
+            if self._through < 0:
+                raise
+            # Commits since the version that was asked for last have been cleaned away: a checkpoint stands for them.
+            self._forget()
+            return self._tokens(version)
+
+    def _forget(self) -> None:
+        self._through, self._set = -1, {}
+
+    def _tokens(self, version: int) -> dict[str, int]:
         if self._through < 0 and (checkpoint := self._checkpoint()) is not None:
             if checkpoint.version > version:
                 raise LookupError(version)
@@ -124,12 +143,20 @@ class Commits:
             removed.update(self.at(number + 1).removed)
         return removed
 
+    def checkpointed(self) -> int:
+        """Version of the newest checkpoint; -1 if there is none."""
+        hint = self._last_checkpoint()
+        return -1 if hint is None else int(hint["version"])
+
+    def _last_checkpoint(self) -> dict[str, Any] | None:
+        found = self._store.get(f"{self._prefix}/_delta_log/_last_checkpoint")
+        return None if found is None else dict(json.loads(found[0]))
+
     def _checkpoint(self) -> _Checkpoint | None:
         """The newest checkpoint; None if there is none."""
-        found = self._store.get(f"{self._prefix}/_delta_log/_last_checkpoint")
-        if found is None:
+        hint = self._last_checkpoint()
+        if hint is None:
             return None
-        hint = json.loads(found[0])
         at, parts = int(hint["version"]), int(hint.get("parts") or 0)
         stem = f"{self._prefix}/_delta_log/{at:020d}.checkpoint"
         names = [f"{stem}.{i:010d}.{parts:010d}.parquet" for i in range(1, parts + 1)] or [f"{stem}.parquet"]
@@ -162,4 +189,5 @@ def _parsed(actions: list[dict[str, Any]]) -> Commit:
             added.append(action["add"]["path"])
         elif "commitInfo" in action:
             commit_id = action["commitInfo"].get(COMMIT_KEY)
-    return Commit(tokens, added, removed, commit_id, not (tokens or added or changes))
+    is_rest = not (tokens.keys() - {LEASE, TRIMMED} or added or (changes and TRIMMED not in tokens))
+    return Commit(tokens, added, removed, commit_id, is_rest)

@@ -17,22 +17,23 @@ from __future__ import annotations
 
 import datetime as dt
 import mmap
-import secrets
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdc.errors import InvariantBroken, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
+from cdc.lake.commits import LEASE
 from cdc.lake.delta import AddedFile, DeltaLog, LiveFile
 from cdc.lake.layout import KEY_METADATA, system_name
+from cdc.lake.naming import JOINED, ObjectName
 from cdc.lake.objects import GROUP_BYTES, GROUP_ROWS, writer_options
 from cdc.ports import ObjectStore
 
@@ -52,33 +53,20 @@ class Joined:
     bytes_after: int
 
 
-class _Name(NamedTuple):
-    """What the name of a changelog's object says."""
-
-    epoch: int
-    first_lsn: int
-    last_lsn: int
-
-    @staticmethod
-    def of(path: str) -> _Name | None:
-        parts = path.rpartition("/")[2].removesuffix(".parquet").split("-")
-        if len(parts) != 4:
-            return None
-        with suppress(ValueError):
-            return _Name(int(parts[0]), int(parts[1], 16), int(parts[2], 16))
-        return None
-
-
 class Compactor:
     """Joins objects of one changelog. `temp_dir` is for scratch files, which may be lost."""
 
-    def __init__(self, store: ObjectStore, delta: DeltaLog, prefix: str, *, temp_dir: Path, target_bytes: int) -> None:
-        """`prefix`: what the changelog's system columns begin with. `target_bytes`: where objects stop growing."""
+    def __init__(
+        self, store: ObjectStore, delta: DeltaLog, prefix: str, *, temp_dir: Path, target_bytes: int, term: int = 0
+    ) -> None:
+        """`prefix`: what the changelog's system columns begin with. `target_bytes`: where objects stop growing. `term`:
+        fence of the lease, 0 without one."""
         self._store = store
         self._delta = delta
         self._prefix = prefix
         self._temp_dir = temp_dir
         self._target_bytes = target_bytes
+        self._term = term
         self._shapes: dict[str, pa.Schema] = {}
 
     def join(
@@ -117,7 +105,7 @@ class Compactor:
         today = str(dt.datetime.fromtimestamp(now_s, dt.UTC).date())
         partitions: dict[tuple[tuple[str, ...], int], list[LiveFile]] = {}
         for file in live:
-            name = _Name.of(file.path)
+            name = ObjectName.of(file.path)
             if name is not None and file.path not in held and file.size <= self._target_bytes // 2:
                 # Null, for rows without a time, is past as soon as it is quiet.
                 dates = tuple(value or "" for _, value in sorted(file.partition.items()))
@@ -154,10 +142,10 @@ class Compactor:
         return [of for _, of in found]
 
     def _replace(self, files: Sequence[LiveFile], scratch: Path) -> Joined:
-        names = [name for f in files if (name := _Name.of(f.path)) is not None]
+        names = [name for f in files if (name := ObjectName.of(f.path)) is not None]
         first, last = min(n.first_lsn for n in names), max(n.last_lsn for n in names)
         folder = files[0].path.rpartition("/")[0]
-        path = f"{folder}/{names[0].epoch}-{first:016x}-{last:016x}-{secrets.token_hex(6)}.parquet"
+        path = f"{folder}/{ObjectName(names[0].epoch, first, last, JOINED, self._term).fresh()}"
         local = scratch / "joined"
         rows = _write(local, (self._delta.open_file(f.path) for f in files), self._prefix)
         if rows != sum(f.rows for f in files):
@@ -169,7 +157,13 @@ class Compactor:
         added = AddedFile(path=path, size=size, rows=rows, partition=files[0].partition)
         failpoint("compact.before_commit")
         try:
-            self._delta.commit(adds=[added], removes=[f.path for f in files], data_change=False)
+            self._delta.commit(
+                adds=[added],
+                removes=[f.path for f in files],
+                # So that a join of a former holder of the lease fails, whose object may have been reclaimed.
+                tokens={LEASE: self._term} if self._term else {},
+                data_change=False,
+            )
         except StoreConflict:
             with suppress(StoreUnavailable):
                 self._store.delete([key])

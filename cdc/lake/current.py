@@ -8,6 +8,9 @@ Guarantees:
 - An unchanged TOAST value never becomes NULL: it comes from the row before, or its key is reported and nothing is
   committed.
 - Replaying is by order, not by arrival; a change never undoes a newer row.
+- Where the commits that it would go on from have been cleaned away, or there is no `current` at all, it is built of all
+  objects that the changelog has. If retention has taken some of what that needs, it is not built (HistoryGone): a new
+  run has to bring the rows.
 
 It does not read the source or the event log, and leaves the changelog as it is. One CurrentTable belongs to one thread,
 one table has one writer.
@@ -31,6 +34,7 @@ from cdc.batch import SNAPSHOT_SEQ
 from cdc.errors import InvariantBroken, KeyChanged
 from cdc.failpoints import failpoint
 from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
+from cdc.lake.commits import TRIMMED, HistoryGone
 from cdc.lake.delta import DeltaLog, LiveFile
 from cdc.lake.events import FileShape, Layout, Patterns
 from cdc.lake.keyed import BUCKET_ROWS, KeyedMerge, Rewritten
@@ -121,7 +125,8 @@ class CurrentTable:
         """Bring `current` to version `through` of the changelog (default: its newest). `schema` is the newest version.
 
         Blocking; durable on return. Memory is bounded by the changes of one bucket. Raises StoreConflict if another
-        writer committed meanwhile, IdentityMissing and SchemaConflict if the changes cannot be applied.
+        writer committed meanwhile, IdentityMissing and SchemaConflict if the changes cannot be applied, HistoryGone if
+        what the changelog still has does not tell the rows.
         """
         if not self._changes.exists():
             return MergeResult(version=self.version(), waiting=True)
@@ -136,16 +141,24 @@ class CurrentTable:
         self._temp_dir.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="merge-", dir=self._temp_dir))
         try:
-            return _Attempt(self, schema, scratch, merged, through, own_origins).run()
+            if merged >= 0:
+                try:
+                    return _Attempt(self, schema, scratch, merged, through, own_origins).run()
+                except HistoryGone as e:
+                    log.warning("merging of all objects of the changelog", extra={"why": e.args[0]})
+            anew = scratch / "anew"
+            anew.mkdir()
+            return _Attempt(self, schema, anew, merged, through, own_origins, anew=True).run()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def vacuum(self, retention_s: float) -> int:
         """Delete objects that no version of the last `retention_s` needs, also those of merges that never committed;
-        returns how many."""
+        returns how many. And entries of the log that are old enough."""
         if self.merged() < 0:
             return 0
         gone = self._log.vacuum(retention_s)
+        self._log.tidy_log()
         known = {f.path for f in self._log.files()} | self._log.removed_paths()
         before = (time.time() - max(retention_s, 3600)) * 1e6
         dead = [
@@ -191,9 +204,20 @@ class _Attempt:
     """One merge, from the changelog's files to the commit."""
 
     def __init__(
-        self, table: CurrentTable, schema: TableSchema, scratch: Path, merged: int, through: int, own: Collection[str]
+        self,
+        table: CurrentTable,
+        schema: TableSchema,
+        scratch: Path,
+        merged: int,
+        through: int,
+        own: Collection[str],
+        *,
+        anew: bool = False,
     ) -> None:
+        """`anew`: of all objects of the changelog, not of those behind `merged`: what is in `current` already is taken
+        once more, which changes nothing."""
         self._table = table
+        self._anew = anew
         self._scratch = scratch
         self._merged = merged
         self._through = through
@@ -203,7 +227,7 @@ class _Attempt:
         self._uploaded: list[str] = []
         self._attempted = False
         # What is built anew is built of what is there: objects that were joined hold the rows of those that are gone.
-        self._added = table._changes.files_of(through) if merged < 0 else table._changes.files_added(merged, through)
+        self._added = table._changes.files_of(through) if anew else table._changes.files_added(merged, through)
         self._layout = Layout(schema_in_force(schema, self._objects(self._added), self._held_key()))
         self._patterns = Patterns(len(self._layout.names))
         self._tokens: dict[str, int] = {MERGED: through}
@@ -212,6 +236,8 @@ class _Attempt:
     def run(self) -> MergeResult:
         added = self._added
         scan = self._scan(added)
+        if self._anew and self._table._complete(self._layout.schema.oid):
+            self._require_whole(scan)
         if not self._table._shows(self._layout.schema.oid) and not any(
             end.facts.get("oid") == str(self._layout.schema.oid) for end in scan.ends()
         ):
@@ -234,6 +260,22 @@ class _Attempt:
             rows_deleted=done.deleted,
             foreign_change=scan.foreign,
             last_lsn=lsn,
+        )
+
+    def _require_whole(self, scan: Scan) -> None:
+        """HistoryGone if what is left of the changelog does not tell the rows: some of it has gone, and no whole run of
+        the table began behind that. Without a key the rows are those of a run in any case."""
+        trimmed = self._table._changes.tokens().get(TRIMMED)
+        if trimmed is None and self._layout.key_index:
+            return
+        oid = str(self._layout.schema.oid)
+        newest = max((c for c in scan.ends() if c.facts.get("oid") == oid), key=lambda c: c.order, default=None)
+        begins = {c.run: c.version for c in scan.begins()}
+        if newest is not None and newest.run in begins and (trimmed is None or begins[newest.run] > trimmed):
+            return
+        raise HistoryGone(
+            f"table {self._layout.schema.table}: the changelog no longer holds all that its rows are made of",
+            hint=f"cdc resync {self._layout.schema.table}",
         )
 
     def _scan(self, added: list[tuple[int, str]]) -> Scan:
@@ -269,7 +311,7 @@ class _Attempt:
 
     def _newest(self) -> Order | None:
         """The highest order that a row of `current` can have; None if that is not known."""
-        if self._merged < 0:
+        if self._merged < 0 or self._anew:
             return None
         epoch, lsn = self._table._position(self._merged)
         counter = self._table._changes.token("snapshot_seq", self._merged)
@@ -286,7 +328,7 @@ class _Attempt:
                 table = self._layout.schema.table
                 raise KeyChanged(f"table {table} has lost its key", hint=f"cdc resync {table}")
             swap = swap_of(begin)
-            if swap.version <= self._merged:
+            if swap.version <= self._merged and not self._anew:
                 added = self._table._changes.files_added(swap.version - 1, self._through)
         elif self._merged >= 0 and (text := self._table._log.configuration().get(SWAP)) is not None:
             swap = Swap.from_text(text)
@@ -373,7 +415,9 @@ class _Attempt:
     def _commit(self, scan: Scan, done: Rewritten) -> tuple[int, int]:
         table = self._table
         for begin in scan.begins():
-            self._tokens[f"begin/{begin.run}/version"] = begin.version
+            brought = f"begin/{begin.run}/version"
+            # What is merged anew may not tell any more which version brought it.
+            self._tokens[brought] = max(begin.version, self._token(brought) or 0)
             for part, value in begin.order._asdict().items():
                 self._tokens[f"begin/{begin.run}/{part}"] = value
         self._tokens[KEY + ",".join(map(str, key_of_schema(self._layout.schema)))] = self._through

@@ -21,14 +21,14 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
+from deltalake import DeltaTable, PostCommitHookProperties
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
@@ -40,6 +40,8 @@ from cdc.ports import ObjectStore
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FORMAT: Final = 1
 """Version of the layout of our tables; kept in the table's configuration."""
 
@@ -47,7 +49,9 @@ _FORMAT_KEY = "cdc.format"
 _ATTEMPTS = 8
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_=./-]+")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
-_DEFAULTS = {"delta.checkpointInterval": "50", _FORMAT_KEY: str(FORMAT)}
+CHECKPOINT_EVERY: Final = 50
+"""Versions."""
+_DEFAULTS = {"delta.checkpointInterval": str(CHECKPOINT_EVERY), _FORMAT_KEY: str(FORMAT)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +120,12 @@ class DeltaLog:
         """Read what has been committed since, and return the newest version; StoreUnavailable if there is no table."""
         if self._table is None:
             return self._require().version()
-        with _translated(self.prefix):
+        try:
             self._table.update_incremental()
-        return self._table.version()
+        except (DeltaError, OSError):
+            # Also if the part of the log that it stands on has been cleaned away meanwhile.
+            self._table = None
+        return self._require().version()
 
     def version(self) -> int:
         """The newest version that has been read (`refresh` reads on); -1 if there is no table."""
@@ -139,13 +146,13 @@ class DeltaLog:
 
     def token(self, app_id: str, version: int | None = None) -> int | None:
         """The token of one application in a version (default: the one that has been read), None if it never had one."""
-        table = self._require()
-        if version is not None and version != table.version():
+        if version is not None and version != self._require().version():
             try:
                 return self._commits.token(app_id, version)
             except LookupError:
-                table = self._at(version)
-        return self._token_at(table, app_id)
+                return self._token_at(self._at(version), app_id)
+        value = self._read(lambda table: table.transaction_version(app_id))
+        return None if value is None else int(value)
 
     def tokens(self) -> dict[str, int]:
         """All tokens of the version that has been read; where another thread's checkpoint is newer, of that one, which
@@ -157,8 +164,11 @@ class DeltaLog:
 
     def files(self, version: int | None = None) -> list[LiveFile]:
         """The data files of a version (default: the one that has been read)."""
-        with _translated(self.prefix):
-            actions = pa.table(self._at(version).get_add_actions(flatten=False))
+        if version is None or version == self._require().version():
+            actions = self._read(lambda table: pa.table(table.get_add_actions(flatten=False)))
+        else:
+            with _translated(self.prefix):
+                actions = pa.table(self._at(version).get_add_actions(flatten=False))
         names = set(actions.schema.names)
         paths = actions.column("path").to_pylist()
         sizes = actions.column("size_bytes").to_pylist()
@@ -193,8 +203,11 @@ class DeltaLog:
     def rests_until(self, version: int) -> int:
         """The last version behind `version` up to which no row and no token came: the rows are the same in all."""
         newest = self._require().version()
-        while version < newest and self._commits.at(version + 1).is_rest:
-            version += 1
+        try:
+            while version < newest and self._commits.at(version + 1).is_rest:
+                version += 1
+        except HistoryGone:
+            log.info("a commit is gone: nobody knows what it brought", extra={"delta_table": self.prefix})
         return version
 
     def open_file(self, path: str) -> pq.ParquetFile:
@@ -263,10 +276,16 @@ class DeltaLog:
         after a `refresh` is the truth then.
         """
         tokens, expect, commit_id = tokens or {}, expect or {}, uuid.uuid4().hex
+        failed: DeltaError | None = None
         for _ in range(_ATTEMPTS):
             table = self._require()
             base = table.version()
-            self._check(table, tokens, expect, removes)
+            try:
+                self._check(table, tokens, expect, removes)
+            except DeltaError as e:
+                # The log that it stands on may have been cleaned meanwhile; what is read anew stands on a checkpoint.
+                self._table, failed = None, e
+                continue
             added, removed = _add_actions(adds, data_change), self._remove_actions(removes, data_change)
             if schema is not None:
                 _check_names(schema.names)
@@ -285,6 +304,7 @@ class DeltaLog:
                         table.schema(),
                         partition_by=self.partition_columns(),
                         commit_properties=_properties(tokens, metadata or {}, commit_id),
+                        post_commithook_properties=_hooks(),
                     )
             except (CommitFailedError, DeltaError, OSError, StoreConflict, StoreUnavailable) as e:
                 done = self._after_failure(e, base, commit_id)
@@ -299,18 +319,39 @@ class DeltaLog:
             except StoreUnavailable:
                 self._table = None  # the commit is done; whoever needs the table next reads it anew
             return base + 1
+        if failed is not None:
+            raise StoreUnavailable(f"{self.prefix} cannot be read: {_brief(failed)}") from failed
         raise StoreConflict(f"{self.prefix}: lost {_ATTEMPTS} races for a commit")
 
-    def vacuum(self, retention_s: float) -> int:
+    def vacuum(self, retention_s: float, *, untracked: bool = False) -> int:
         """Delete the objects of files that were removed more than `retention_s` ago (in whole hours, rounded up);
-        returns how many. Versions older than that can no longer be read."""
+        returns how many. Versions older than that can no longer be read. `untracked`: also objects of that age that no
+        version has ever shown."""
         with _translated(self.prefix):
             hours = math.ceil(retention_s / 3600)
             gone = self._require().vacuum(
-                retention_hours=hours, dry_run=False, enforce_retention_duration=False, full=False
+                retention_hours=hours,
+                dry_run=False,
+                enforce_retention_duration=False,
+                full=untracked,
+                post_commithook_properties=_hooks(),
             )
         self.refresh()
         return len(gone)
+
+    def tidy_log(self) -> None:
+        """Delete the log's entries that are older than the table's `delta.logRetentionDuration` (Delta's default: 30
+        days) and that a checkpoint stands for; make one first where commits have gone without. Only when nobody goes on
+        from a version before the newest. Versions before can no longer be read."""
+        with _translated(self.prefix):
+            table = self._require()
+            if table.version() - self.checkpointed() >= CHECKPOINT_EVERY:
+                table.create_checkpoint()
+            table.cleanup_metadata()
+
+    def checkpointed(self) -> int:
+        """Version of the newest checkpoint; -1 if there is none."""
+        return self._commits.checkpointed()
 
     # ---- inside ----
 
@@ -327,6 +368,15 @@ class DeltaLog:
                 return None
             self._check_format(self._table)
         return self._table
+
+    def _read(self, ask: Callable[[DeltaTable], T]) -> T:
+        """What the table says; opened anew if the part of its log that it stands on has been cleaned away meanwhile."""
+        try:
+            return ask(self._require())
+        except (DeltaError, OSError):
+            self._table = None
+        with _translated(self.prefix):
+            return ask(self._require())
 
     def _require(self) -> DeltaTable:
         table = self._load()
@@ -453,6 +503,11 @@ def _properties(tokens: Mapping[str, int], metadata: Mapping[str, Any], commit_i
         max_commit_retries=0,
         app_transactions=[Transaction(app_id, value) for app_id, value in tokens.items()],
     )
+
+
+def _hooks() -> PostCommitHookProperties:
+    # The log is cleaned where it is known what somebody goes on from, not by whoever happens to commit (`tidy_log`).
+    return PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
 def _add_actions(adds: Sequence[AddedFile], data_change: bool) -> list[AddAction]:

@@ -28,6 +28,9 @@ ESCAPED_MAX: Final = 120
 """Twice this, and a dot, fits into the name of a directory; so does twice the dense form of 63 bytes."""
 DATE: Final = "_date"
 """Partition column of a changelog, as text in UTC: the commit date, or a time of the row (cdc.lake.partitions)."""
+PARTITION_KEY: Final = "cdc.partition_by"
+"""Of a changelog's configuration: what `_date` means, and from which version on (JSON: `by`, `since`); not set: the
+commit date, of every object."""
 
 LAKE_SYSTEM: Final = (*SYSTEM, DATE)
 """Every system column that a lake table may have, by its name without a collision."""

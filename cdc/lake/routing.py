@@ -13,17 +13,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cdc import registry
 from cdc.config import Config, LakeConfig
+from cdc.errors import ConfigError
 from cdc.lake.layout import decode_name, table_of_path
-from cdc.ports import ObjectStore, StoredObject
+from cdc.ports import ObjectStore, StoredObject, TieredStore
 from cdc.table import TableId
 
 
 class RoutingStore:
-    """The protocol of cdc.ports.ObjectStore over `main` and stores by name. `lake_of` says the name of the lake of a
+    """The protocol of cdc.ports.TieredStore over `main` and stores by name. `lake_of` says the name of the lake of a
     source's table, empty for `main`. Thread-safe as far as the stores are."""
 
     def __init__(
@@ -58,6 +59,10 @@ class RoutingStore:
         for name, own in by_lake.items():
             self.stores[name].delete(own)
 
+    def move(self, key: str, storage_class: str) -> bool:
+        """As ports.TieredStore, in the store of the key's table, which must be one."""
+        return cast(TieredStore, self._store(key)).move(key, storage_class)
+
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """As ports.ObjectStore, in the store of the key's table."""
         return self._store(key).location(key)
@@ -88,11 +93,18 @@ class RoutingStore:
 
 def open_lake(config: Config) -> ObjectStore:
     """The object store of the whole lake: that of `[lake]`, or, with lakes of other names, one that knows them all.
-    ConfigError for a kind of store that is not installed. May touch the stores."""
-    main = registry.lake_store(config.lake)
-    if not config.lake.named:
+    ConfigError for a kind of store that is not installed, or that cannot do what is asked of it. May touch the stores."""
+    stores = {at: registry.lake_store(lake) for at, lake in config.lake.all.items()}
+    for at, store in stores.items():
+        if config.lake.changelog.cold_after and not isinstance(store, TieredStore):
+            raise ConfigError(
+                f"lake.changelog.cold_after: the store of [{at}] has no classes of storage",
+                hint="leave out cold_after and cold_storage_class",
+            )
+    main = stores.pop("lake")
+    if not stores:
         return main
-    named = {name: registry.lake_store(lake) for name, lake in config.lake.named.items()}
+    named = {at.removeprefix("lake."): store for at, store in stores.items()}
 
     def lake_of(source: str, table: TableId) -> str:
         known = config.sources.get(source)

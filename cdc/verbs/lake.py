@@ -5,38 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 from cdc.config import MAIN_LAKE
-from cdc.console import bytes_text, lsn_text
+from cdc.console import bytes_text, lsn_text, time_text
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, OK, TIMED_OUT, Call, resolve_tables, tables_of
 
 
 def list_tables(call: Call) -> int:
-    """Tables of the lake, as they stand there."""
-    from cdc.lake.layout import changelog_path, current_path
-
-    rows: list[dict[str, Any]] = [
-        {
-            "source": source,
-            "table": str(table),
-            "lake": call.config.sources[source].lake_of(str(table)) or MAIN_LAKE,
-            "current": _delta(call, current_path(source, table)),
-            "changelog": _delta(call, changelog_path(source, table)),
-        }
-        for source, tables in lake_tables(call).items()
-        for table in tables
-    ]
+    """Tables of the lake, as they stand there, and what will become of their changelogs."""
+    held = [(source, table) for source, tables in lake_tables(call).items() for table in tables]
+    if call.args.table:
+        held = resolve_tables(held, call.args.table)
+    rows = [_entry(call, source, table) for source, table in held]
     call.console.document({"lake": call.config.lake.url, "tables": rows})
     many = bool(call.config.lake.named)
-    columns = ("rows", "size", "files", "small", "dead", "version")
-    headers = ("table", *(("lake",) if many else ()), *(f"current: {c}" if c == "rows" else c for c in columns))
-    headers += tuple(f"changelog: {c}" if c == "rows" else c for c in columns)
     lines = [
-        (f"{r['source']}.{r['table']}", *((r["lake"],) if many else ()), *_cells(r["current"]), *_cells(r["changelog"]))
+        (f"{r['source']}.{r['table']}", *((r["lake"],) if many else ()), part, *_cells(r[part]))
         for r in rows
+        for part in ("current", "changelog")
+        if r[part] is not None
     ]
-    call.console.table(headers, lines)
+    sizes = ("rows", "size", "files", "small", "dead", "version", "log")
+    call.console.table(("table", *(("lake",) if many else ()), "", *sizes, "from", "to", "cold", "goes next"), lines)
     return OK
+
+
+def _entry(call: Call, source: str, table: TableId) -> dict[str, Any]:
+    from cdc.lake.inventory import inventory, lifecycle
+    from cdc.lake.layout import changelog_path, current_path
+    from cdc.upkeep import Limits
+
+    limits = Limits.of(call.config.lake, call.config.sources[source])
+    # An eighth of where objects stop growing.
+    small = limits.object_bytes // 8
+    path = changelog_path(source, table)
+    changelog = inventory(call.store, path, small_bytes=small, cold_class=limits.cold_class)
+    if changelog is not None:
+        ages = lifecycle(call.store, path, retain_s=limits.retain_of(table), cold_after_s=limits.cold_after_s)
+        changelog |= {
+            what: None if found is None else {**found, "at": time_text(found["at"])} for what, found in ages.items()
+        }
+    return {
+        "source": source,
+        "table": str(table),
+        "lake": call.config.sources[source].lake_of(str(table)) or MAIN_LAKE,
+        "current": inventory(call.store, current_path(source, table), small_bytes=small),
+        "changelog": changelog,
+    }
 
 
 def land(call: Call) -> int:
@@ -104,31 +119,10 @@ def lake_tables(call: Call) -> dict[str, list[TableId]]:
     return {source: tables_in(call.store, source) for source in call.sources()}
 
 
-def _delta(call: Call, path: str) -> dict[str, Any] | None:
-    """Version, files, rows and size of a Delta table, how many of its files are small (an eighth of the size where
-    they stop growing), and the bytes of objects that its newest version does not show; None if there is none."""
-    from cdc.lake.delta import DeltaLog
-
-    table = DeltaLog(call.store, path)
-    if not table.exists():
-        return None
-    files = table.files()
-    small = call.config.lake.object_bytes_target // 8
-    live = {f"{path}/{f.path}" for f in files}
-    stored = (o for o in call.store.list(f"{path}/") if not o.key.startswith(f"{path}/_delta_log/"))
-    return {
-        "path": path,
-        "version": table.version(),
-        "files": len(files),
-        "rows": sum(f.rows for f in files),
-        "bytes": sum(f.size for f in files),
-        "small_files": sum(f.size < small for f in files),
-        "dead_bytes": sum(o.size for o in stored if o.key not in live),
-    }
-
-
-def _cells(table: dict[str, Any] | None) -> tuple[Any, ...]:
-    if table is None:
-        return ("-",) * 6
-    sizes = bytes_text(table["bytes"]), table["files"], table["small_files"], bytes_text(table["dead_bytes"])
-    return (table["rows"], *sizes, table["version"])
+def _cells(part: dict[str, Any]) -> tuple[Any, ...]:
+    sizes = bytes_text(part["bytes"]), part["files"], part["small_files"], bytes_text(part["dead_bytes"])
+    cold = bytes_text(part["cold_bytes"]) if part["cold_files"] else "-"
+    goes = part.get("expires")
+    next_text = "-" if goes is None else f"{goes['at'][:10]} {bytes_text(goes['bytes'])}"
+    dates = part["oldest_date"] or "-", part["newest_date"] or "-"
+    return part["rows"], *sizes, part["version"], part["log_entries"], *dates, cold, next_text

@@ -169,6 +169,7 @@ class S3Store:
                     size=int(found["Size"]),
                     modified_at_us=int(found["LastModified"].timestamp() * 1e6),
                     etag=found["ETag"],
+                    storage_class=found.get("StorageClass", ""),
                 )
             if not page.get("IsTruncated"):
                 return
@@ -185,6 +186,15 @@ class S3Store:
                 if code not in _GONE:
                     raise StoreUnavailable(f"{failed.get('Key')} in the bucket {self._bucket}: {code}",
                                            hint=_HINTS.get(code, ""))  # fmt: skip
+
+    def move(self, key: str, storage_class: str) -> bool:
+        """Rewrite an object in place into another storage class, at the server; see ports.TieredStore. What is bigger
+        than the protocol's 5 GB of one copy is refused."""
+        where = {"Bucket": self._bucket, "Key": self._name(key)}
+        copy = partial(
+            self._client.copy_object, **where, CopySource=where, StorageClass=storage_class, **self._encryption
+        )
+        return self._or_none(key, copy) is not None
 
     def location(self, key: str) -> tuple[str, dict[str, str]]:
         """`s3://…` of a key, and delta-rs' options for it: the credentials are those that boto3's chain has now."""

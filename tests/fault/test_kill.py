@@ -64,6 +64,9 @@ LAKE = {
 }
 """Points of what is done to the lake now and then: tests/fault/test_crash_matrix.py kills there."""
 
+RETENTION = {"retain.before_commit", "retain.after_commit"}
+"""Points of what takes days to come: tests/unit/test_retention.py dies there."""
+
 EVERY = [point for points in AREAS.values() for point in points]
 
 
@@ -76,7 +79,7 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    assert named == set(EVERY) | LAKE | LAKES | ELSEWHERE | PERIODIC | set(HISTORY)
+    assert named == set(EVERY) | LAKE | LAKES | RETENTION | ELSEWHERE | PERIODIC | set(HISTORY)
 
 
 @pytest.mark.parametrize("area", AREAS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from cdc.config import (
     AlertsConfig,
+    ChangelogConfig,
     Config,
     LakeConfig,
     ModelConfig,
@@ -25,7 +27,10 @@ from cdc.config import (
 )
 from cdc.config_file import load, parse
 from cdc.errors import ConfigError
+from cdc.registry import lake_store
+from cdc.table import TableId
 from cdc.units import duration_s, size_bytes, wal_threshold
+from cdc.upkeep import Limits
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 
@@ -37,11 +42,13 @@ SECTIONS: dict[str, Any] = {
     "verify": VerifyConfig,
     "lake": LakeConfig,
     "lake.eu": NamedLakeConfig,
+    "changelog": ChangelogConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
 }
 NO_KEYS = {"name", "named", "path", "sources", "lake", "models", "targets", "syncs", "alerts", "verify", "extra"}
+COLD = {"cold_after": "30d", "cold_storage_class": "GLACIER_IR"}
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -99,7 +106,8 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
         elif header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
             if header[1] == "lake" and header[2]:
                 named["lake"] |= {header[2]} - {"eu"}
-                section = f"lake.{header[2]}" if f"lake.{header[2]}" in SECTIONS else "lake"
+                inside = f"lake.{header[2]}"
+                section = inside if inside in SECTIONS else header[2] if header[2] in SECTIONS else "lake"
             else:
                 section = header[1]
         elif key := re.match(r"(?:# )?([a-z_]+)(?:\.\w+)? = ", line):
@@ -118,6 +126,7 @@ def test_the_example_file_shows_the_defaults() -> None:
         "alerts": config.alerts,
         "verify": config.verify,
         "lake": config.lake,
+        "changelog": config.lake.changelog,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
     }
@@ -269,6 +278,19 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
         ({"lake__land_every_s": 0}, "lake.land_every_s: must be greater than 0"),
         ({"lake__vacuum_after_s": 8 * 86400}, "a week at most"),
         ({"lake__merge_share": 1.5}, "is a share, at most 1"),
+        ({"lake__changelog": {"retain": "12h"}}, "lake.changelog.retain: must be at least a day"),
+        ({"lake__changelog": {"retain": "90"}}, "is no duration"),
+        ({"lake__changelog": "90d"}, "write a [lake.changelog] section"),
+        ({"lake__changelog": {"keep": "90d"}}, "lake.changelog.keep: unknown key"),
+        ({"lake__changelog": COLD}, "lake.changelog.cold_after: a local directory has no classes of storage"),
+        ({"lake__url": "s3://b/p", "lake__changelog": {"cold_after": "30d"}}, "set both cold_after and"),
+        ({"lake__url": "s3://b/p", "lake__changelog": {**COLD, "cold_after": "forever"}}, "leave it out for never"),
+        ({"lake__url": "s3://b/p", "lake__changelog": {**COLD, "retain": "30d"}}, "nothing would ever be put away"),
+        (
+            {"lake__url": "s3://b/p", "lake__changelog": {**COLD, "cold_storage_class": "DEEP_ARCHIVE"}},
+            "cannot be read at once",
+        ),
+        ({"source__shop__table": {"public.t": {"retain": "1h"}}}, "retain: must be at least a day"),
         ({"lake__url": "file://lake"}, "absolute path"),
         ({"lake__options": {"a": "b"}}, "a local directory has no region"),
         ({"lake__url": "s3://"}, "names no place"),
@@ -394,6 +416,27 @@ def test_a_threshold_is_a_share_or_a_size(text: str, means: tuple[float, int]) -
 def test_what_is_no_threshold_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no (share|size)"):
         wal_threshold(text)
+
+
+def test_ages_are_durations_and_a_table_may_have_its_own() -> None:
+    config = parse(
+        document(
+            lake__url="s3://bucket/prefix",
+            lake__changelog={"retain": "90d", **COLD},
+            source__shop__table={"public.t": {"retain": "forever"}, "public.u": {"retain": "2d"}, "public.v": {}},
+        )
+    )
+    limits = Limits.of(config.lake, config.sources["shop"])
+    kept = {name: limits.retain_of(TableId("public", name)) / 86400 for name in ("t", "u", "v", "w")}
+    assert kept == {"t": math.inf, "u": 2, "v": 90, "w": 90}
+    assert (limits.cold_after_s, limits.cold_class) == (30 * 86400, "GLACIER_IR")
+
+
+def test_a_store_without_classes_of_storage_is_not_asked_for_one(tmp_path: Path) -> None:
+    """Also one that another package brings, of which the configuration knows nothing."""
+    lake = LakeConfig(url=tmp_path.as_uri(), changelog=ChangelogConfig(**COLD))
+    with pytest.raises(ConfigError, match="has no classes of storage"):
+        lake_store(lake)
 
 
 def test_columns_are_declared_with_a_type_that_can_be_held() -> None:

@@ -21,6 +21,8 @@ from cdc.batch import SNAPSHOT_SEQ, Batch, Boundary, batch_schema
 from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict
 from cdc.lake import changelog as changelog_module
 from cdc.lake.changelog import ChangelogTable
+from cdc.lake.delta import DeltaLog
+from cdc.lake.naming import LANDED
 from cdc.table import Column, TableId, TableSchema
 from connectors.local.store import LocalStore
 
@@ -79,7 +81,7 @@ def opened(store: LocalStore) -> ChangelogTable:
 
 def land(store: LocalStore, temp: Path, lsn: int, *batches: Batch, chunk: int | None = None) -> ChangelogTable:
     table = opened(store)
-    writer = table.writer(temp)
+    writer = table.writer(temp, fence=1)
     for b in batches:
         writer.add(b, chunk=chunk)
     writer.commit(Boundary(1, lsn, lsn + 8))
@@ -283,16 +285,17 @@ def test_objects_of_an_open_transaction_are_invisible_until_its_commit_and_gone_
     writer.abandon()
     writer.abandon()
     assert not [o for o in store.list("shop/") if o.key.endswith(".parquet")]
-    writer = table.writer(tmp_path)
+    writer = table.writer(tmp_path, fence=3)
     writer.add(big)
-    assert table.orphans(-1) == []  # a writer of this process still means to commit them
+    assert table.orphans(term=3, kind=LANDED) == []  # a writer of this process still means to commit them
+    assert opened(store).orphans(term=3) == []  # nor does another thread, which does not know of it, touch its term's
     writer.commit(Boundary(1, 140_099, 140_107))
     assert len(ids(store)) == 140_000
 
 
 def test_of_two_writers_one_lands_and_the_other_starts_again(store: LocalStore, tmp_path: Path) -> None:
     land(store, tmp_path, 50, batch(V1, [50]))
-    one, two = opened(store).writer(tmp_path), opened(store).writer(tmp_path)
+    one, two = opened(store).writer(tmp_path, fence=3), opened(store).writer(tmp_path, fence=3)
     one.add(batch(V1, [100, 200]))
     two.add(batch(V1, [100]))
     one.commit(Boundary(1, 200, 208))
@@ -300,20 +303,69 @@ def test_of_two_writers_one_lands_and_the_other_starts_again(store: LocalStore, 
         two.commit(Boundary(1, 100, 108))
     two.abandon()
     assert ids(store) == [500, 1000, 2001]
-    assert len(opened(store).orphans(-1)) == 1  # after an attempt, only `reclaim` may judge
-    assert opened(store).reclaim(-1) == 1
+    assert len(opened(store).orphans(term=3, kind=LANDED)) == 1  # after an attempt, only `reclaim` may judge
+    assert opened(store).reclaim(term=3, kind=LANDED) == 1
     assert ids(store) == [500, 1000, 2001]
 
 
 def test_a_former_holder_of_the_lease_cannot_land(store: LocalStore, tmp_path: Path) -> None:
-    writer = opened(store).writer(tmp_path)
+    writer = opened(store).writer(tmp_path, fence=2)
     writer.add(batch(V1, [100]))
-    writer.commit(Boundary(1, 100, 108), fence=2)
-    late = opened(store).writer(tmp_path)
+    writer.commit(Boundary(1, 100, 108))
+    late = opened(store).writer(tmp_path, fence=1)
     late.add(batch(V1, [200]))
     with pytest.raises(LeaseLost):
-        late.commit(Boundary(1, 200, 208), fence=1)
+        late.commit(Boundary(1, 200, 208))
     assert ids(store) == [1000]
+
+
+def test_a_former_holder_that_wakes_up_behind_the_reclaim_of_its_objects_cannot_land(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land(store, tmp_path, 50, batch(V1, [50]))
+    late = opened(store).writer(tmp_path, fence=1)
+    late.add(batch(V1, [100]))
+    before = DeltaLog.commit
+
+    def slept(self: DeltaLog, **how: object) -> int:
+        monkeypatch.setattr(DeltaLog, "commit", before)
+        assert opened(store).reclaim(term=2) == 1
+        return before(self, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DeltaLog, "commit", slept)
+    with pytest.raises(InvariantBroken):
+        late.commit(Boundary(1, 100, 108))
+    assert ids(store) == [500]
+
+
+def test_an_object_that_was_committed_while_orphans_were_looked_for_stays(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = opened(store).writer(tmp_path, fence=1)
+    late.add(batch(V1, [100]))
+    monkeypatch.setattr(changelog_module, "OBJECT_BYTES", 1)
+    looking, orphans = opened(store), ChangelogTable.orphans
+
+    def found_just_before(self: ChangelogTable, **how: object) -> list[str]:
+        late._finish(next(iter(late._open)))
+        found = orphans(self, **how)  # type: ignore[arg-type]
+        late.commit(Boundary(1, 100, 108))
+        return found
+
+    monkeypatch.setattr(ChangelogTable, "orphans", found_just_before)
+    assert looking.reclaim(term=2) == 0
+    assert ids(store) == [1000]
+
+
+def test_objects_of_another_release_are_nobody_s_only_when_they_are_old(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land(store, tmp_path, 50, batch(V1, [50]))
+    key = f"{opened(store).path}/_date=2026-01-01/1-{50:016x}-{50:016x}-0123456789ab.parquet"
+    store.put(key, b"rows")
+    assert opened(store).orphans(term=7, kind=LANDED) == []
+    monkeypatch.setattr(changelog_module, "UNKNOWN_S", -1)
+    assert opened(store).orphans(term=7, kind=LANDED) == [key]
 
 
 _LAND = """
@@ -337,12 +389,12 @@ def test_a_landing_killed_at_any_step_loses_and_doubles_nothing(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CDC_FAILPOINTS": f"{point}=kill"}
     died = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=60, capture_output=True)
     assert died.returncode == -9, died.stderr.decode()
-    assert len(opened(store).orphans(-1)) == orphans
-    assert opened(store).orphans(3600) == []
+    assert len(opened(store).orphans(term=2)) == orphans
+    assert opened(store).orphans(term=1) == []
     del environment["CDC_FAILPOINTS"]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=60, capture_output=True)
     assert done.stdout.split() == [b"1000", b"2001"]
-    assert opened(store).reclaim(-1) == orphans
+    assert opened(store).reclaim(term=2) == orphans
     assert ids(store) == [1000, 2001]
 
 

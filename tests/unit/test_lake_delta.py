@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 
 from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
 from cdc.lake.commits import HistoryGone
-from cdc.lake.delta import AddedFile, DeltaLog
+from cdc.lake.delta import CHECKPOINT_EVERY, AddedFile, DeltaLog
 from connectors.local.store import LocalStore
 
 NUMBER = {"pg.attnum": "1", "pg.type": "integer"}
@@ -293,6 +293,34 @@ def test_a_store_that_fails_says_so_and_the_table_stays(store: LocalStore, tmp_p
 def test_paths_that_delta_would_escape_are_refused(store: LocalStore) -> None:
     with pytest.raises(InvariantBroken):
         opened(store).commit(adds=[AddedFile(path="a b.parquet", size=1, rows=1, partition={"_date": "x"})])
+
+
+@pytest.mark.parametrize("what", ["commit", "token", "files", "refresh", "removes"])
+def test_a_table_at_rest_is_read_anew_when_the_log_that_it_stands_on_was_cleaned(store: LocalStore, what: str) -> None:
+    x = added(store, "x")
+    writer = opened(store)
+    writer.commit(adds=[x], tokens={"stream/1": 100})
+    resting, held = DeltaLog(store, writer.prefix), x.path
+    assert resting.version() == 1
+    writer.commit(configuration={"delta.logRetentionDuration": "interval 0 seconds"})
+    for _ in range(CHECKPOINT_EVERY):
+        writer.commit(configuration={"cdc.some": "more"})
+    writer.tidy_log()
+    assert store.get(f"{writer.prefix}/_delta_log/{1:020d}.json") is None
+    if what == "commit":
+        assert resting.commit(tokens={"stream/1": 200}, expect={"stream/1": 100}) > CHECKPOINT_EVERY
+    elif what == "token":
+        assert resting.token("stream/1") == 100
+    elif what == "files":
+        assert [f.path for f in resting.files()] == [held]
+    elif what == "refresh":
+        assert resting.refresh() == writer.version()
+    else:
+        # No token tells it before the attempt, and whether that happened cannot be read: whoever tries it tries again.
+        with pytest.raises(StoreUnavailable):
+            resting.commit(removes=[held])
+        resting.commit(removes=[held])
+        assert resting.files() == []
 
 
 def test_vacuum_deletes_removed_files_only(store: LocalStore, tmp_path: Path) -> None:
