@@ -146,8 +146,9 @@ def test_an_outage_of_many_leases_under_load(
         def told() -> str:
             return f"{retained(daemon)} bytes are kept; {daemon.source()}\n{daemon.log_tail()}"
 
-        with daemon, Workload(dsn, rng.randrange(1 << 30), pause_s=0.05) as workload:
-            pid = daemon.start().settled().pid
+        with daemon, Workload(dsn, rng.randrange(1 << 30), pause_s=0.2) as workload:
+            pid = daemon.start().streaming().pid
+            wait_until(lambda: workload.committed > 20, 60, "some transactions")
             proxy.refuse()
             wait_until(lambda: run_out_since_s(scene) > 0, 60, "the lease to run out")
             for _ in range(10):

@@ -77,7 +77,7 @@ class Scene:
             execute(
                 self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g"
             )
-        wait_until(lambda: not self.daemon.alive, 60, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
+        wait_until(lambda: not self.daemon.alive, 180, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
         assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
         if disk_lost:
             self.lose_disk()
