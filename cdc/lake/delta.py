@@ -150,7 +150,9 @@ class DeltaLog:
             try:
                 return self._commits.token(app_id, version)
             except LookupError:
-                return self._token_at(self._at(version), app_id)
+                with _translated(self.prefix):
+                    value = self._at(version).transaction_version(app_id)
+                return None if value is None else int(value)
         value = self._read(lambda table: table.transaction_version(app_id))
         return None if value is None else int(value)
 
@@ -276,13 +278,13 @@ class DeltaLog:
         after a `refresh` is the truth then.
         """
         tokens, expect, commit_id = tokens or {}, expect or {}, uuid.uuid4().hex
-        failed: DeltaError | None = None
+        failed: Exception | None = None
         for _ in range(_ATTEMPTS):
             table = self._require()
             base = table.version()
             try:
                 self._check(table, tokens, expect, removes)
-            except DeltaError as e:
+            except (DeltaError, OSError) as e:
                 # The log that it stands on may have been cleaned meanwhile; what is read anew stands on a checkpoint.
                 self._table, failed = None, e
                 continue
@@ -395,12 +397,6 @@ class DeltaLog:
         except OSError as e:
             raise StoreUnavailable(f"{self.prefix}: version {version} cannot be read: {type(e).__name__}") from e
 
-    def _token_at(self, table: DeltaTable, app_id: str) -> int | None:
-        # It reads the log anew.
-        with _translated(self.prefix):
-            value = table.transaction_version(app_id)
-        return None if value is None else int(value)
-
     def _check_format(self, table: DeltaTable) -> None:
         text = table.metadata().configuration.get(_FORMAT_KEY)
         if text is None:
@@ -440,13 +436,13 @@ class DeltaLog:
     def _check(
         self, table: DeltaTable, tokens: Mapping[str, int], expect: Mapping[str, int | None], removes: Sequence[str]
     ) -> None:
-        """Whether a commit may stand upon the version of `table`."""
+        """Whether a commit may stand upon the version of `table`; its errors as they are."""
         for app_id, value in expect.items():
-            found = self._token_at(table, app_id)
+            found = table.transaction_version(app_id)
             if found != value:
                 raise StoreConflict(f"{self.prefix}: token {app_id} is {found}, the commit was built upon {value}")
         for app_id, value in tokens.items():
-            found = self._token_at(table, app_id)
+            found = table.transaction_version(app_id)
             if found is not None and found > value:
                 raise InvariantBroken(f"{self.prefix}: token {app_id} would go back from {found} to {value}")
         if removes and not set(removes) <= {f.path for f in self.files()}:

@@ -93,7 +93,7 @@ class RoutingStore:
 
 def open_lake(config: Config) -> ObjectStore:
     """The object store of the whole lake: that of `[lake]`, or, with lakes of other names, one that knows them all.
-    ConfigError for a kind of store that is not installed, or that cannot do what is asked of it. May touch the stores."""
+    ConfigError for a kind of store that is not installed, or cannot do what is asked of it. May touch the stores."""
     stores = {at: registry.lake_store(lake) for at, lake in config.lake.all.items()}
     for at, store in stores.items():
         if config.lake.changelog.cold_after and not isinstance(store, TieredStore):

@@ -27,7 +27,7 @@ from cdc.config import (
 )
 from cdc.config_file import load, parse
 from cdc.errors import ConfigError
-from cdc.registry import lake_store
+from cdc.lake.routing import open_lake
 from cdc.table import TableId
 from cdc.units import duration_s, size_bytes, wal_threshold
 from cdc.upkeep import Limits
@@ -282,7 +282,7 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
         ({"lake__changelog": {"retain": "90"}}, "is no duration"),
         ({"lake__changelog": "90d"}, "write a [lake.changelog] section"),
         ({"lake__changelog": {"keep": "90d"}}, "lake.changelog.keep: unknown key"),
-        ({"lake__changelog": COLD}, "lake.changelog.cold_after: a local directory has no classes of storage"),
+        ({"lake__changelog": COLD}, "lake.changelog.cold_after: [lake] is a local directory, without storage classes"),
         ({"lake__url": "s3://b/p", "lake__changelog": {"cold_after": "30d"}}, "set both cold_after and"),
         ({"lake__url": "s3://b/p", "lake__changelog": {**COLD, "cold_after": "forever"}}, "leave it out for never"),
         ({"lake__url": "s3://b/p", "lake__changelog": {**COLD, "retain": "30d"}}, "nothing would ever be put away"),
@@ -436,7 +436,7 @@ def test_a_store_without_classes_of_storage_is_not_asked_for_one(tmp_path: Path)
     """Also one that another package brings, of which the configuration knows nothing."""
     lake = LakeConfig(url=tmp_path.as_uri(), changelog=ChangelogConfig(**COLD))
     with pytest.raises(ConfigError, match="has no classes of storage"):
-        lake_store(lake)
+        open_lake(Config(path=None, state_dir=tmp_path, sources={}, lake=lake))
 
 
 def test_columns_are_declared_with_a_type_that_can_be_held() -> None:
