@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 
-from cdc.lake.current import CurrentTable, MergeResult
-from cdc.lake.layout import current_path
-from cdc.relations import Relation, open_views
+from cdc.instant import Shown, fresh_views
+from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.table import TableId, TableSchema
 from connectors.local.store import LocalStore
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 class Told:
     """What is known of the only table of a test."""
 
-    shape: TableSchema
+    shape: TableSchema | None
     position: tuple[int, int] | None = None
 
     def schema(self, source: str, table: TableId) -> TableSchema | None:
@@ -32,29 +33,37 @@ class Told:
         return self.position
 
 
-def shown(store: LocalStore, source: str, told: Told, scratch: Path) -> tuple[pa.Table, str]:
-    """The rows of the fresh view, and why it is not fresh (empty if it is)."""
-    notes: list[str] = []
-    relation = Relation(source, told.shape.table)
-    with open_views(store, [relation], fresh=told, note=notes.append, temp_dir=scratch) as connection:
-        return connection.sql(f"select * from {relation}").to_arrow_table(), "".join(notes)
+def fresh_view(store: LocalStore, source: str, schema: TableSchema, scratch: Path) -> Shown:
+    """The fresh view of a table in the shape `schema`."""
+
+    def place(key: str) -> str:
+        return store.location(key)[0]
+
+    return fresh_views(store, source, [schema.table], Told(schema), place, place, temp_dir=scratch)[schema.table]
+
+
+def rows_of(view: Shown) -> pa.Table:
+    """What a view shows, in a DuckDB that anybody may have."""
+    return _duckdb().sql(view.sql).to_arrow_table()
+
+
+@cache
+def _duckdb() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(config={"threads": 1})
 
 
 def merged(
     root: Path, source: str, schema: TableSchema, through: int, scratch: Path
 ) -> tuple[pa.Table | None, MergeResult]:
-    """What the table shows after a merge through a version, made in a copy of the lake; None if it shows nothing."""
+    """What a table shows after a merge through a version, made in a copy of the lake; None if it shows nothing."""
     copy = scratch / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(root, copy)
     store = LocalStore(copy)
     current = CurrentTable(store, source, schema.table, temp_dir=scratch, bucket_rows=3)
     result = current.merge(None, schema, through=through)  # type: ignore[arg-type]
-    if result.version is None:
-        return None, result
-    relation = Relation(source, schema.table)
-    with open_views(store, [relation], temp_dir=scratch) as connection:
-        return connection.sql(f"select * from {relation}").to_arrow_table(), result
+    shown = open_current(store, source, schema.table)
+    return None if shown is None else shown.to_table(), result
 
 
 def cells(table: pa.Table) -> list[Row]:
@@ -62,9 +71,6 @@ def cells(table: pa.Table) -> list[Row]:
     rows = table.to_pylist()
     for row in rows:
         for name, value in row.items():
-            if name.lstrip("_") == "raw" and value is not None:
+            if name.strip("_") == "raw" and value is not None:
                 row[name] = sorted(value)
     return sorted(rows, key=repr)
-
-
-__all__ = ["Told", "cells", "current_path", "merged", "shown"]
