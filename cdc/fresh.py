@@ -375,8 +375,8 @@ class _Added(_View):
 
     def sql(self) -> str:
         outlook = self._outlook
-        if not outlook.settled or outlook.swap is None:
-            raise Inexact("the table has no key, and more than new rows has come")
+        assert outlook.settled
+        assert outlook.swap is not None
         if self._tail.patterns.any():
             raise Inexact("the table has no key, and rows of it have come without all their values")
         rows = "\nUNION ALL ".join(self._rows(group, [self._op(group)]) for group in self._tail.groups)

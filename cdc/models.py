@@ -136,7 +136,7 @@ def query(
         options = {"temp_dir": temp_dir, "memory_limit": memory_limit, "threads": threads}
         try:
             with open_views(store, relations, cut, fresh=fresh, note=notes.append, **options) as connection:  # type: ignore[arg-type]
-                found = _run_query(connection, sql, rows_max, timeout_s)
+                found = _run_query(connection, store, sql, rows_max, timeout_s)
         except _NotKnown:
             fresh = None
             note(f"every table is shown as it is merged: {UNKNOWN.removeprefix('cdc: ')}")
@@ -154,7 +154,9 @@ class _NotKnown(Exception):
     """The fresh view needs a value that is nowhere."""
 
 
-def _run_query(connection: duckdb.DuckDBPyConnection, sql: str, rows_max: int, timeout_s: float) -> pa.Table:
+def _run_query(
+    connection: duckdb.DuckDBPyConnection, store: ObjectStore, sql: str, rows_max: int, timeout_s: float
+) -> pa.Table:
     import duckdb
 
     try:
@@ -162,7 +164,11 @@ def _run_query(connection: duckdb.DuckDBPyConnection, sql: str, rows_max: int, t
             # The relation of a DESCRIBE or SHOW cannot be limited; of a SELECT it is, before it is computed.
             reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
             return _first_rows(reader, rows_max)
-    except duckdb.IOException as error:
+    except (duckdb.IOException, duckdb.PermissionException) as error:
+        # A path that is not there is looked for as a pattern, which the wall forbids.
+        gone = f'"{store.location("")[0]}/' in str(error) and "/**/" in str(error)
+        if isinstance(error, duckdb.PermissionException) and not gone:
+            raise ModelFailed(first_line(error)) from error
         raise StoreUnavailable(
             "an object of the lake cannot be read", hint="a vacuum may have come between; ask again"
         ) from error

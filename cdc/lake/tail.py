@@ -54,6 +54,8 @@ class Tail:
 
 def look_through(outlook: Outlook, open_changelog: Callable[[str], pq.ParquetFile]) -> Tail:
     """Look through the tail of an outlook; Inexact if SQL over its objects would not come to what a merge does."""
+    if not outlook.layout.key_index and not outlook.settled:
+        raise Inexact("the table has no key, and more than new rows has come")
     found = _Look(outlook)
     for path in outlook.tail:
         with open_changelog(path) as file:
@@ -99,7 +101,7 @@ class _Look:
         self.used |= set(np.unique(numbers).tolist())
         group.unchanged |= "_unchanged" in shape.system and _has_any(data, shape.system["_unchanged"])
         group.raw |= "_raw" in shape.system and _has_any(data, shape.system["_raw"])
-        if shape.key_names is None:
+        if not shape.key_names:
             return
         keys = file_keys(data, shape)
         if keys.null_count:

@@ -1,7 +1,7 @@
 """`make bench-fresh`: what reading the fresh view of a table costs, beside reading it as it is merged.
 
-A table of `--rows` rows, merged, and a tail of `--changes` unmerged changes (inserts, updates, deletes at random keys; a
-part of the updates lacks an unchanged value) in ten landings. Reads by DuckDB as `cdc query` does them, in turn, several
+A table of `--rows` rows, merged, and a tail of `--changes` unmerged changes (inserts, updates, deletes at random keys,
+of which `--lacking` lack an unchanged value) in ten landings. Reads by DuckDB as `cdc query` does them, in turn, several
 rounds: every cell of every row, one column, a count, one key; then the merge of the same tail, which is what the view
 saves. CPU seconds of the process, so that a busy machine compares too; medians. Writes build/bench-fresh.json.
 """
@@ -41,9 +41,9 @@ SCHEMA = TableSchema(
         Column(name="body", attnum=6, type_oid=25, type_name="text"),
     ),
 )
-CELLS = ", ".join(f"count({c.name})" for c in SCHEMA.columns)
+COLUMNS = ", ".join(c.name for c in SCHEMA.columns)
 READS = {
-    "every cell": f"select sum(hash(columns(*))) from (select {', '.join(c.name for c in SCHEMA.columns)} from shop.bench)",
+    "every cell": f"select sum(hash(columns(*))) from (select {COLUMNS} from shop.bench)",
     "one column": "select sum(amount) from shop.bench",
     "count": "select count(*) from shop.bench",
     "one key": "select * from shop.bench where id = 4711",
@@ -100,8 +100,7 @@ def table(root: Path, rows: int, tail: int, lacking: float) -> tuple[Changelog, 
         n = tail // 10
         ops = random.choice(["u", "d", "c"], n, p=[0.8, 0.1, 0.1])
         keys = np.where(ops == "c", rows + lsn + np.arange(n), random.integers(0, rows, n))
-        # A row that was deleted before has no older values.
-        lake.commit([changes(keys, ops, lsn, random, lacking=lacking)], lsn=lsn + n)
+        #         lake.commit([changes(keys, ops, lsn, random, lacking=lacking)], lsn=lsn + n)
         lsn += n + 10
     return lake, current
 

@@ -1,4 +1,4 @@
-"""What has landed shows at once, although merges are rare; and what a query shows is of one instant, whatever merges."""
+"""What has landed shows at once, although merges are rare; and a query shows one instant, whatever merges."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -15,8 +14,6 @@ from cdc.instant import Shown, fresh_views
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.table import TableId, TableSchema
 from connectors.local.store import LocalStore
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,11 @@ def merged(
     return None if shown is None else shown.to_table(), result
 
 
-def cells(table: pa.Table) -> list[Row]:
-    """All cells of all rows, in an order of their own."""
+def cells(table: pa.Table) -> list[str]:
+    """All cells of all rows as texts (NaN is NaN, and -0 is not 0), in an order of their own."""
     rows = table.to_pylist()
     for row in rows:
         for name, value in row.items():
             if name.strip("_") == "raw" and value is not None:
                 row[name] = sorted(value)
-    return sorted(rows, key=repr)
+    return sorted(map(repr, rows))
