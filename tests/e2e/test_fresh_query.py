@@ -7,6 +7,7 @@ from pathlib import Path
 
 import duckdb
 import psycopg
+import pytest
 
 from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
@@ -67,6 +68,7 @@ def test_changes_show_as_soon_as_they_have_landed(tmp_path: Path, database: str)
         assert daemon.ask("query", SEEN).document["rows"] == wanted
 
 
+@pytest.mark.slow
 def test_a_query_is_of_one_instant_while_the_daemon_merges(tmp_path: Path, database: str) -> None:
     """Every transaction moves one unit from a table to another: their sum is always the same."""
     execute(
