@@ -244,6 +244,10 @@ class _Fresh(_View):
                 together.setdefault(states.tobytes(), []).append(i)
         return list(together.values())
 
+    def _absent(self) -> list[int]:
+        """Numbers of the parts that some change was too old to have."""
+        return [n for n, columns in enumerate(self._parts) if (self._tail.patterns[:, columns[0]] == ABSENT).any()]
+
     def _looked_up(self) -> list[int]:
         """Numbers of the parts whose values may stand in `current`, or must be proven to stand there."""
         shown = self._outlook.shown
@@ -260,7 +264,7 @@ class _Fresh(_View):
         """Per key its last entry, and per part the place of the newest row that has its values, of those rows that
         follow upon each other: a deleted row, or one that a barrier took, gives nothing to the next."""
         keys = ", ".join(f"key{i}" for i in range(self._keys))
-        flags = [f"{what}{n}" for n in range(len(self._parts)) for what in ("known", "absent")]
+        flags = [f"known{n}" for n in range(len(self._parts))] + [f"absent{n}" for n in self._absent()]
         cut = self._cut("lag(place) OVER w", "place")
         ordered = (
             f"SELECT *, coalesce(NOT lag(live) OVER w{f' OR {cut}' if cut else ''}, false) AS starts"
@@ -269,15 +273,18 @@ class _Fresh(_View):
         chains = (
             f"SELECT *, count(*) FILTER (starts) OVER (PARTITION BY {keys} ORDER BY place) AS chain FROM ({ordered})"
         )
-        absent = ", ".join(f"absent{n} := absent{n}" for n in range(len(self._parts)))
-        root = f"struct_pack(place := place, {absent})"
         given = "".join(
             f", max(struct_pack(chain := chain, place := place)) FILTER (live AND known{n}) AS given{n}"
             for n in range(len(self._parts))
         )
+        root = ""
+        if self._barriers or self._absent():
+            absent = "".join(f", absent{n} := absent{n}" for n in self._absent())
+            first = f"struct_pack(place := place{absent})"
+            root = f", coalesce(max({first}) FILTER (starts), min({first})) AS root"
         last = (
-            f"SELECT {keys}, max(struct_pack(place := place, live := live)) AS final, max(chain) AS chain,"
-            f" coalesce(max({root}) FILTER (starts), min({root})) AS root{given} FROM chains GROUP BY {keys}"
+            f"SELECT {keys}, max(struct_pack(place := place, live := live)) AS final, max(chain) AS chain{root}{given}"
+            f" FROM chains GROUP BY {keys}"
         )
         return [("chains", "NOT MATERIALIZED", chains), ("last", "MATERIALIZED", last)]
 
@@ -307,10 +314,10 @@ class _Fresh(_View):
             cell += f" WHEN {alias}.{self._own(mark)} IS NOT NULL THEN {alias}.{quoted(name)}"
             text += f" WHEN {alias}.{self._own(mark)} IS NOT NULL THEN {_text(f'{alias}.{raw}', name)}"
         default, kind = self._missing.texts[column], sql_type(self._layout.fields[column].type)
-        cell += f" WHEN l.root.absent{part} THEN {constant(self._missing.values[column][0])}"
-        cell += f" ELSE CAST(error({literal(UNKNOWN)}) AS {kind}) END"
-        text += f" WHEN l.root.absent{part} THEN {'NULL' if default is None else literal(default)} END"
-        return cell, text
+        if part in self._absent():
+            cell += f" WHEN l.root.absent{part} THEN {constant(self._missing.values[column][0])}"
+            text += f" WHEN l.root.absent{part} THEN {'NULL' if default is None else literal(default)}"
+        return f"{cell} ELSE CAST(error({literal(UNKNOWN)}) AS {kind}) END", f"{text} END"
 
     # ---- what is shown ----
 

@@ -164,17 +164,17 @@ def _run_query(
             # The relation of a DESCRIBE or SHOW cannot be limited; of a SELECT it is, before it is computed.
             reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
             return _first_rows(reader, rows_max)
-    except (duckdb.IOException, duckdb.PermissionException) as error:
-        # A path that is not there is looked for as a pattern, which the wall forbids.
-        gone = f'"{store.location("")[0]}/' in str(error) and "/**/" in str(error)
-        if isinstance(error, duckdb.PermissionException) and not gone:
-            raise ModelFailed(first_line(error)) from error
-        raise StoreUnavailable(
-            "an object of the lake cannot be read", hint="a vacuum may have come between; ask again"
-        ) from error
-    except duckdb.Error as error:
-        if UNKNOWN in str(error):
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        # What happens while rows are handed over comes as Arrow's error, with DuckDB's text.
+        text = str(error)
+        if UNKNOWN in text:
             raise _NotKnown from error
+        # A path that is not there is looked for as a pattern, which the wall forbids.
+        gone = "Permission Error" in text and f'"{store.location("")[0]}/' in text and "/**/" in text
+        if gone or "IO Error" in text:
+            raise StoreUnavailable(
+                "an object of the lake cannot be read", hint="a vacuum may have come between; ask again"
+            ) from error
         raise ModelFailed(first_line(error)) from error
 
 
