@@ -151,10 +151,10 @@ def open_views(
 
     `versions`: the `current` versions of a cut; tables that it does not name, or None: the newest. A changelog is read
     as of the version that its `current` has merged, so that both tell of one position. `fresh`: instead of that, tables
-    are shown with the changes that have landed and are not merged, all of a source at one instant (cdc.instant), and
-    `note` takes a sentence for each that cannot be shown so. DuckDB spills to `temp_dir`
-    (its own folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory
-    are copied there first, for as long as the connection is open: the wall has no door to the network.
+    are shown with the changes that have landed and are not merged, all of a source at one instant (cdc.instant), their
+    changelogs too, and `note` takes a sentence for each that cannot be shown so. DuckDB spills to `temp_dir` (its own
+    folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory are
+    copied there first, for as long as the connection is open: the wall has no door to the network.
     """
     views: list[tuple[Relation, str]] = []
     # Made where there is something to copy.
@@ -242,9 +242,11 @@ def _create_view(connection: duckdb.DuckDBPyConnection, relation: Relation, body
 def _instants(
     store: ObjectStore, relations: Collection[Relation], known: Known, where: Where, temp_dir: Path
 ) -> dict[tuple[str, TableId], Shown]:
+    """The fresh views of the tables whose rows are asked for."""
     found: dict[tuple[str, TableId], Shown] = {}
-    for source in sorted({r.source for r in relations if not r.table.is_own}):
-        tables = sorted({r.table for r in relations if r.source == source and not r.table.is_own})
+    asked = {(r.source, r.table) for r in relations if not r.changelog}
+    for source in sorted({source for source, _ in asked}):
+        tables = sorted(table for of, table in asked if of == source)
         views = fresh_views(store, source, tables, known, where, where, temp_dir=temp_dir)
         found |= {(source, table): shown for table, shown in views.items()}
     return found
@@ -277,10 +279,12 @@ def local_path(store: ObjectStore, key: str, copies: Path) -> str:
             copy.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise StoreUnavailable(f"objects cannot be copied to {copies}: {e.strerror}", hint="make room there") from e
-        if store.get(key, into=copy) is None:
+        part = copy.with_name(copy.name + ".part")
+        if store.get(key, into=part) is None:
             raise StoreUnavailable(
                 f"{key} is not in the lake any more", hint="a vacuum may have come between; the next run reads on"
             )
+        part.replace(copy)
         location = str(copy)
     if _GLOB & set(location):
         raise ModelFailed(

@@ -212,6 +212,25 @@ def test_all_tables_are_shown_at_one_landed_position(tmp_path: Path) -> None:
         assert found.to_pylist() == [{"note": note}], position
 
 
+def test_a_changelog_is_read_as_far_as_its_table_and_alone_before_that_shows_anything(tmp_path: Path) -> None:
+    story = FreshStory(tmp_path)
+
+    def ask(sql: str, position: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        found = models.query(story.changelog.store, {"shop": [TABLE]}, sql, fresh=Told(SCHEMA, position))
+        rows: list[dict[str, Any]] = found.to_pylist()
+        return rows
+
+    story.land([story.control("begin"), story.row("c", id="1")])
+    assert ask("select count(*) as n from shop.orders_changelog") == [{"n": 2}]
+    story.land([story.control("end")], complete=True)
+    story.merge()
+    story.land([story.row("c", id="2")])
+    story.land([story.row("c", id="3")])
+    both = "select (select count(*) from shop.orders) as t, (select count(*) from shop.orders_changelog) as c"
+    assert ask(both) == [{"t": 3, "c": 5}]
+    assert ask(both, (0, story.lsn - 2)) == [{"t": 2, "c": 4}]
+
+
 def test_a_query_outlives_merges_and_vacuums(tmp_path: Path) -> None:
     """Every commit moves a unit from one row to another; a merge takes objects away, a vacuum deletes them at once."""
     schema = TableSchema(table=TABLE, oid=7, columns=(ID, replace(BODY, type_oid=23)), key=("id",))
@@ -225,7 +244,8 @@ def test_a_query_outlives_merges_and_vacuums(tmp_path: Path) -> None:
             amounts[n % 4] -= 1
             amounts[(n + 1) % 4] += 1
             story.land([story.row("u", id=str(k), body=str(amounts[k])) for k in (n % 4, (n + 1) % 4)])
-            if n % 2:
+            if n % 4 == 3:
+                # Three times in all: a query begins four times.
                 story.merge()
                 story.current.vacuum(0)
         done.set()
