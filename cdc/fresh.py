@@ -83,7 +83,7 @@ class _View:
         gone = [n for n in shape.known_as.values() if shape.renames.get(n) != n and n not in shape.system.values()]
         raw = quoted(shape.system["_raw"])
         if gone:
-            raw = _raw_of(f"[e FOR e IN {_renamed(raw, shape.renames)}]")
+            raw = _raw_of(_renamed(raw, shape.renames))
         texts = [(self._names[i], self._missing.texts[i]) for i in np.flatnonzero(states == ABSENT).tolist()]
         given = [f"{{'key': {literal(n)}, 'value': {literal(t)}}}" for n, t in texts if t is not None]
         if given:
@@ -116,7 +116,7 @@ class _View:
             if name == "_raw":
                 value = f"NULL::{sql_type(RAW_TYPE)}"
                 if group.raw:
-                    value = _raw_of(f"[e FOR e IN {_renamed(quoted(shape.system['_raw']), shape.renames)}]")
+                    value = _raw_of(_renamed(quoted(shape.system["_raw"]), shape.renames))
             elif name in shape.system:
                 value = quoted(shape.system[name])
             else:

@@ -9,6 +9,7 @@ import duckdb
 import psycopg
 import pytest
 
+from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
 
@@ -106,3 +107,17 @@ def test_a_query_is_of_one_instant_while_the_daemon_merges(tmp_path: Path, datab
             mover.join()
         assert moved == sorted(moved)
         assert moved[-1] > moved[0]
+
+
+@pytest.mark.slow
+def test_changes_in_a_bucket_show_too_and_are_printed_by_their_addresses(tmp_path: Path, database: str) -> None:
+    execute(database, "create table orders (id int primary key, note text)", "insert into orders values (1, 'a')")
+    url = f"s3://{new_bucket()}/lake"
+    lake = {"url": url, "endpoint_url": s3_endpoint(), "merge_every_s": 3600}
+    with Daemon(tmp_path, database, lake=lake) as daemon:
+        daemon.start().settled()
+        no_longer_asked_to_merge(daemon, database)
+        printed = daemon.ask("lake", "sql", "orders").document
+        assert printed["note"] == ""
+        assert f"'{url}/shop/public.orders/current/" in printed["sql"]
+        assert f"'{url}/shop/public.orders/changelog/" in printed["sql"]
