@@ -38,9 +38,10 @@ Where = Callable[[str], str]
 
 def fresh_sql(outlook: Outlook, tail: Tail, where_current: Where, where_changelog: Where) -> str:
     """The SELECT, with the columns that `current` will have. Pure; Inexact if it cannot be written."""
-    if not outlook.layout.key_index:
-        return _Added(outlook, tail, where_current, where_changelog).sql()
-    return _Fresh(outlook, tail, where_current, where_changelog).sql()
+    kind = _Fresh if outlook.layout.key_index else _Added
+    view = kind(outlook, tail, where_current, where_changelog)
+    # Commits may bring no rows, but another shape.
+    return view.sql() if tail.groups else view.merged()
 
 
 class _View:
@@ -68,7 +69,7 @@ class _View:
     def _columns(self, alias: str) -> str:
         return ", ".join(f"{alias}.{quoted(name)}" for name in self._output)
 
-    def _merged(self) -> str:
+    def merged(self) -> str:
         """`current` as it is, in the newest layout."""
         shown = self._outlook.shown
         assert shown is not None
@@ -131,6 +132,10 @@ class _View:
             rows += f" AND NOT {_older(places, truncated)}"
         return rows
 
+    def sql(self) -> str:
+        """The whole SELECT."""
+        raise NotImplementedError
+
     def _op(self, group: Group) -> str:
         return f"{quoted(group.shape.system['_op'])} AS {self._own('op')}"
 
@@ -152,7 +157,7 @@ class _Fresh(_View):
         """Columns that some change lacks, those together that the same changes lack."""
 
     def sql(self) -> str:
-        steps = [] if self._outlook.shown is None else [("merged", "NOT MATERIALIZED", self._merged())]
+        steps = [] if self._outlook.shown is None else [("merged", "NOT MATERIALIZED", self.merged())]
         steps.append(("tail", "NOT MATERIALIZED", self._tail_rows()))
         steps += self._last_by_chain() if self._parts else [("last", "MATERIALIZED", self._last())]
         arms = [self._changed_rows()]
@@ -389,7 +394,7 @@ class _Added(_View):
         rows = "\nUNION ALL ".join(self._rows(group, [self._op(group)]) for group in self._tail.groups)
         places = [f"t.{quoted(self._system[n])}" for n in ("_epoch", "_lsn", "_seq")]
         return (
-            f"WITH merged AS NOT MATERIALIZED ({self._merged()}),\ntail AS NOT MATERIALIZED ({rows})\n"
+            f"WITH merged AS NOT MATERIALIZED ({self.merged()}),\ntail AS NOT MATERIALIZED ({rows})\n"
             f"SELECT {self._columns('m')} FROM merged m\nUNION ALL\nSELECT {self._columns('t')} FROM tail t"
             f" WHERE t.{self._own('op')} = 'c' AND NOT {_older(places, outlook.swap.at)}"
         )

@@ -147,6 +147,14 @@ def test_the_tail_is_shown_in_the_newest_shape(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_commit_without_rows_may_bring_another_shape(tmp_path: Path) -> None:
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a")])
+    story.changelog.commit([], lsn=story.lsn)
+    newer = replace(SCHEMA, columns=(ID, replace(NOTE, name="remark"), replace(PRICE, missing="2.5")), version=2)
+    assert [(r["remark"], str(r["price"])) for r in story.exact(newer)] == [("a", "2.5")]
+
+
 def test_columns_named_like_ours_do_not_meet_them(tmp_path: Path) -> None:
     names = ("@op", "@key0", "place", "merged")
     own = tuple(replace(NOTE, name=name, attnum=10 + i) for i, name in enumerate(names))
