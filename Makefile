@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-peers bench-snapshot bench-verify lock clean
+.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-peers bench-snapshot bench-verify bench-fresh lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -63,6 +63,9 @@ bench-peers: $(INSTALLED_DEV) $(INSTALLED_BENCH) ## the same backlog through the
 
 bench-verify: $(INSTALLED_DEV) ## verify of 5,000,000 equal rows against a full copy; writes build/bench-verify.json
 	$(BIN)/python -m tests.bench.verify $(ARGS)
+
+bench-fresh: $(INSTALLED_DEV) ## reading a table with 100,000 unmerged changes, against reading it merged; writes build/bench-fresh.json
+	$(BIN)/python -m tests.bench.fresh $(ARGS)
 
 lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lock

@@ -20,8 +20,9 @@ from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path, system_name, system_prefix
 from cdc.lake.reduce import Order
 from cdc.ports import ObjectStore
-from cdc.relations import Relation, open_views, quoted
+from cdc.relations import Relation, open_views
 from cdc.runs import Run
+from cdc.sqltext import quoted
 from cdc.table import TableSchema
 from cdc.types import arrow_fields, pg_text
 

@@ -202,6 +202,12 @@ def _query(p: argparse.ArgumentParser) -> None:
     p.add_argument("--format", choices=("table", "json", "csv"), default="table", help="of the result")
     p.add_argument("--limit", type=_count, metavar="N", help="rows at most (default: 1000 as a table, else 1000000)")
     p.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="exit 1 after this long (default 600)")
+    p.add_argument("--merged", action="store_true", help="tables as they are merged, without what has landed since")
+
+
+def _lake_sql(p: argparse.ArgumentParser) -> None:
+    p.add_argument("table", metavar="TABLE", help="the table")
+    p.add_argument("--merged", action="store_true", help="as it is merged, without what has landed since")
 
 
 def _log_list(p: argparse.ArgumentParser) -> None:
@@ -353,6 +359,7 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
         {
             "ls": ("its tables", "cdc lake ls --json", _held, "lake:list_tables"),
             "land": ("land what is logged, and wait for it", "cdc lake land now", _land, "lake:land"),
+            "sql": ("a table as it is now, as SQL for DuckDB", "cdc lake sql orders", _lake_sql, "lake:sql"),
             "compact": ("join small objects of changelogs", "cdc lake compact orders", _upkeep, "lake:compact"),
             "vacuum": ("remove what no reader needs any more", "cdc lake vacuum", _upkeep, "lake:vacuum"),
         },

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdc.errors import ModelFailed
+from cdc.errors import ModelFailed, StoreUnavailable
+from cdc.fresh import UNKNOWN
+from cdc.instant import Known
 from cdc.metrics import MODEL_SECONDS
 from cdc.ports import ObjectStore
 from cdc.relations import (
@@ -32,13 +34,12 @@ from cdc.relations import (
     Versions,
     failure,
     first_line,
-    literal,
     named_relations,
     open_files,
     open_views,
-    quoted,
     resolve,
 )
+from cdc.sqltext import literal, quoted
 from cdc.table import TableId
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ TIMEOUT_S = 600.0
 ROWS_MAX = 100_000
 """Rows that `query` gives back at most, unless told otherwise."""
 _BATCH_ROWS = 64 * 1024
+_ATTEMPTS = 4
+"""How often a query begins, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,27 +114,68 @@ def query(
     sql: str,
     *,
     cut: Versions | None = None,
+    fresh: Known | None = None,
+    note: Callable[[str], None] = lambda _: None,
     temp_dir: Path | None = None,
     memory_limit: str = MEMORY_LIMIT,
     threads: int = THREADS,
     rows_max: int = ROWS_MAX,
     timeout_s: float = TIMEOUT_S,
 ) -> pa.Table:
-    """Result of one SELECT over the lake, cut off after `rows_max` rows. For operators: errors may quote values."""
-    import duckdb
+    """Result of one SELECT over the lake, cut off after `rows_max` rows. For operators: errors may quote values.
 
+    `fresh`: with the changes that have landed and are not merged, as `open_views` shows them; `note` takes a sentence
+    for each table that cannot be shown so. Begins again, a few times, where a merge and a vacuum took objects away.
+    """
     relations, unknown = resolve(named_relations(sql), sources)
     known = {source.lower() for source in sources}
     if missing := {name for name in unknown if name[0].lower() in known}:
         raise _unknown(missing, sources)
-    with open_views(store, relations, cut, temp_dir=temp_dir, memory_limit=memory_limit, threads=threads) as connection:
+    for attempt in range(_ATTEMPTS):
+        notes: list[str] = []
+        options = {"temp_dir": temp_dir, "memory_limit": memory_limit, "threads": threads}
         try:
-            with _bounded(connection, timeout_s):
-                # The relation of a DESCRIBE or SHOW cannot be limited; of a SELECT it is, before it is computed.
-                reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
-                return _first_rows(reader, rows_max)
-        except duckdb.Error as error:
-            raise ModelFailed(first_line(error)) from error
+            with open_views(store, relations, cut, fresh=fresh, note=notes.append, **options) as connection:  # type: ignore[arg-type]
+                found = _run_query(connection, store, sql, rows_max, timeout_s)
+        except _NotKnown:
+            fresh = None
+            note(f"every table is shown as it is merged: {UNKNOWN.removeprefix('cdc: ')}")
+        except StoreUnavailable:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+        else:
+            for text in notes:
+                note(text)
+            return found
+    raise StoreUnavailable("objects of the lake go away while they are read", hint="raise lake.vacuum_after_s")
+
+
+class _NotKnown(Exception):
+    """The fresh view needs a value that is nowhere."""
+
+
+def _run_query(
+    connection: duckdb.DuckDBPyConnection, store: ObjectStore, sql: str, rows_max: int, timeout_s: float
+) -> pa.Table:
+    import duckdb
+
+    try:
+        with _bounded(connection, timeout_s):
+            # The relation of a DESCRIBE or SHOW cannot be limited; of a SELECT it is, before it is computed.
+            reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
+            return _first_rows(reader, rows_max)
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        # What happens while rows are handed over comes as Arrow's error, with DuckDB's text.
+        text = str(error)
+        if UNKNOWN in text:
+            raise _NotKnown from error
+        # A path that is not there is looked for as a pattern, which the wall forbids.
+        gone = "Permission Error" in text and f'"{store.location("")[0]}/' in text and "/**/" in text
+        if gone or "IO Error" in text:
+            raise StoreUnavailable(
+                "an object of the lake cannot be read", hint="a vacuum may have come between; ask again"
+            ) from error
+        raise ModelFailed(first_line(error)) from error
 
 
 def run_model(

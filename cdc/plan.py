@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from cdc.errors import ModelFailed
 from cdc.models import frozen
-from cdc.relations import MEMORY_LIMIT, THREADS, failure, literal, quoted
+from cdc.relations import MEMORY_LIMIT, THREADS, failure
+from cdc.sqltext import literal, quoted
 
 if TYPE_CHECKING:
     import duckdb

@@ -13,18 +13,18 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from cdc.errors import CdcError, ModelFailed, StoreUnavailable
+from cdc.instant import Known, Shown, Where, fresh_views, merged_view
 from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path
 from cdc.ports import ObjectStore
+from cdc.sqltext import literal, objects, quoted
 from cdc.table import TableId
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def open_views(
     relations: Collection[Relation],
     versions: Versions | None = None,
     *,
+    fresh: Known | None = None,
+    note: Callable[[str], None] = lambda _: None,
     temp_dir: Path | None = None,
     memory_limit: str = MEMORY_LIMIT,
     threads: int = THREADS,
@@ -148,20 +150,35 @@ def open_views(
     """A DuckDB connection with a view per relation, closed afterwards; it can read these tables' objects only.
 
     `versions`: the `current` versions of a cut; tables that it does not name, or None: the newest. A changelog is read
-    as of the version that its `current` has merged, so that both tell of one position. DuckDB spills to `temp_dir`
-    (its own folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory
-    are copied there first, for as long as the connection is open: the wall has no door to the network.
+    as of the version that its `current` has merged, so that both tell of one position. `fresh`: instead of that, tables
+    are shown with the changes that have landed and are not merged, all of a source at one instant (cdc.instant), their
+    changelogs too, and `note` takes a sentence for each that cannot be shown so. DuckDB spills to `temp_dir` (its own
+    folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory are
+    copied there first, for as long as the connection is open: the wall has no door to the network.
     """
     views: list[tuple[Relation, str]] = []
-    paths: list[str] = []
     # Made where there is something to copy.
     copies = (temp_dir or Path(tempfile.gettempdir())) / f"objects-{uuid.uuid4().hex}"
+    paths: list[str] = []
+
+    def where(key: str) -> str:
+        paths.append(local_path(store, key, copies))
+        return paths[-1]
+
     try:
+        instants = _instants(store, relations, fresh, where, copies) if fresh is not None else {}
         for relation in sorted(relations):
             version = (versions or {}).get(relation.source, {}).get(relation.table)
-            body, files = _view(store, relation, version, copies)
-            views.append((relation, body))
-            paths += files
+            shown = instants.get((relation.source, relation.table))
+            if relation.changelog:
+                behind = _merged(store, relation, version) if shown is None else shown.changelog
+                views.append((relation, _changelog(store, relation, behind, where)))
+                continue
+            if shown is None:
+                shown = merged_view(store, relation.source, relation.table, where, version)
+            elif shown.note:
+                note(f"{relation} is shown as it is merged: {shown.note}")
+            views.append((relation, shown.sql))
         with open_files(paths, temp_dir, memory_limit, threads) as connection:
             for relation, body in views:
                 _create_view(connection, relation, body)
@@ -222,27 +239,26 @@ def _create_view(connection: duckdb.DuckDBPyConnection, relation: Relation, body
         raise ModelFailed(f"{relation} cannot be shown: {first_line(error)}") from error
 
 
-def _view(store: ObjectStore, relation: Relation, version: int | None, copies: Path) -> tuple[str, list[str]]:
-    """The SELECT of a view, and the files that it reads."""
-    prefix = (changelog_path if relation.changelog else current_path)(relation.source, relation.table)
-    delta = DeltaLog(store, prefix)
-    if relation.changelog:
-        version = _merged(store, relation, version)
+def _instants(
+    store: ObjectStore, relations: Collection[Relation], known: Known, where: Where, temp_dir: Path
+) -> dict[tuple[str, TableId], Shown]:
+    """The fresh views of the tables whose rows are asked for."""
+    found: dict[tuple[str, TableId], Shown] = {}
+    asked = {(r.source, r.table) for r in relations if not r.changelog}
+    for source in sorted({source for source, _ in asked}):
+        tables = sorted(table for of, table in asked if of == source)
+        views = fresh_views(store, source, tables, known, where, where, temp_dir=temp_dir)
+        found |= {(source, table): shown for table, shown in views.items()}
+    return found
+
+
+def _changelog(store: ObjectStore, relation: Relation, version: int | None, where: Where) -> str:
+    """The SELECT of a changelog at a version (None: the newest)."""
+    delta = DeltaLog(store, changelog_path(relation.source, relation.table))
     if not delta.exists():
         raise ModelFailed(f"{relation} is not in the lake yet", hint="`cdc status` shows how far its snapshot is")
-    fields = delta.schema(version)
-    names = ", ".join(quoted(f.name) for f in fields)
-    typed = ", ".join(f"NULL::{sql_type(f.type)} AS {quoted(f.name)}" for f in fields)
-    files = [_path(store, f"{prefix}/{file.path}", copies) for file in delta.files(version)]
-    body = f"SELECT {names} FROM (SELECT {typed} WHERE false"
-    if files:
-        partitions = delta.partition_columns()
-        options = "union_by_name = true, hive_partitioning = false"
-        if partitions:
-            kinds = ", ".join(f"{quoted(p)}: {sql_type(fields.field(p).type)}" for p in partitions)
-            options = f"union_by_name = true, hive_partitioning = true, hive_types = {{{kinds}}}"
-        body += f" UNION ALL BY NAME SELECT * FROM read_parquet([{', '.join(map(literal, files))}], {options})"
-    return f"{body})", files
+    files = [where(f"{delta.prefix}/{file.path}") for file in delta.files(version)]
+    return objects(delta.schema(version), files, delta.partition_columns())
 
 
 def _merged(store: ObjectStore, relation: Relation, current_version: int | None) -> int | None:
@@ -252,74 +268,29 @@ def _merged(store: ObjectStore, relation: Relation, current_version: int | None)
     return DeltaLog(store, current_path(relation.source, relation.table)).token("changelog", current_version)
 
 
-def _path(store: ObjectStore, key: str, copies: Path) -> str:
-    """Where DuckDB finds an object: in place, or a copy of it."""
+def local_path(store: ObjectStore, key: str, copies: Path) -> str:
+    """Where DuckDB finds an object: in place, or a copy of it in the folder `copies`, which is made."""
     location, options = store.location(key)
     if options or not location.startswith("/"):
         copy = copies / key
+        if copy.exists():
+            return str(copy)
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise StoreUnavailable(f"objects cannot be copied to {copies}: {e.strerror}", hint="make room there") from e
-        if store.get(key, into=copy) is None:
+        part = copy.with_name(copy.name + ".part")
+        if store.get(key, into=part) is None:
             raise StoreUnavailable(
                 f"{key} is not in the lake any more", hint="a vacuum may have come between; the next run reads on"
             )
+        part.replace(copy)
         location = str(copy)
     if _GLOB & set(location):
         raise ModelFailed(
             "the lake's path holds one of * ? [, which DuckDB would take for a pattern", hint="move the lake"
         )
     return location
-
-
-_SCALARS: tuple[tuple[Any, str], ...] = (
-    (pa.types.is_boolean, "BOOLEAN"),
-    (pa.types.is_int8, "TINYINT"),
-    (pa.types.is_int16, "SMALLINT"),
-    (pa.types.is_int32, "INTEGER"),
-    (pa.types.is_int64, "BIGINT"),
-    (pa.types.is_float32, "FLOAT"),
-    (pa.types.is_float64, "DOUBLE"),
-    (pa.types.is_date, "DATE"),
-    (pa.types.is_time, "TIME"),
-    (pa.types.is_string, "VARCHAR"),
-    (pa.types.is_large_string, "VARCHAR"),
-    (pa.types.is_string_view, "VARCHAR"),
-    (pa.types.is_binary, "BLOB"),
-    (pa.types.is_large_binary, "BLOB"),
-    (pa.types.is_binary_view, "BLOB"),
-)
-
-
-def sql_type(kind: pa.DataType) -> str:
-    """DuckDB's name of an Arrow type of the type contract."""
-    for test, name in _SCALARS:
-        if test(kind):
-            return name
-    if pa.types.is_decimal(kind):
-        return f"DECIMAL({kind.precision}, {kind.scale})"
-    if pa.types.is_timestamp(kind):
-        return "TIMESTAMPTZ" if kind.tz is not None else "TIMESTAMP"
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return f"{sql_type(kind.value_type)}[]"
-    if pa.types.is_map(kind):
-        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
-    if pa.types.is_struct(kind):
-        return f"STRUCT({', '.join(f'{quoted(f.name)} {sql_type(f.type)}' for f in kind)})"
-    raise ModelFailed(f"DuckDB has no type for {kind}")
-
-
-def quoted(name: str) -> str:
-    """The name as a quoted SQL identifier."""
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'
-
-
-def literal(text: str) -> str:
-    """The text as a SQL string literal."""
-    escaped = text.replace("'", "''")
-    return f"'{escaped}'"
 
 
 def first_line(error: Exception) -> str:

@@ -22,16 +22,17 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from cdc.batch import SNAPSHOT_SEQ
-from cdc.errors import InvariantBroken, KeyChanged
+from cdc.errors import InvariantBroken, KeyChanged, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.bucket import Fetcher, current_schema, layout_fingerprint, parse_name
 from cdc.lake.commits import TRIMMED, HistoryGone
@@ -40,7 +41,7 @@ from cdc.lake.events import FileShape, Layout, Patterns
 from cdc.lake.keyed import BUCKET_ROWS, KeyedMerge, Rewritten
 from cdc.lake.keyless import KeylessMerge, Swap, swap_of
 from cdc.lake.layout import changelog_path, current_path
-from cdc.lake.reduce import Order, final_threshold
+from cdc.lake.reduce import Barrier, Order, final_threshold
 from cdc.lake.rekey import Key, Object, key_of_schema, refuse_other_keys, schema_in_force
 from cdc.lake.scan import Control, Scan, Scanner, barriers_of
 from cdc.ports import ObjectStore
@@ -81,6 +82,37 @@ class MergeResult:
     waiting: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a merge would begin with: what `current` holds at `version` (None: it holds nothing yet, and `merged` is -1)
+    and the objects of the changelog behind it, up to version `through`, with all in them that concerns the whole table.
+
+    `shown`: the columns of `current`; `live`, `tail`: paths of objects of `current` and of the changelog. `newest`: the
+    highest order that a row of `current` can have, None if that is not known; `landed`: the highest that the stream had
+    landed, None if nothing is merged. `settled`: of a table without a key,
+    whether what is new is only added to what its last run (`swap`) has read.
+    """
+
+    layout: Layout
+    version: int | None
+    merged: int
+    through: int
+    shown: pa.Schema | None
+    live: list[str]
+    tail: list[str]
+    scan: Scan
+    barriers: list[Barrier]
+    newest: Order | None
+    landed: Order | None
+    swap: Swap | None = None
+    settled: bool = False
+
+    @property
+    def threshold(self) -> Order | None:
+        """Rows older than this do not survive the merge."""
+        return final_threshold(self.barriers)
+
+
 class CurrentTable:
     """`current` of one table. `temp_dir` is for scratch files, which may be lost. Not thread-safe."""
 
@@ -113,6 +145,20 @@ class CurrentTable:
         self._log.refresh()
         found = self._log.token(MERGED)
         return -1 if found is None else found
+
+    def position(self) -> tuple[int, int]:
+        """Epoch and commit LSN up to which `current` holds the stream; (0, -1) if that is not known."""
+        merged = self.merged()
+        return (0, -1) if merged < 0 else self._position(merged)
+
+    def landed_until(self, position: tuple[int, int]) -> int:
+        """The newest version of the changelog that has landed nothing of the stream behind a position, at least the one
+        that is merged; -1 if there is none."""
+        merged = self.merged()
+        version = self._changes.refresh() if self._changes.exists() else -1
+        while version > merged and self._position(version) > position:
+            version -= 1
+        return version
 
     def merge(
         self,
@@ -151,6 +197,37 @@ class CurrentTable:
             return _Attempt(self, schema, anew, merged, through, own_origins, anew=True).run()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def outlook(
+        self,
+        schema: TableSchema,
+        *,
+        through: int | None = None,
+        open_changelog: Callable[[str], pq.ParquetFile] | None = None,
+    ) -> Outlook | None:
+        """What `merge` with the same arguments would begin with; None if it would change nothing that is shown: there
+        is nothing new, or it waits for the end of a run.
+
+        Reads only, `open_changelog` opens the objects to look at. Blocking. Raises what `merge` raises of keys,
+        HistoryGone or StoreUnavailable if what it reads goes meanwhile.
+        """
+        merged = self.merged()
+        version = self._log.version() if merged >= 0 else None
+        if not self._changes.exists():
+            return None
+        newest = self._changes.refresh()
+        through = newest if through is None else self._changes.rests_until(through)
+        if through <= merged or (merged < 0 and not self._complete(schema.oid)):
+            return None
+        self._temp_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="outlook-", dir=self._temp_dir) as scratch:
+            attempt = _Attempt(
+                self, schema, Path(scratch), merged, through, (), anew=merged < 0, open_changelog=open_changelog
+            )
+            found = attempt.outlook(version)
+        if version is not None and self._log.version() != version:
+            raise StoreUnavailable(f"{self._prefix} was merged while it was looked at", hint="look again")
+        return found
 
     def vacuum(self, retention_s: float) -> int:
         """Delete objects that no version of the last `retention_s` needs, also those of merges that never committed;
@@ -213,6 +290,7 @@ class _Attempt:
         own: Collection[str],
         *,
         anew: bool = False,
+        open_changelog: Callable[[str], pq.ParquetFile] | None = None,
     ) -> None:
         """`anew`: of all objects of the changelog, not of those behind `merged`: what is in `current` already is taken
         once more, which changes nothing."""
@@ -223,7 +301,7 @@ class _Attempt:
         self._through = through
         self._own = own
         self._current = Fetcher(table._store, table._prefix, scratch)
-        self._changelog = Fetcher(table._store, table._changes_prefix, scratch)
+        self._open_changelog = open_changelog or Fetcher(table._store, table._changes_prefix, scratch).open
         self._uploaded: list[str] = []
         self._attempted = False
         # What is built anew is built of what is there: objects that were joined hold the rows of those that are gone.
@@ -238,9 +316,7 @@ class _Attempt:
         scan = self._scan(added)
         if self._anew and self._table._complete(self._layout.schema.oid):
             self._require_whole(scan)
-        if not self._table._shows(self._layout.schema.oid) and not any(
-            end.facts.get("oid") == str(self._layout.schema.oid) for end in scan.ends()
-        ):
+        if self._waits(scan):
             return MergeResult(waiting=True)
         try:
             done = self._keyed(scan, added) if self._layout.key_index else self._keyless(scan, added)
@@ -278,21 +354,49 @@ class _Attempt:
             hint=f"cdc resync {self._layout.schema.table}",
         )
 
+    def outlook(self, version: int | None) -> Outlook | None:
+        """What the merge would begin with, `current` being at a version; None if it would wait."""
+        scan = self._scan(self._added)
+        if self._anew:
+            self._require_whole(scan)
+        if self._waits(scan):
+            return None
+        if self._held_key() not in (None, key_of_schema(self._layout.schema)):
+            raise KeyChanged(f"the key or replica identity of table {self._layout.schema.table} has changed")
+        barriers = self._barriers(scan, self._added)
+        noted = self._table._log.configuration().get(SWAP) if version is not None else None
+        swap = None if noted is None else Swap.from_text(noted)
+        only_added = not (scan.ends() or scan.truncates or scan.rows["u"] or scan.rows["d"])
+        return Outlook(
+            layout=self._layout,
+            version=version,
+            merged=self._merged,
+            through=self._through,
+            shown=None if version is None else self._table._log.schema(version),
+            live=[] if version is None else [f.path for f in self._table._log.files(version)],
+            tail=[path for _, path in self._added],
+            scan=scan,
+            barriers=barriers,
+            newest=self._newest(),
+            landed=None if version is None else Order(*self._table._position(self._merged), SNAPSHOT_SEQ - 1),
+            swap=swap,
+            settled=only_added and swap is not None and self._token("swap/settled") == swap.at.seq,
+        )
+
+    def _waits(self, scan: Scan) -> bool:
+        """Whether the table that has the name now is not to be shown yet."""
+        oid = self._layout.schema.oid
+        return not self._table._shows(oid) and not any(end.facts.get("oid") == str(oid) for end in scan.ends())
+
     def _scan(self, added: list[tuple[int, str]]) -> Scan:
         scanner = Scanner(self._own)
         for version, path in added:
-            file = self._changelog.open(path)
+            file = self._open_changelog(path)
             scanner.add(file, FileShape(file.schema_arrow, self._layout), self._patterns, version)
         return scanner.finish()
 
     def _keyed(self, scan: Scan, added: list[tuple[int, str]]) -> Rewritten:
-        begins = {}
-        for end in scan.ends():
-            order = self._begin_of(end.run)
-            if order is not None:
-                begins[end.run] = order
-        barriers = barriers_of(scan, begins)
-        refuse_other_keys(self._layout, self._objects(added), final_threshold(barriers))
+        barriers = self._barriers(scan, added)
         merge = KeyedMerge(
             self._layout,
             self._patterns,
@@ -301,13 +405,25 @@ class _Attempt:
             scratch=self._scratch,
             live=self._live(),
             open_current=self._current.open,
-            open_changelog=self._changelog.open,
+            open_changelog=self._open_changelog,
             store_file=self._store_file,
             known_fresh=self._table._fresh_files(self._layout),
             newest=self._newest(),
             bucket_rows=self._table._bucket_rows,
         )
         return merge.run(path for _, path in added)
+
+    def _barriers(self, scan: Scan, added: list[tuple[int, str]]) -> list[Barrier]:
+        """Where rows go without a change of theirs; KeyChanged or IdentityMissing if changes that count are known by
+        another key."""
+        begins = {}
+        for end in scan.ends():
+            order = self._begin_of(end.run)
+            if order is not None:
+                begins[end.run] = order
+        barriers = barriers_of(scan, begins)
+        refuse_other_keys(self._layout, self._objects(added), final_threshold(barriers))
+        return barriers
 
     def _newest(self) -> Order | None:
         """The highest order that a row of `current` can have; None if that is not known."""
@@ -347,7 +463,7 @@ class _Attempt:
             scratch=self._scratch,
             live=self._live(),
             open_current=self._current.open,
-            open_changelog=self._changelog.open,
+            open_changelog=self._open_changelog,
             store_file=self._store_file,
             known_fresh=self._table._fresh_files(self._layout),
         )
@@ -377,7 +493,7 @@ class _Attempt:
         return sorted(scan.begins() + scan.ends(), key=lambda c: c.order)
 
     def _objects(self, added: list[tuple[int, str]]) -> list[Object]:
-        return [Object.at(path, self._changelog.open) for _, path in added]
+        return [Object.at(path, self._open_changelog) for _, path in added]
 
     def _held_key(self) -> Key | None:
         """The key that `current` is laid out by: of the keys that it ever had the one that a merge noted last. None if

@@ -6,6 +6,7 @@ import csv
 import io
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from cdc import control
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, FOUND, OK, TIMED_OUT, Call, pick, resolve_tables, tables_of
-from cdc.verbs.lake import lake_tables
+from cdc.verbs.lake import known_tables, lake_tables
 from cdc.verbs.orders import Named, follow, order_resync, standing_still, wait_lake
 
 if TYPE_CHECKING:
@@ -60,25 +61,33 @@ def verify(call: Call) -> int:
 
 
 def query(call: Call) -> int:
-    """DuckDB over the lake."""
+    """DuckDB over the lake: tables with what has landed and is not merged yet, or as they are merged."""
     from cdc import models
 
+    notes: list[str] = []
     form = "json" if call.console.as_json else call.args.format
     limit = call.args.limit or (SHOWN_ROWS if form == "table" else WRITTEN_ROWS)
-    result = models.query(
-        call.store,
-        lake_tables(call),
-        call.args.sql,
-        memory_limit=MEMORY_LIMIT,
-        rows_max=limit + 1,
-        timeout_s=call.args.timeout,
-    )
+    looked_up = nullcontext() if call.args.merged else known_tables(call)
+    with looked_up as known, tempfile.TemporaryDirectory(prefix="cdc-query-") as folder:
+        result = models.query(
+            call.store,
+            lake_tables(call),
+            call.args.sql,
+            fresh=known,
+            note=notes.append,
+            temp_dir=Path(folder),
+            memory_limit=MEMORY_LIMIT,
+            rows_max=limit + 1,
+            timeout_s=call.args.timeout,
+        )
+    for note in notes:
+        call.console.note(note)
     if result.num_rows > limit:
         result = result.slice(0, limit)
         call.console.note(f"there are more rows than {limit}: see --limit")
     if form == "json":
         rows = list(zip(*(column.to_pylist() for column in result.columns), strict=True))
-        call.console.document({"columns": result.schema.names, "rows": rows}, always=True)
+        call.console.document({"columns": result.schema.names, "rows": rows, "notes": notes}, always=True)
     elif form == "csv":
         call.console.raw(_csv(result))
     else:

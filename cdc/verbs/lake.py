@@ -1,14 +1,21 @@
-"""Verbs over the lake itself: ls, land, compact, vacuum; and which tables it holds."""
+"""Verbs over the lake itself: ls, sql, land, compact, vacuum; and which tables it holds."""
 
 from __future__ import annotations
 
-from typing import Any
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cdc.config import MAIN_LAKE
 from cdc.console import bytes_text, lsn_text, time_text
 from cdc.errors import CdcError, TimedOut
 from cdc.table import TableId
 from cdc.verbs.call import FAILED, OK, TIMED_OUT, Call, resolve_tables, tables_of
+
+if TYPE_CHECKING:
+    from cdc.instant import KnownByState
 
 
 def list_tables(call: Call) -> int:
@@ -79,6 +86,36 @@ def land(call: Call) -> int:
     return FAILED if FAILED in codes else max(codes)
 
 
+def sql(call: Call) -> int:
+    """The SELECT of a table as it is now, for a DuckDB of one's own."""
+    from cdc.instant import fresh_views, merged_view
+    from cdc.relations import local_path
+
+    known = [(source, table) for source, tables in lake_tables(call).items() for table in tables]
+    ((source, table),) = resolve_tables(known, [call.args.table])
+
+    def where(key: str) -> str:
+        return call.store.location(key)[0]
+
+    if call.args.merged:
+        shown = merged_view(call.store, source, table, where)
+    else:
+        with known_tables(call) as told, tempfile.TemporaryDirectory(prefix="cdc-sql-") as folder:
+            copies = Path(folder)
+
+            def local(key: str) -> str:
+                return local_path(call.store, key, copies)
+
+            views = fresh_views(call.store, source, [table], told, where, local, temp_dir=copies)
+            shown = views[table]
+    if shown.note:
+        call.console.note(f"{source}.{table} is shown as it is merged: {shown.note}")
+    document = {"source": source, "table": str(table), **shown._asdict()}
+    call.console.document(document)
+    call.console.line(shown.sql)
+    return OK
+
+
 def compact(call: Call) -> int:
     """Have the daemon join the small objects of changelogs."""
     return _upkeep(call, "compact", "objects joined")
@@ -126,3 +163,12 @@ def _cells(part: dict[str, Any]) -> tuple[Any, ...]:
     next_text = "-" if goes is None else f"{goes['at'][:10]} {bytes_text(goes['bytes'])}"
     dates = part["oldest_date"] or "-", part["newest_date"] or "-"
     return part["rows"], *sizes, part["version"], part["log_entries"], *dates, cold, next_text
+
+
+@contextmanager
+def known_tables(call: Call) -> Iterator[KnownByState]:
+    """What is known of tables beside their objects: by the daemon's state, where there is one."""
+    from cdc.instant import KnownByState
+
+    with call.state(readonly=True) if call.has_state else nullcontext() as state:
+        yield KnownByState(call.store, state)

@@ -21,11 +21,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
         "cdc.ports", "cdc.inspection", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file", "cdc.failpoints",
         "cdc.metrics", "cdc.registry", "cdc.memory", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
-        "cdc.schedule",
+        "cdc.schedule", "cdc.sqltext",
     ),
     "stores": (
         "cdc.database", "cdc.records", "cdc.runs", "cdc.state", "cdc.segments", "cdc.xids", "cdc.log", "cdc.schema",
-        "cdc.keys", "cdc.lake.*", "cdc.differences", "cdc.relations", "cdc.models",
+        "cdc.keys", "cdc.lake.*", "cdc.differences", "cdc.fresh", "cdc.instant", "cdc.relations", "cdc.models",
         "cdc.compare", "cdc.changes", "cdc.cursor",
     ),
     "loops": (
