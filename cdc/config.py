@@ -139,6 +139,18 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilesConfig:
+    """`[lake.files]`: changelogs as plain files beside the Delta tables."""
+
+    tables: tuple[str, ...]
+    """Globs of `source.schema.table`."""
+    format: str = "jsonl"
+    every_s: float = 60.0
+    object_bytes_target: int = 128 << 20
+    """Of the changelog's Parquet objects whose rows make one object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -156,6 +168,7 @@ class LakeConfig:
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
     options: dict[str, str] = field(default_factory=dict)
+    files: FilesConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

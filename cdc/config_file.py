@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from cdc.config import (
     AlertsConfig,
     Config,
+    FilesConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -53,6 +54,7 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "on_slot_lost"): ("stop", "resync"),
     ("source", "streaming"): ("on", "off"),
     ("sync", "mode"): ("upsert",),
+    ("files", "format"): ("jsonl", "parquet"),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),
 }
@@ -220,6 +222,8 @@ class _Reader:
             return self._seconds_or_share(section, key, value)
         if kind == dict[str, TableConfig]:
             return self._tables(at, value)
+        if kind == FilesConfig | None:
+            return self._follower(FilesConfig, "files", at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
@@ -284,6 +288,18 @@ class _Reader:
             if values is not None:
                 found[name] = TableConfig(name=name, **values)
         return found
+
+    def _follower(self, cls: Callable[..., T], section: str, where: str, value: Any) -> T | None:
+        """A section of `[lake]` that says which changelogs are kept in another form too."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"write a [{where}] section")
+        values = self._values(cls, section, where, value, hidden=())
+        if values is None:
+            return None
+        for pattern in values["tables"]:
+            if pattern.count(".") < 2:
+                self.problems.append(f'{where}.tables: write "source.schema.table", not "{pattern}"')
+        return cls(**values)
 
     def _alerts(self, table: Any) -> AlertsConfig | None:
         if not isinstance(table, Mapping):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cdc import metrics
@@ -52,8 +53,10 @@ class Merger:
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
         check_lease: Callable[[], None],
+        may_vacuum: Callable[[TableId, int, float], bool] = lambda table, version, since: True,
     ) -> None:
-        """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table."""
+        """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table;
+        `may_vacuum` as `Upkeep` has it, by table."""
         self._source = source
         self._state = state
         self._book = book
@@ -69,6 +72,7 @@ class Merger:
         self._stop_table = stop_table
         self._is_stopped = is_stopped
         self._check_lease = check_lease
+        self._may_vacuum = may_vacuum
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._upkeeps: dict[TableId, Upkeep] = {}
         self._orders = UpkeepOrders()
@@ -214,7 +218,10 @@ class Merger:
         What fails here fails no merge: it is told, and tried again later."""
         changelog, current = self._pairs[table]
         if table not in self._upkeeps:
-            self._upkeeps[table] = Upkeep(self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits)
+            self._upkeeps[table] = Upkeep(
+                self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits,
+                may_vacuum=partial(self._may_vacuum, table),
+            )  # fmt: skip
         upkeep, orders = self._upkeeps[table], self._orders.open(table)
         by_hand = [o for o in orders if o.kind == "compact"]
         if not (orders or upkeep.is_compaction_due or upkeep.is_vacuum_due):

@@ -115,6 +115,16 @@ LAND_SECONDS = _histogram("cdc_land_seconds", "Time of one landing of a table.",
 MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from current tables.", "source", "table")
 COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelogs that were joined into bigger ones.")
 VACUUMED_OBJECTS = _counter("cdc_vacuumed_objects", "Objects removed because no version shows them any more.")
+FOLLOWED_ROWS = _counter(
+    "cdc_followed_rows", "Rows of changelogs written in another form (files).", "source", "form", "table"
+)
+FOLLOWER_LAG_SECONDS = _gauge(
+    "cdc_follower_lag_seconds",
+    "Time since a follower last found nothing to read in its changelog.",
+    "source",
+    "form",
+    "table",
+)
 MERGE_SECONDS = _histogram("cdc_merge_seconds", "Time of one merge of a table.", "source")
 TABLES = _gauge("cdc_tables", "Tables by state (new, snapshotting, streaming, stopped, removed).", "source", "state")
 

@@ -22,6 +22,7 @@ from cdc.capture import ConfirmGate
 from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict
 from cdc.evolution import Evolution
+from cdc.follow import Followers
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -89,6 +90,7 @@ class PeriodicPipeline:
         self._ladder = Ladder(source.name, event_log)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -113,6 +115,7 @@ class PeriodicPipeline:
                 ("land", lambda: self._in_turn("land", lambda: self._land.step(LAND_S).read), 0.2),
                 ("merge", lambda: self._in_turn("merge", lambda: self.merger.step()), 0.1),
                 ("lease", self._lease.keep, 0.2),
+                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
         ]
 
@@ -365,6 +368,7 @@ class PeriodicPipeline:
             own_origins=self._own_origins, landed=lambda: self._landed_cut(doubtful_lsn),
             wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
             stop_table=self.stop_table, is_stopped=self.rests, check_lease=self._lease.check,
+            may_vacuum=self.followers.may_vacuum,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         gate = ConfirmGate(

@@ -34,6 +34,7 @@ from cdc.errors import (
     Undecodable,
 )  # fmt: skip
 from cdc.evolution import Evolution
+from cdc.follow import Followers
 from cdc.guard import Guard
 from cdc.heads import Heads
 from cdc.ladder import Ladder, count_tables, operator_error
@@ -100,9 +101,9 @@ class Pipeline:
         self._book = SchemaBook(state, source.name)
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
         self._prepared = threading.Event()
-        self._built = False
-        self._settled = False
+        self._built = self._settled = False
         self._let_go = self._reopen = ""
         lanes = range(1, source.readers + 1)
         self._more_readers = [kind.reader(source) for _ in lanes]
@@ -115,9 +116,8 @@ class Pipeline:
         self._caught_up_at: dict[str, float] = {}
         self._heads = Heads()
         self._ladder = Ladder(self.name, event_log)
-        self._discover_at = 0.0
+        self._discover_at = self._look_at = 0.0
         self._shapes_seen = 0
-        self._look_at = 0.0
         self._prune: tuple[int, list[int]] = (0, [])
         self.workers = [
             Worker(
@@ -130,6 +130,7 @@ class Pipeline:
                 ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
                 ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
                 ("lease", self._lease.keep, 0.2),
+                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
         ]
         self.workers += [
@@ -345,6 +346,7 @@ class Pipeline:
             own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
             check_lease=self._lease.check,
+            may_vacuum=self.followers.may_vacuum,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         self.discovery = Discovery(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +44,22 @@ class Upkeep:
     """Of one table. Not thread-safe."""
 
     def __init__(
-        self, store: ObjectStore, changelog: ChangelogTable, current: CurrentTable, *, temp_dir: Path, limits: Limits
+        self,
+        store: ObjectStore,
+        changelog: ChangelogTable,
+        current: CurrentTable,
+        *,
+        temp_dir: Path,
+        limits: Limits,
+        may_vacuum: Callable[[int, float], bool] = lambda version, since: True,
     ) -> None:
+        """`may_vacuum`: whether what was removed from the changelog before a Unix time, up to a version, may go."""
         self._store = store
         self._changelog = changelog
         self._current = current
         self._temp_dir = temp_dir
         self._limits = limits
+        self._may_vacuum = may_vacuum
         self._compactor: Compactor | None = None
         self._compact_at = time.monotonic() + limits.every_s
         # Soon after the start: a daemon that is started often would never come to it.
@@ -95,10 +105,14 @@ class Upkeep:
 
     def vacuum(self) -> int:
         """Remove objects that no version of the last `vacuum_after_s` shows; how many. Only when `current` names the
-        newest version of the changelog that has its rows."""
+        newest version of the changelog that has its rows. Those of the changelog stay while a follower needs them."""
         self._vacuum_at = time.monotonic() + self._limits.vacuum_after_s
         gone = self._current.vacuum(self._limits.vacuum_after_s)
-        gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        if self._may_vacuum(self._changelog.refresh(), time.time() - self._limits.vacuum_after_s):
+            gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        else:
+            log.info("a follower has not read what a vacuum would remove", extra={"delta_table": self._changelog.path})
+            self._vacuum_at = time.monotonic() + max(self._limits.every_s, RETRY_S)
         if gone:
             metrics.VACUUMED_OBJECTS.inc(gone)
         return gone

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
         "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
-        "cdc.upkeep", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin",
+        "cdc.upkeep", "cdc.follow", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin",
     ),
     "process": (
         "cdc.daemon", "cdc.heads", "cdc.ladder", "cdc.pipeline", "cdc.periodic_pipeline", "cdc.serving", "cdc.control",

@@ -12,6 +12,7 @@ import pytest
 from cdc.config import (
     AlertsConfig,
     Config,
+    FilesConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Any] = {
     "alerts": AlertsConfig,
     "verify": VerifyConfig,
     "lake": LakeConfig,
+    "files": FilesConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
@@ -95,10 +97,10 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
         if re.match(r'(?:# )?\[source\.\w+\.table\."', line):
             section = "table"
         elif header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
-            if header[1] == "lake" and header[2]:
+            section = header[1]
+            if section == "lake" and header[2]:
                 named["lake"].add(header[2])
-            else:
-                section = header[1]
+                section = header[2] if header[2] in SECTIONS else section
         elif key := re.match(r"(?:# )?([a-z_]+)(?:\.\w+)? = ", line):
             named[section].add(key[1])
     for section, cls in SECTIONS.items():
@@ -115,6 +117,7 @@ def test_the_example_file_shows_the_defaults() -> None:
         "alerts": config.alerts,
         "verify": config.verify,
         "lake": config.lake,
+        "files": config.lake.files,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
     }
