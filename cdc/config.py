@@ -151,6 +151,19 @@ class FilesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IcebergConfig:
+    """`[lake.iceberg]`: changelogs registered in an Iceberg catalog."""
+
+    tables: tuple[str, ...]
+    """Globs of `source.schema.table`."""
+    catalog: dict[str, str]
+    """Properties of pyiceberg's catalog, without secrets."""
+    namespace: str = ""
+    """Empty: the source's name."""
+    every_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -169,6 +182,7 @@ class LakeConfig:
     lease_ttl_s: float = 30.0
     options: dict[str, str] = field(default_factory=dict)
     files: FilesConfig | None = None
+    iceberg: IcebergConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

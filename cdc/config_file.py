@@ -20,6 +20,7 @@ from cdc.config import (
     AlertsConfig,
     Config,
     FilesConfig,
+    IcebergConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -86,6 +87,7 @@ _STREAMING = (
 """Keys that say something of a slot or a stream."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
+_SECRET = re.compile("secret|password|token|credential")
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
 
 
@@ -224,6 +226,8 @@ class _Reader:
             return self._tables(at, value)
         if kind == FilesConfig | None:
             return self._follower(FilesConfig, "files", at, value)
+        if kind == IcebergConfig | None:
+            return self._follower(IcebergConfig, "iceberg", at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
@@ -299,6 +303,11 @@ class _Reader:
         for pattern in values["tables"]:
             if pattern.count(".") < 2:
                 self.problems.append(f'{where}.tables: write "source.schema.table", not "{pattern}"')
+        for key, text in values.get("catalog", {}).items():
+            if _SECRET.search(key) or re.search(r"://[^/@]*:[^/@]+@", text):
+                self.problems.append(
+                    f"{where}.catalog.{key}: a secret stands in the environment: see docs/operations.md"
+                )
         return cls(**values)
 
     def _alerts(self, table: Any) -> AlertsConfig | None:

@@ -18,17 +18,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cdc import metrics
-from cdc.config import LakeConfig
-from cdc.errors import CdcError, LeaseExpired, LeaseLost
+from cdc.config import IcebergConfig, LakeConfig
+from cdc.errors import CdcError, ConfigError, LeaseExpired, LeaseLost
 from cdc.lake.files import PlainFiles
 from cdc.lake.spans import Followed, Span, Spans
 from cdc.ports import ObjectStore
-from cdc.stage import Stage
+from cdc.stage import Downstream, Stage
 from cdc.state import State
 from cdc.table import TableId
+
+if TYPE_CHECKING:
+    from cdc.lake.iceberg import RegisteredTable
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +95,8 @@ class Followers:
         self._asked = self._rounds = 0
         self._round: int | None = None
         self._told: list[dict[str, Any]] | None = None
+        if config.iceberg is not None:
+            self._register = self._opened(config.iceberg)
 
     def step(self) -> bool:
         """One bounded piece of work of each follower that is due; whether there may be more. Blocks for the store.
@@ -134,8 +139,8 @@ class Followers:
 
     def _forms(self, table: TableId) -> list[str]:
         name = f"{self._source}.{table}"
-        files = self._config.files
-        return ["files"] if files is not None and any(fnmatchcase(name, glob) for glob in files.tables) else []
+        forms = {"files": self._config.files, "iceberg": self._config.iceberg}
+        return [f for f, of in forms.items() if of is not None and any(fnmatchcase(name, g) for g in of.tables)]
 
     def _is_clear(self, table: TableId, form: str, version: int, since: float) -> bool:
         follower = self._followers.get((table, form))
@@ -161,15 +166,39 @@ class Followers:
                     self._followers[known.table, form] = self._made(known.table, form)
 
     def _made(self, table: TableId, form: str) -> Follower:
-        spans = Spans(self._store, self._source, table)
-        files = self._config.files
-        assert files is not None
-        target = PlainFiles(
-            self._store, self._source, table, spans, temp_dir=self._temp_dir, form=files.format,
-            object_bytes=files.object_bytes_target, go_on=self._check_lease,
-            wrote=lambda rows: self._wrote(table, form, rows),
-        )  # fmt: skip
-        return Follower(table, form, files.every_s, spans, Stage(f"{form}:{table}", spans, target))
+        def wrote(rows: int) -> None:
+            self._wrote(table, form, rows)
+
+        files, iceberg = self._config.files, self._config.iceberg
+        spans = Spans(self._store, self._source, table, states=form == "iceberg")
+        target: Downstream[Span, Followed]
+        if form == "iceberg":
+            assert iceberg is not None
+            every_s, target = iceberg.every_s, self._register(table, spans, wrote)
+        else:
+            assert files is not None
+            every_s = files.every_s
+            target = PlainFiles(
+                self._store, self._source, table, spans, temp_dir=self._temp_dir, form=files.format,
+                object_bytes=files.object_bytes_target, go_on=self._check_lease, wrote=wrote,
+            )  # fmt: skip
+        return Follower(table, form, every_s, spans, Stage(f"{form}:{table}", spans, target))
+
+    def _opened(self, iceberg: IcebergConfig) -> Callable[[TableId, Spans, Callable[[int], None]], RegisteredTable]:
+        """What makes the downstream of a table in the catalog. ConfigError if pyiceberg is not installed."""
+        try:
+            from cdc.lake.iceberg import IcebergCatalog, RegisteredTable
+        except ImportError as e:
+            raise ConfigError("lake.iceberg needs pyiceberg", hint='pip install "cdc[iceberg]"') from e
+        catalog = IcebergCatalog(iceberg.catalog, iceberg.namespace)
+
+        def register(table: TableId, spans: Spans, wrote: Callable[[int], None]) -> RegisteredTable:
+            return RegisteredTable(
+                self._store, self._source, table, spans, catalog, keep_s=self._config.vacuum_after_s,
+                go_on=self._check_lease, wrote=wrote,
+            )  # fmt: skip
+
+        return register
 
     def _wrote(self, table: TableId, form: str, rows: int) -> None:
         """A long span gets further object by object."""

@@ -79,8 +79,11 @@ class SpanObject(NamedTuple):
 class Spans:
     """The upstream of a follower of one changelog (cdc.stage.Upstream)."""
 
-    def __init__(self, store: ObjectStore, source: str, table: TableId) -> None:
+    def __init__(self, store: ObjectStore, source: str, table: TableId, *, states: bool = False) -> None:
+        """`states`: for who follows the objects and not the rows. Each span is the whole of the newest version then,
+        and `objects` are all that it has, joined ones too."""
         self._store = store
+        self._states = states
         self.changelog = ChangelogTable(store, source, table)
         self._at = Followed()
         self._clear_at = 0.0
@@ -93,6 +96,11 @@ class Spans:
         """The next span that has objects, None if nothing is unread; looks once, and does not wait."""
         looked_at = time.time()
         newest = self.changelog.refresh()
+        if self._states and self._at.version != newest:
+            tokens = self.changelog.delta.tokens()
+            newest = self.changelog.version()
+            self._at = Followed(newest, tokens)
+            return Span(newest, newest, True, {}, tokens)
         if newest < self._at.version:
             raise FollowerLost(f"{self.changelog.path} has been made anew", hint="begin anew with its follower")
         while self._at.version < newest:

@@ -84,11 +84,7 @@ def test_files_hold_each_change_once_whatever_dies(tmp_path: Path, database: str
     scene = Scene(tmp_path, database, rng.choice(["jsonl", "parquet"]))
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30)) as workload:
         scene.kill_at(rng.choice(POINTS), rng.randrange(1, 4), disk_lost=True)
-        daemon.start().streaming()
-        at = workload.committed
-        wait_until(lambda: workload.committed > at + 20, 60, "some transactions after the kill")
         workload.stop()
-        daemon.stop()
         assert daemon.start(once=True).ended(120) == 0, daemon.log_tail()
         shown = daemon.ask("status").document["sources"][0]["followers"]
         assert {f["table"] for f in shown} >= set(TABLES)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from tests.support.buckets import CREDENTIALS, new_bucket, s3_endpoint
 from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.waiting import wait_until
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
+(IN_SQL,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
 TABLE = (
     "create table orders (id int primary key, amount numeric(10,2), tags text[], at timestamptz)",
     "insert into orders select g, g / 4.0, array['a', null], now() from generate_series(1, 100) g",
@@ -24,7 +29,8 @@ def run(snippet: str, **given: Any) -> dict[str, Any]:
 
 def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, database: str) -> None:
     execute(database, *TABLE)
-    with Daemon(tmp_path, database) as daemon:
+    files = '[lake.files]\ntables = ["shop.public.*"]\nevery_s = 0.2\n'
+    with Daemon(tmp_path, database, more=files) as daemon:
         daemon.start().settled()
         execute(database, "update orders set amount = 'NaN' where id = 7", "delete from orders where id = 8")
         daemon.settled()
@@ -37,6 +43,13 @@ def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, data
         assert names["updates"].num_rows == 1
         counted = by_duckdb.replace("duckdb.sql(", "counted = duckdb.sql(")
         assert run(counted, LAKE=str(daemon.lake))["counted"] == [(99,)]
+
+        lines = IN_SQL.replace("LAKE", str(daemon.lake)).strip().rstrip(";")
+        there = (daemon.lake / "shop" / "public.orders" / "files").glob
+        wait_until(lambda: any(there("*/*.zst")) and len(duckdb.sql(lines).fetchall()) >= 104, message="the files")
+        found = duckdb.sql(f"select _op, id, amount, tags from ({lines}) where id in (7, 8, 9)").fetchall()
+        assert ("r", 9, Decimal("2.25"), ["a", None]) in found
+        assert {(op, key, amount) for op, key, amount, _ in found} >= {("d", 8, None), ("u", 7, None)}
 
 
 def test_the_snippets_of_the_documentation_read_a_bucket(tmp_path: Path, database: str) -> None:

@@ -13,6 +13,7 @@ from cdc.config import (
     AlertsConfig,
     Config,
     FilesConfig,
+    IcebergConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Any] = {
     "verify": VerifyConfig,
     "lake": LakeConfig,
     "files": FilesConfig,
+    "iceberg": IcebergConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
@@ -118,6 +120,7 @@ def test_the_example_file_shows_the_defaults() -> None:
         "verify": config.verify,
         "lake": config.lake,
         "files": config.lake.files,
+        "iceberg": config.lake.iceberg,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
     }
