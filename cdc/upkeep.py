@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cdc import metrics
 from cdc.errors import CdcError, StoreConflict
+from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.compaction import Compactor
 from cdc.lake.current import CurrentTable
@@ -106,13 +107,16 @@ class Upkeep:
     def vacuum(self) -> int:
         """Remove objects that no version of the last `vacuum_after_s` shows; how many. Only when `current` names the
         newest version of the changelog that has its rows. Those of the changelog stay while a follower needs them."""
-        self._vacuum_at = time.monotonic() + self._limits.vacuum_after_s
+        self._vacuum_at = time.monotonic() + max(self._limits.vacuum_after_s, self._limits.every_s)
+        failpoint("vacuum.before_delete")
         gone = self._current.vacuum(self._limits.vacuum_after_s)
+        failpoint("vacuum.after_current")
         if self._may_vacuum(self._changelog.refresh(), time.time() - self._limits.vacuum_after_s):
             gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
         else:
             log.info("a follower has not read what a vacuum would remove", extra={"delta_table": self._changelog.path})
             self._vacuum_at = time.monotonic() + max(self._limits.every_s, RETRY_S)
+        failpoint("vacuum.after_delete")
         if gone:
             metrics.VACUUMED_OBJECTS.inc(gone)
         return gone

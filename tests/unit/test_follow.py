@@ -214,6 +214,7 @@ def test_a_death_at_any_write_leaves_the_same_names_and_bytes(story: Story, tmp_
         assert deaths == len(matrix.expected) + 2
 
 
+@pytest.mark.slow
 def test_rows_of_two_shapes_stand_in_one_file_of_lines_and_in_two_of_parquet(story: Story, tmp_path: Path) -> None:
     story.land(changes(1))
     story.land(changes(2), WIDER)
@@ -260,6 +261,7 @@ def remove_dead(story: Story) -> None:
             path.unlink()
 
 
+@pytest.mark.slow
 def test_a_follower_that_is_switched_on_late_begins_with_all_there_is(story: Story, tmp_path: Path) -> None:
     for n in range(FEW):
         story.land(changes(n))
@@ -464,6 +466,7 @@ def test_upkeep_asks_before_it_removes(story: Story, tmp_path: Path, monkeypatch
     assert asked[0][1] <= time.time()
 
 
+@pytest.mark.slow
 def test_an_outage_of_the_store_is_over_when_it_is_over(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_table_has_the_rows_of_the_changelog_and_says_of_which_version(story: 
     assert len(table(tmp_path).snapshots()) == snapshots, "nothing new, no snapshot"
 
 
+@pytest.mark.slow
 def test_types_that_grow_are_widened_and_objects_of_before_stay_readable(story: Story, tmp_path: Path) -> None:
     def shape(oid: int, name: str, version: int) -> TableSchema:
         columns = (*SCHEMA.columns, Column(name="n", attnum=9, type_oid=oid, type_name=name))
@@ -137,6 +138,7 @@ class Died(BaseException):
     """The process ends here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["iceberg.before_commit", "iceberg.after_commit"])
 def test_a_death_beside_the_commit_doubles_nothing(
     story: Story, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +176,7 @@ def test_of_two_writers_one_is_refused(story: Story, tmp_path: Path) -> None:
     assert rows(tmp_path) == expected(story, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_others_did_to_the_table_is_undone(story: Story, tmp_path: Path) -> None:
     story.land(changes(1, 2))
     caught_up(stage_of(tmp_path))
@@ -184,6 +187,7 @@ def test_what_others_did_to_the_table_is_undone(story: Story, tmp_path: Path) ->
     assert rows(tmp_path) == expected(story, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_changelog_made_anew_replaces_the_rows_of_the_old_one(story: Story, tmp_path: Path) -> None:
     for n in range(5):
         story.land(changes(n))
@@ -197,6 +201,7 @@ def test_a_changelog_made_anew_replaces_the_rows_of_the_old_one(story: Story, tm
     assert rows(tmp_path) == expected(other, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_table_of_that_name_that_is_another_ones_is_left_alone(story: Story, tmp_path: Path) -> None:
     made = catalog(tmp_path)
     made.create_namespace("shop")
@@ -205,6 +210,7 @@ def test_a_table_of_that_name_that_is_another_ones_is_left_alone(story: Story, t
         caught_up(stage_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_old_snapshots_go_with_what_they_alone_have_named(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
