@@ -116,7 +116,11 @@ MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from curre
 COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelogs that were joined into bigger ones.")
 VACUUMED_OBJECTS = _counter("cdc_vacuumed_objects", "Objects removed because no version shows them any more.")
 FOLLOWED_ROWS = _counter(
-    "cdc_followed_rows", "Rows of changelogs written in another form (files).", "source", "form", "table"
+    "cdc_followed_rows",
+    "Rows of changelogs written in another form (files), or registered (iceberg).",
+    "source",
+    "form",
+    "table",
 )
 FOLLOWER_LAG_SECONDS = _gauge(
     "cdc_follower_lag_seconds",

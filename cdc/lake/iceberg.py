@@ -51,6 +51,8 @@ EXPIRE_EVERY_S: Final = 600.0
 _OWNER: Final = "cdc.table"
 _ID, _VERSION = "cdc.changelog", "cdc.version"
 _PROPERTIES: Final = {
+    # The objects are the lake's: no other program's clean-up of this table may delete them.
+    "gc.enabled": "false",
     "write.metadata.delete-after-commit.enabled": "true",
     "write.metadata.previous-versions-max": "20",
 }
@@ -118,15 +120,15 @@ class RegisteredTable:
     def write(self, span: Span) -> Followed:
         """Have the table show the objects of the span's last version; durable on return."""
         with _translated(f"{self._source}.{self._table}"):
-            table = self._load()
-            self._follow(table, span)
-            if time.monotonic() >= self._expire_at:
-                self._expire(self._load())
-                self._expire_at = time.monotonic() + EXPIRE_EVERY_S
+            self._follow(self._load(), span)
         return Followed(span.last, span.through)
 
     def tick(self) -> Followed | None:
-        """Nothing is held back."""
+        """Let old snapshots go, now and then. Nothing is held back."""
+        if time.monotonic() >= self._expire_at:
+            with _translated(f"{self._source}.{self._table}"):
+                self._expire(self._load())
+            self._expire_at = time.monotonic() + EXPIRE_EVERY_S
         return None
 
     # ---- inside ----
@@ -182,10 +184,8 @@ class RegisteredTable:
         """Let old snapshots go, then what they alone have named. A death between the two leaves small objects that
         nobody names."""
         bound = (dt.datetime.now(dt.UTC).timestamp() - self._keep_s) * 1000
-        newest = table.current_snapshot()
-        old = [
-            s for s in table.snapshots() if s.timestamp_ms < bound and newest and s.snapshot_id != newest.snapshot_id
-        ]
+        newest = table.metadata.current_snapshot_id
+        old = [s for s in table.snapshots() if s.timestamp_ms < bound and s.snapshot_id != newest]
         if not old:
             return
         manifests = {m.manifest_path for s in old for m in s.manifests(table.io)}
