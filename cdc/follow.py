@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cdc import metrics
 from cdc.config import IcebergConfig, LakeConfig
-from cdc.errors import CdcError, ConfigError, LeaseExpired, LeaseLost
+from cdc.errors import CdcError, ConfigError, LeaseExpired, LeaseLost, Verdict
 from cdc.lake.files import PlainFiles
 from cdc.lake.spans import Followed, Span, Spans
 from cdc.ports import ObjectStore
@@ -120,12 +120,23 @@ class Followers:
         return more
 
     def finishing(self) -> Callable[[], bool]:
-        """Whether every follower has been given what stands in the changelogs now (one that fails has had its turn)."""
-        with self._lock:
-            self._asked += 1
-            asked = self._asked
-        self._look_at = 0.0
-        return lambda: self._rounds >= asked
+        """Whether every follower holds what stands in the changelogs now; raises the error of one that needs an
+        operator."""
+        asked = self._ask()
+
+        def finished() -> bool:
+            nonlocal asked
+            if self._rounds < asked:
+                return False
+            errors = [f.error for f in list(self._followers.values()) if f.error is not None]
+            for error in errors:
+                if error.verdict is not Verdict.RETRY:
+                    raise error
+            if errors:
+                asked = self._ask()
+            return not errors
+
+        return finished
 
     def may_vacuum(self, table: TableId, version: int, since: float) -> bool:
         """Whether no follower has still to read what was removed from a table's changelog before `since` (Unix time),
@@ -136,6 +147,13 @@ class Followers:
         )
 
     # ---- inside ----
+
+    def _ask(self) -> int:
+        """Have every follower look at once; the number of the round that is to come."""
+        with self._lock:
+            self._asked += 1
+            self._look_at = 0.0
+            return self._asked
 
     def _forms(self, table: TableId) -> list[str]:
         name = f"{self._source}.{table}"
@@ -182,6 +200,9 @@ class Followers:
                 self._store, self._source, table, spans, temp_dir=self._temp_dir, form=files.format,
                 object_bytes=files.object_bytes_target, go_on=self._check_lease, wrote=wrote,
             )  # fmt: skip
+        # Reckoned when it is asked for: also while another follower is long at work.
+        lag = metrics.FOLLOWER_LAG_SECONDS.labels(self._source, form, metrics.table_label(self._source, table))
+        lag.set_function(lambda: time.time() - (spans.clear_at or self._began_unix))
         return Follower(table, form, every_s, spans, Stage(f"{form}:{table}", spans, target))
 
     def _opened(self, iceberg: IcebergConfig) -> Callable[[TableId, Spans, Callable[[int], None]], RegisteredTable]:
@@ -238,11 +259,6 @@ class Followers:
                 log.error(error.args[0], extra={**where, "error": type(error).__name__, "hint": error.hint})
 
     def _tell(self) -> None:
-        now = time.time()
-        for follower in self._followers.values():
-            label = metrics.table_label(self._source, follower.table)
-            since = follower.spans.clear_at or self._began_unix
-            metrics.FOLLOWER_LAG_SECONDS.labels(self._source, follower.form, label).set(now - since)
         told = [f.facts() for f in self._followers.values()]
         if told != self._told:
             self._state.set(followers_fact(self._source), told)

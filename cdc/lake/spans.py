@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -28,7 +28,7 @@ import pyarrow as pa
 from cdc.batch import SNAPSHOT_SEQ
 from cdc.errors import CdcError, StoreUnavailable
 from cdc.lake.changelog import ChangelogTable, ChangelogTokens
-from cdc.lake.commits import HistoryGone
+from cdc.lake.commits import Commit, HistoryGone
 from cdc.lake.layout import system_name
 from cdc.lake.rewriting import batches_of
 from cdc.ports import ObjectStore
@@ -86,6 +86,8 @@ class Spans:
         self._states = states
         self.changelog = ChangelogTable(store, source, table)
         self._at = Followed()
+        self._known: tuple[Span, list[SpanObject]] | None = None
+        self._held = -1
         self._clear_at = 0.0
 
     def open(self, after: Followed) -> None:
@@ -102,30 +104,31 @@ class Spans:
             self._at = Followed(newest, tokens)
             return Span(newest, newest, True, {}, tokens)
         if newest < self._at.version:
-            raise FollowerLost(f"{self.changelog.path} has been made anew", hint="begin anew with its follower")
+            raise FollowerLost(f"{self.changelog.path} has been made anew", hint="restart the daemon")
         while self._at.version < newest:
             span = self._next(newest)
             self._at = Followed(span.last, span.through)
             if span.whole or self.objects(span):
                 return span
-        self._clear_at = looked_at
+        self._held, self._clear_at = self._at.version, looked_at
         return None
 
     def confirm(self, durable: Followed) -> None:
-        """Nothing is kept for a follower but what `is_clear` says."""
+        """What is up to there need not be kept for the follower."""
+        self._held = durable.version
 
     def close(self) -> None:
         """Nothing is open between two reads."""
 
     def is_clear(self, newest: int, since: float) -> bool:
         """Whether nothing that was removed from the changelog before `since` (Unix time) is still to be read: the
-        follower has had everything since then, or has read up to version `newest`. Any thread."""
-        return self._at.version >= newest or self._clear_at >= since
+        follower has had everything since then, or holds what is up to version `newest`. Any thread."""
+        return self._held >= newest or self._clear_at >= since
 
     @property
     def version(self) -> int:
-        """The last version of what was read."""
-        return self._at.version
+        """Up to which version the follower holds everything."""
+        return self._held
 
     @property
     def clear_at(self) -> float:
@@ -135,12 +138,12 @@ class Spans:
     def objects(self, span: Span) -> list[SpanObject]:
         """The objects of a span in the order of its rows: by partition, then by version, or by position. HistoryGone
         if the commits have been cleaned away."""
-        delta = self.changelog.delta
+        if self._known is not None and self._known[0] == span:
+            return self._known[1]
         if span.whole:
-            return sorted(SpanObject(f.path, f.size) for f in delta.files(span.last))
-        commits = [delta.commit_at(version) for version in range(span.first, span.last + 1)]
-        found = [SpanObject(*pair) for c in commits for pair in zip(c.added, c.added_bytes, strict=True)]
-        return sorted(found, key=lambda o: o.folder)
+            return sorted(SpanObject(f.path, f.size) for f in self.changelog.delta.files(span.last))
+        commits = map(self.changelog.delta.commit_at, range(span.first, span.last + 1))
+        return _in_order(found for commit in commits for found in _objects_of(commit))
 
     def are_there(self, objects: Sequence[SpanObject]) -> bool:
         """Whether none of them has been removed from the store; asks it for those that are not live any more."""
@@ -163,15 +166,17 @@ class Spans:
 
     def _next(self, newest: int) -> Span:
         first, tokens, size = self._at.version + 1, dict(self._at.tokens), 0
-        last = first - 1
+        last, found = first - 1, list[SpanObject]()
         try:
             while last < newest and last - first + 1 < SPAN_VERSIONS and size < SPAN_BYTES:
                 commit = self.changelog.delta.commit_at(last + 1)
                 tokens |= {name: value for name, value in commit.tokens.items() if _counts(name)}
+                found += _objects_of(commit)
                 size += sum(commit.added_bytes)
                 last += 1
             span = Span(first, last, False, self._at.tokens, tokens)
-            if self.are_there(self.objects(span)):
+            if self.are_there(found):
+                self._known = span, _in_order(found)
                 return span
         except HistoryGone:
             pass
@@ -184,6 +189,15 @@ class Spans:
                 extra={"delta_table": self.changelog.path, "after_version": first - 1},
             )
         return Span(first, newest, True, self._at.tokens, tokens)
+
+
+def _objects_of(commit: Commit) -> list[SpanObject]:
+    return [SpanObject(*pair) for pair in zip(commit.added, commit.added_bytes, strict=True)]
+
+
+def _in_order(objects: Iterable[SpanObject]) -> list[SpanObject]:
+    """By partition; as they came within one."""
+    return sorted(objects, key=lambda o: o.folder)
 
 
 def _counts(token: str) -> bool:

@@ -418,7 +418,8 @@ def test_one_that_fails_stops_alone_tells_why_and_goes_on_when_it_is_mended(
     good = checkpoint.read_text()
     checkpoint.write_text(good.replace('"format": 1', '"format": 2'))
     followers = scene.made()
-    scene.finish(followers)
+    with pytest.raises(FormatTooNew):
+        scene.finish(followers)
     assert "format 2" in scene.told[str(TABLE)]["error"]
     assert scene.told[str(TABLE)]["hint"]
     assert not scene.told["public.other"]["error"]
@@ -446,6 +447,17 @@ def test_a_vacuum_waits_for_a_follower_but_not_for_ever(
         assert followers.may_vacuum(TABLE, newest, time.time())
         assert followers.may_vacuum(TABLE, newest, time.time())
     assert len([r for r in caplog.records if "gets no further" in r.message]) == 1
+
+
+def test_what_is_read_and_not_written_yet_is_still_needed(story: Story) -> None:
+    newest = story.land(changes(1))
+    spans = Spans(story.store, "shop", TABLE)
+    spans.open(Followed())
+    span = spans.read(0)
+    assert span is not None
+    assert not spans.is_clear(newest, 1.0)
+    spans.confirm(Followed(span.last, span.through))
+    assert spans.is_clear(newest, 1.0)
 
 
 def test_upkeep_asks_before_it_removes(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,9 +493,7 @@ def test_an_outage_of_the_store_is_over_when_it_is_over(
                 raise StoreUnavailable("no answer") from None
 
     for nth in (1, 2, 3):
-        followers = scene.made(Away(scene.story.store, nth, done=True))
-        scene.finish(followers)
-        scene.finish(followers)
+        scene.finish(scene.made(Away(scene.story.store, nth, done=True)))
         assert in_files(tmp_path) == in_changelog(scene.story)
         assert not any(fact["error"] for fact in scene.told.values())
         scene.story.land(changes(10 + nth))
