@@ -108,8 +108,10 @@ class Followers:
             self._tell()
         if self._round is None and self._asked > self._rounds:
             self._round = self._asked
+            self._look()
             for follower in self._followers.values():
-                follower.due_at = 0.0
+                if follower.error is None:
+                    follower.due_at = 0.0
         more = False
         for follower in list(self._followers.values()):
             if now >= follower.due_at:
@@ -149,10 +151,9 @@ class Followers:
     # ---- inside ----
 
     def _ask(self) -> int:
-        """Have every follower look at once; the number of the round that is to come."""
+        """Have every follower look at once, but for one that waits to try again; the number of the round to come."""
         with self._lock:
             self._asked += 1
-            self._look_at = 0.0
             return self._asked
 
     def _forms(self, table: TableId) -> list[str]:

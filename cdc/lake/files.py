@@ -1,7 +1,8 @@
 """A changelog once more as plain files: JSON lines (zstd) or Parquet in Hive folders, without a table format.
 
-`<table>/files/<partition>/<first>-<last>-<part>.jsonl.zst`: the versions of the changelog that it covers, both
-included, and which part of them it is. `_checkpoint.json` beside the folders says how far the files go.
+`<table>/files/<partition>/<first>-<last>-<part>.jsonl.zst` (of Parquet: `<part>-<shape>.parquet`): the versions of the
+changelog that it covers, both included, and which part of them it is. `_checkpoint.json` beside the folders says how
+far the files go.
 
 Guarantees:
 - Each row is in exactly one object, and whoever lists the objects, or is told of each, meets each row once. An object's
@@ -196,7 +197,7 @@ class PlainFiles:
 
     def _upload(self, file: _RowFile, local: Path, stem: str, number: int) -> int:
         rows = file.finish()
-        key = f"{stem}{f'-{number}' if number else ''}.{file.suffix}"
+        key = f"{stem}{f'-{number:03d}' if file.splits else ''}.{file.suffix}"
         with local.open("rb") as data, mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             self._store.put(key, mapped)
         return rows
@@ -223,9 +224,10 @@ class PlainFiles:
 
 
 class _RowFile(Protocol):
-    """A local file that rows are written to."""
+    """A local file that rows are written to. `splits`: a part may take several, which are numbered."""
 
     suffix: str
+    splits: bool
 
     def takes(self, schema: pa.Schema) -> bool:
         """Whether rows of that schema may follow."""
@@ -241,6 +243,7 @@ class _Lines:
     """JSON lines, compressed."""
 
     suffix = "jsonl.zst"
+    splits = False
 
     def __init__(self, path: Path, schema: pa.Schema, prefix: str) -> None:
         self._prefix = prefix
@@ -265,6 +268,7 @@ class _Rows:
     """Parquet, as the changelog's objects are."""
 
     suffix = "parquet"
+    splits = True
 
     def __init__(self, path: Path, schema: pa.Schema, prefix: str) -> None:
         self._schema = schema
