@@ -1,9 +1,9 @@
 """One source that is compared periodically, from its tables to `current`: schedule, threads, the life of its tables.
 
 Threads: run (when one is due: source → log), land (log → changelogs), merge (changelogs → current), lease (the right to
-write the lake). A run begins only when everything logged has landed and been merged, so runs never overlap, and a run
-that was missed, or many, is done once. A run that failed is repeated with growing pauses; what it read is not asked of
-the source again at once. What a run does is in cdc.periodic.
+write the lake), follow (changelogs → their other forms). A run begins only when everything logged has landed and been
+merged, so runs never overlap, and a run that was missed, or many, is done once. A run that failed is repeated with
+growing pauses; what it read is not asked of the source again at once. What a run does is in cdc.periodic.
 """
 
 from __future__ import annotations

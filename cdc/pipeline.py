@@ -1,9 +1,10 @@
 """One source from its slot to its current tables: the parts, their threads, and the life of its tables.
 
 Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and
-discovery of tables), guard (what the slot costs its server), lease (the right to write the lake). They meet only in the
-log, the state database and the lake, so none blocks another; the log is the buffer. It holds the rules by which a table
-begins, stops alone and comes back. What each part does is in its own module.
+discovery of tables), guard (what the slot costs its server), lease (the right to write the lake), follow (changelogs
+→ their other forms). They meet only in the log, the state database and the lake, so none blocks another; the log is the
+buffer. It holds the rules by which a table begins, stops alone and comes back. What each part does is in its own
+module.
 """
 
 from __future__ import annotations

@@ -21,18 +21,19 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, ValidationError
-from pyiceberg.io.pyarrow import parquet_file_to_data_file
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, NotInstalledError, ValidationError
+from pyiceberg.io.pyarrow import parquet_file_to_data_file, schema_to_pyarrow
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table, TableProperties
 
-from cdc.errors import CdcError, SchemaConflict, StoreConflict, StoreUnavailable
+from cdc.errors import CdcError, SchemaConflict, StoreConflict, StoreRefused, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTokens
 from cdc.lake.layout import DATE, system_name
@@ -73,7 +74,14 @@ class IcebergCatalog:
         name = (self._namespace or source, f"{table.schema}_{table.name}")
         owner = f"{source}.{table}"
         if self._catalog is None:
-            self._catalog = load_catalog(self._name, **self._properties)
+            try:
+                self._catalog = load_catalog(self._name, **self._properties)
+            except (ValueError, TypeError, NotInstalledError) as e:
+                # What it says quotes the properties, those of the environment too.
+                raise StoreRefused(
+                    f"the Iceberg catalog cannot be opened: {type(e).__name__}",
+                    hint="lake.iceberg.catalog: pyiceberg's manual has the properties",
+                ) from e
         try:
             found = self._catalog.load_table(name)
         except NoSuchTableError:
@@ -157,9 +165,11 @@ class RegisteredTable:
             "cdc.epoch": str(tokens.epoch),
             "cdc.lsn": str(tokens.stream(tokens.epoch)),
         }
+        schema = self._schema()
+        self._check_scales(schema_to_pyarrow(table.schema()), schema)
         with table.transaction() as transaction:
             with transaction.update_schema() as update:
-                update.union_by_name(self._schema())
+                update.union_by_name(schema)
             metadata = transaction.table_metadata
             if metadata.name_mapping() is None:
                 mapping = metadata.schema().name_mapping.model_dump_json()
@@ -168,6 +178,9 @@ class RegisteredTable:
             files = []
             for url in adds:
                 self._go_on()
+                if _scales(schema):
+                    with table.io.new_input(url).open() as stream:
+                        self._check_scales(pq.read_schema(stream), schema)
                 files.append(parquet_file_to_data_file(table.io, metadata, url))
             snapshot = transaction.update_snapshot(snapshot_properties=position)
             with snapshot.overwrite() if removes else snapshot.merge_append() as change:
@@ -179,6 +192,18 @@ class RegisteredTable:
             failpoint("iceberg.before_commit")
         failpoint("iceberg.after_commit")
         self._wrote(max(0, sum(live[url] for url in adds) - sum(has[url].record_count for url in removes)))
+
+    def _check_scales(self, old: pa.Schema, new: pa.Schema) -> None:
+        """pyiceberg lets a decimal's scale change, which Iceberg does not: other readers would take the digits as they
+        are."""
+        was, now = _scales(old), _scales(new)
+        for path, scale in now.items():
+            if was.get(path, scale) != scale:
+                raise SchemaConflict(
+                    f"Iceberg table of {self._source}.{self._table}: the scale of decimal {path} is"
+                    f" {was[path]} in some objects and {scale} now, which Iceberg cannot hold",
+                    hint="leave the table out of lake.iceberg.tables, or see docs/operations.md",
+                )
 
     def _expire(self, table: Table) -> None:
         """Let old snapshots go, then what they alone have named. A death between the two leaves small objects that
@@ -197,6 +222,20 @@ class RegisteredTable:
     def _url(self, path: str) -> str:
         location, _ = self._store.location(f"{self._spans.changelog.path}/{path}")
         return f"file://{location}" if location.startswith("/") else location
+
+
+def _scales(fields: Iterable[pa.Field], at: str = "") -> dict[str, int]:
+    """The scale of each decimal, by its path."""
+    found: dict[str, int] = {}
+    for field in fields:
+        path, kind = f"{at}{field.name}", field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind = kind.value_type
+        if pa.types.is_decimal(kind):
+            found[path] = kind.scale
+        elif pa.types.is_struct(kind):
+            found |= _scales(kind, f"{path}.")
+    return found
 
 
 def _position(table: Table) -> dict[str, str]:
@@ -223,7 +262,7 @@ def _translated(table: str) -> Iterator[None]:
     except (ValidationError, ValueError, TypeError) as e:
         raise SchemaConflict(
             f"Iceberg table of {table} cannot hold the changelog: {_brief(e)}",
-            hint="drop the Iceberg table: it is made and filled anew from the changelog's objects",
+            hint="Iceberg has no type for that: leave the table out of lake.iceberg.tables, or see docs/operations.md",
         ) from e
     except Exception as e:
         # A catalog's client raises what its libraries raise (HTTP, SQL, cloud); of those the type must do.

@@ -17,7 +17,7 @@ import pytest
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.table import Table
 
-from cdc.errors import SchemaConflict, StoreConflict
+from cdc.errors import SchemaConflict, StoreConflict, StoreRefused
 from cdc.lake import iceberg as iceberg_module
 from cdc.lake.compaction import FEW
 from cdc.lake.iceberg import IcebergCatalog, RegisteredTable
@@ -132,6 +132,37 @@ def test_it_follows_joined_objects_before_the_old_ones_go(story: Story, tmp_path
     assert rows(tmp_path) == expected(story, tmp_path)
     files = {Path(task.file.file_path).name for task in table(tmp_path).scan().plan_files()}
     assert files == {Path(path).name for path in story.objects()}
+
+
+@pytest.mark.slow
+def test_a_type_that_iceberg_cannot_widen_is_told_and_nothing_is_made_up(story: Story, tmp_path: Path) -> None:
+    def shape(precision: int, scale: int, version: int) -> TableSchema:
+        typmod = ((precision << 16) | scale) + 4
+        amount = Column(name="amount", attnum=9, type_oid=1700, typmod=typmod, type_name="numeric")
+        columns = (*SCHEMA.columns, amount)
+        return TableSchema(table=TABLE, oid=7, key=SCHEMA.key, version=version, columns=columns)
+
+    story.land([{**changes(1)[0], "amount": "1.50"}], shape(10, 2, 2))
+    story.land([{**changes(2)[0], "amount": "2.50"}], shape(12, 2, 3))
+    caught_up(stage_of(tmp_path))
+    before = rows(tmp_path)
+    assert before == expected(story, tmp_path)
+    story.land([{**changes(3)[0], "amount": "1.5000"}], shape(14, 4, 4))
+    with pytest.raises(SchemaConflict, match="decimal"):
+        caught_up(stage_of(tmp_path))
+    assert rows(tmp_path) == before
+    catalog(tmp_path).drop_table(NAME)
+    with pytest.raises(SchemaConflict, match="decimal"):
+        caught_up(stage_of(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_catalog_that_cannot_be_opened_is_told_without_its_properties(story: Story, tmp_path: Path) -> None:
+    spans = Spans(story.store, "shop", TABLE, states=True)
+    catalog = IcebergCatalog({"type": "hunter2"}, "")
+    with pytest.raises(StoreRefused) as caught:
+        RegisteredTable(story.store, "shop", TABLE, spans, catalog, keep_s=3600).resume()
+    assert "hunter2" not in str(caught.value)
 
 
 class Died(BaseException):
