@@ -116,6 +116,7 @@ class RegisteredTable:
         self._go_on = go_on
         self._wrote = wrote
         self._expire_at = 0.0
+        self._shown = -1
 
     def resume(self) -> Followed:
         """The version that the newest snapshot of ours has; from the beginning if it is of another changelog."""
@@ -123,7 +124,8 @@ class RegisteredTable:
             self._spans.changelog.refresh()
             position = _position(self._load())
         mine = position.get(_ID) == self._spans.changelog.delta.id()
-        return Followed(int(position[_VERSION]) if mine else -1)
+        self._shown = int(position[_VERSION]) if mine else -1
+        return Followed(self._shown)
 
     def write(self, span: Span) -> Followed:
         """Have the table show the objects of the span's last version; durable on return."""
@@ -132,10 +134,14 @@ class RegisteredTable:
         return Followed(span.last, span.through)
 
     def tick(self) -> Followed | None:
-        """Let old snapshots go, now and then. Nothing is held back."""
+        """Let old snapshots go, now and then. Nothing is held back. StoreConflict if the table is not the one that was
+        left: `resume`, and it is filled again."""
         if time.monotonic() >= self._expire_at:
             with _translated(f"{self._source}.{self._table}"):
-                self._expire(self._load())
+                table = self._load()
+                if self._shown >= 0 and _position(table).get(_VERSION) != str(self._shown):
+                    raise StoreConflict(f"Iceberg table of {self._source}.{self._table}: it was dropped or set back")
+                self._expire(table)
             self._expire_at = time.monotonic() + EXPIRE_EVERY_S
         return None
 
@@ -191,6 +197,7 @@ class RegisteredTable:
             self._go_on()
             failpoint("iceberg.before_commit")
         failpoint("iceberg.after_commit")
+        self._shown = span.last
         self._wrote(max(0, sum(live[url] for url in adds) - sum(has[url].record_count for url in removes)))
 
     def _check_scales(self, old: pa.Schema, new: pa.Schema) -> None:

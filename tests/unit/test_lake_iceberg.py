@@ -219,6 +219,19 @@ def test_what_others_did_to_the_table_is_undone(story: Story, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_table_that_was_dropped_is_filled_anew(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iceberg_module, "EXPIRE_EVERY_S", 0.0)
+    story.land(changes(1, 2))
+    stage = stage_of(tmp_path)
+    caught_up(stage)
+    catalog(tmp_path).drop_table(NAME)
+    with pytest.raises(StoreConflict):
+        caught_up(stage)
+    caught_up(stage)
+    assert rows(tmp_path) == expected(story, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_changelog_made_anew_replaces_the_rows_of_the_old_one(story: Story, tmp_path: Path) -> None:
     for n in range(5):
         story.land(changes(n))
