@@ -80,6 +80,7 @@ def in_changelog(lake: Path, table: str) -> set[tuple[int, int, int]]:
     return set(zip(*(rows.column(c).to_pylist() for c in ("_epoch", "_lsn", "_seq")), strict=True))
 
 
+@pytest.mark.slow
 def test_files_hold_each_change_once_whatever_dies(tmp_path: Path, database: str, rng: random.Random) -> None:
     scene = Scene(tmp_path, database, rng.choice(["jsonl", "parquet"]))
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30)) as workload:

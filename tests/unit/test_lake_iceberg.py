@@ -120,6 +120,7 @@ def test_types_that_grow_are_widened_and_objects_of_before_stay_readable(story: 
     assert kinds == {"n": "long", "n@string": "string", "note": "string"}
 
 
+@pytest.mark.slow
 def test_it_follows_joined_objects_before_the_old_ones_go(story: Story, tmp_path: Path) -> None:
     for n in range(FEW):
         story.land(changes(n))
