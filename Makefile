@@ -71,7 +71,7 @@ lock: ## new requirements.lock and requirements-dev.lock, with the newest versio
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet 'pip-tools>=7.4'
 	build/lock/bin/pip-compile $(LOCK_OPTIONS) --extra demo -o requirements.lock pyproject.toml
-	build/lock/bin/pip-compile $(LOCK_OPTIONS) --extra demo --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+	build/lock/bin/pip-compile $(LOCK_OPTIONS) --extra demo --extra iceberg --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
 LOCK_OPTIONS := --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --build-deps-for wheel \
 	--no-header --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 

@@ -211,6 +211,31 @@ class ChangelogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilesConfig:
+    """`[lake.files]`: changelogs as plain files beside the Delta tables."""
+
+    tables: tuple[str, ...]
+    """Globs of `source.schema.table`."""
+    format: str = "jsonl"
+    every_s: float = 60.0
+    object_bytes_target: int = 128 << 20
+    """Of the changelog's Parquet objects whose rows make one object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IcebergConfig:
+    """`[lake.iceberg]`: changelogs registered in an Iceberg catalog."""
+
+    tables: tuple[str, ...]
+    """Globs of `source.schema.table`."""
+    catalog: dict[str, str]
+    """Properties of pyiceberg's catalog, without secrets."""
+    namespace: str = ""
+    """Empty: the source's name."""
+    every_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -228,6 +253,8 @@ class LakeConfig:
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
     changelog: ChangelogConfig = field(default_factory=ChangelogConfig)
+    files: FilesConfig | None = None
+    iceberg: IcebergConfig | None = None
     options: dict[str, str] = field(default_factory=dict)
     named: dict[str, NamedLakeConfig] = field(default_factory=dict)
     """`[lake.NAME]`, by name; not a key of the file."""

@@ -22,6 +22,8 @@ from cdc.config import (
     AlertsConfig,
     ChangelogConfig,
     Config,
+    FilesConfig,
+    IcebergConfig,
     LakeConfig,
     ModelConfig,
     NamedLakeConfig,
@@ -59,6 +61,7 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "on_slot_lost"): ("stop", "resync"),
     ("source", "streaming"): ("on", "off"),
     ("sync", "mode"): ("upsert",),
+    ("files", "format"): ("jsonl", "parquet"),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),
 }
@@ -98,6 +101,7 @@ _LAKE_SECTIONS = frozenset({"options", "current", "changelog", "files", "iceberg
 """Words behind `lake.` that are no lake's name."""
 _NO_NAME = "means something else, and cannot be the name of a lake"
 _SLOT = re.compile(r"[a-z0-9_]{1,63}")
+_SECRET = re.compile("secret|password|token|credential")
 _SECTIONS = ("source", "lake", "model", "target", "sync", "alerts", "verify")
 
 
@@ -238,6 +242,10 @@ class _Reader:
             return self._tables(at, value)
         if kind is ChangelogConfig:
             return self._changelog(at, value)
+        if kind == FilesConfig | None:
+            return self._follower(FilesConfig, "files", at, value)
+        if kind == IcebergConfig | None:
+            return self._follower(IcebergConfig, "iceberg", at, value)
         if kind == tuple[str, ...]:
             return _strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
@@ -323,6 +331,23 @@ class _Reader:
         if kept.cold_after and kept.cold_after_s >= kept.retain_s:
             raise ValueError("cold_after is not before retain: nothing would ever be put away")
         return kept
+
+    def _follower(self, cls: Callable[..., T], section: str, where: str, value: Any) -> T | None:
+        """A section of `[lake]` that says which changelogs are kept in another form too."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"write a [{where}] section")
+        values = self._values(cls, section, where, value, hidden=())
+        if values is None:
+            return None
+        for pattern in values["tables"]:
+            if pattern.count(".") < 2:
+                self.problems.append(f'{where}.tables: write "source.schema.table", not "{pattern}"')
+        for key, text in values.get("catalog", {}).items():
+            if _SECRET.search(key) or re.search(r"://[^/@]*:[^/@]+@", text):
+                self.problems.append(
+                    f"{where}.catalog.{key}: a secret stands in the environment: see docs/operations.md"
+                )
+        return cls(**values)
 
     def _alerts(self, table: Any) -> AlertsConfig | None:
         if not isinstance(table, Mapping):

@@ -245,6 +245,7 @@ class Daemon:
     def _finished(self) -> Pending:
         """For `--once`: polled until everything committed before now is in the lake and due syncs have run."""
         finishing: dict[str, Callable[[], bool]] = {}
+        following: dict[str, Callable[[], bool]] = {}
         deadline = time.monotonic() + ONCE_TIMEOUT_S
 
         def done() -> dict[str, Any] | None:
@@ -260,6 +261,10 @@ class Daemon:
                         return None
                     finishing[name] = ended
                 if not finishing[name]():
+                    return None
+                if name not in following:
+                    following[name] = pipeline.followers.finishing()
+                if not following[name]():
                     return None
             return {"done": True} if self._serving.settled() else None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cdc import metrics
@@ -56,8 +57,10 @@ class Merger:
         stop_table: Callable[[TableId, CdcError], None],
         is_stopped: Callable[[TableId], bool],
         lease: Lease,
+        may_vacuum: Callable[[TableId, int, float], bool] = lambda table, version, since: True,
     ) -> None:
-        """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table."""
+        """`landed` gives the newest cut; `wish` asks for keys to be read again, `read_anew` for a whole table;
+        `may_vacuum` as `Upkeep` has it, by table."""
         self._source = source
         self._state = state
         self._book = book
@@ -73,6 +76,7 @@ class Merger:
         self._stop_table = stop_table
         self._is_stopped = is_stopped
         self._lease = lease
+        self._may_vacuum = may_vacuum
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._upkeeps: dict[TableId, Upkeep] = {}
         self._orders = UpkeepOrders()
@@ -252,6 +256,7 @@ class Merger:
                 temp_dir=self._temp_dir,
                 limits=self._limits,
                 fence=self._lease.fence,
+                may_vacuum=partial(self._may_vacuum, table),
             )
         return self._upkeeps[table]
 

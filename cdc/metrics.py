@@ -158,6 +158,20 @@ COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelo
 EXPIRED_OBJECTS = _counter("cdc_expired_objects", "Objects of changelogs that retention has let go.")
 COOLED_OBJECTS = _counter("cdc_cooled_objects", "Objects of changelogs that were put into a colder class of storage.")
 VACUUMED_OBJECTS = _counter("cdc_vacuumed_objects", "Objects removed because no version shows them any more.")
+FOLLOWED_ROWS = _counter(
+    "cdc_followed_rows",
+    "Rows of changelogs written in another form (files), or registered (iceberg).",
+    "source",
+    "form",
+    "table",
+)
+FOLLOWER_LAG_SECONDS = _gauge(
+    "cdc_follower_lag_seconds",
+    "Time since a follower last found nothing to read in its changelog.",
+    "source",
+    "form",
+    "table",
+)
 MERGE_SECONDS = _histogram("cdc_merge_seconds", "Time of one merge of a table.", "source")
 TABLES = _gauge("cdc_tables", "Tables by state (new, snapshotting, streaming, stopped, removed).", "source", "state")
 

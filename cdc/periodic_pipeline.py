@@ -1,9 +1,9 @@
 """One source that is compared periodically, from its tables to `current`: schedule, threads, the life of its tables.
 
 Threads: run (when one is due: source → log), land (log → changelogs), merge (changelogs → current), lease (the right to
-write the lake). A run begins only when everything logged has landed and been merged, so runs never overlap, and a run
-that was missed, or many, is done once. A run that failed is repeated with growing pauses; what it read is not asked of
-the source again at once. What a run does is in cdc.periodic.
+write the lake), follow (changelogs → their other forms). A run begins only when everything logged has landed and been
+merged, so runs never overlap, and a run that was missed, or many, is done once. A run that failed is repeated with
+growing pauses; what it read is not asked of the source again at once. What a run does is in cdc.periodic.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cdc.capture import ConfirmGate
 from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict
 from cdc.evolution import Evolution
+from cdc.follow import Followers
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -91,6 +92,7 @@ class PeriodicPipeline:
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -115,6 +117,7 @@ class PeriodicPipeline:
                 ("land", lambda: self._in_turn("land", lambda: self._land.step(LAND_S).read), 0.2),
                 ("merge", lambda: self._in_turn("merge", lambda: self.merger.step()), 0.1),
                 ("lease", self._lease.keep, 0.2),
+                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
         ]
 
@@ -370,6 +373,7 @@ class PeriodicPipeline:
             own_origins=self._own_origins, landed=lambda: self._landed_cut(doubtful_lsn),
             wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
             stop_table=self.stop_table, is_stopped=self.rests, lease=self._lease,
+            may_vacuum=self.followers.may_vacuum,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         gate = ConfirmGate(

@@ -1,9 +1,10 @@
 """One source from its slot to its current tables: the parts, their threads, and the life of its tables.
 
 Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and
-discovery of tables), guard (what the slot costs its server), lease (the right to write the lake). They meet only in the
-log, the state database and the lake, so none blocks another; the log is the buffer. It holds the rules by which a table
-begins, stops alone and comes back. What each part does is in its own module.
+discovery of tables), guard (what the slot costs its server), lease (the right to write the lake), follow (changelogs
+→ their other forms). They meet only in the log, the state database and the lake, so none blocks another; the log is the
+buffer. It holds the rules by which a table begins, stops alone and comes back. What each part does is in its own
+module.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cdc.errors import (
     Undecodable,
 )  # fmt: skip
 from cdc.evolution import Evolution
+from cdc.follow import Followers
 from cdc.guard import Guard
 from cdc.heads import Heads
 from cdc.ladder import Ladder, count_tables, operator_error
@@ -102,6 +104,7 @@ class Pipeline:
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
         self._prepared = threading.Event()
         self._built = self._settled = False
         self._let_go = self._reopen = ""
@@ -116,9 +119,8 @@ class Pipeline:
         self._caught_up_at: dict[str, float] = {}
         self._heads = Heads()
         self._ladder = Ladder(self.name, event_log)
-        self._discover_at = 0.0
+        self._discover_at = self._look_at = 0.0
         self._shapes_seen = 0
-        self._look_at = 0.0
         self._prune: tuple[int, list[int]] = (0, [])
         self.workers = [
             Worker(
@@ -131,6 +133,7 @@ class Pipeline:
                 ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
                 ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
                 ("lease", self._lease.keep, 0.2),
+                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
         ]
         self.workers += [
@@ -348,7 +351,7 @@ class Pipeline:
             upkeep=Limits.of(lake, self._source_config),
             own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
-            lease=self._lease,
+            lease=self._lease, may_vacuum=self.followers.may_vacuum,
         )  # fmt: skip
         self._ladder.stand_on(self.lander, self.merger)
         self.discovery = Discovery(

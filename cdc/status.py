@@ -17,6 +17,7 @@ from cdc.config import Config, SourceConfig, SyncConfig
 from cdc.console import lsn_text, time_text
 from cdc.discovery import finding_fact, unpublished_fact
 from cdc.errors import CdcError
+from cdc.follow import followers_fact
 from cdc.guard import guard_fact
 from cdc.ports import SourceStatus
 from cdc.schedule import Schedule
@@ -169,6 +170,7 @@ def _source(
             for step in ladder(known, server, progress, now)
         ],
         "tables": [_table(state, table, server, now) for table in state.tables(name)] if state else [],
+        "followers": [_follower(fact, now) for fact in (state.get(followers_fact(name)) or [] if state else [])],
         "unpublished": [
             {"table": table, "fix": fix} for table, fix in (state.get(unpublished_fact(name)) or [] if state else [])
         ],
@@ -246,6 +248,19 @@ def _table(state: State, table: TableState, server: SourceStatus | None, now: fl
         "snapshot": snapshot_progress(runs[-1], estimate_of(runs[-1], table, server), now) if runs else None,
         "verified": _last(state, "verify", f"{table.source}.{table.table}"),
         "finding": _finding(state.get(finding_fact(table.source, table.table))),
+    }
+
+
+def _follower(fact: dict[str, Any], now: float) -> dict[str, Any]:
+    """Another form of a changelog, and when it last lacked nothing."""
+    since = fact["clear_at"]
+    return {
+        "table": fact["table"],
+        "form": fact["form"],
+        "version": fact["version"],
+        "lag_seconds": _rounded(now - since) if since else None,
+        "error": fact["error"],
+        "hint": fact["hint"],
     }
 
 

@@ -95,13 +95,16 @@ class Upkeep:
         temp_dir: Path,
         limits: Limits,
         fence: int = 0,
+        may_vacuum: Callable[[int, float], bool] = lambda version, since: True,
     ) -> None:
+        """`may_vacuum`: whether what was removed from the changelog before a Unix time, up to a version, may go."""
         self._store = store
         self._changelog = changelog
         self._current = current
         self._temp_dir = temp_dir
         self._limits = limits
         self._fence = fence
+        self._may_vacuum = may_vacuum
         self._retain_s = limits.retain_of(changelog.table)
         self._compactor: Compactor | None = None
         tiered = store if limits.cold_class and isinstance(store, TieredStore) else None
@@ -217,12 +220,17 @@ class Upkeep:
 
     def vacuum(self) -> int:
         """Remove objects that no version of the last `vacuum_after_s` shows; how many. And entries of the logs that are
-        old enough. Only when `current` names the newest version of the changelog that has its rows."""
+        old enough. Only when `current` names the newest version of the changelog that has its rows. Those of the
+        changelog stay while a follower needs them."""
         self._vacuum_at = time.monotonic() + max(self._limits.vacuum_after_s, self._limits.every_s)
         failpoint("vacuum.before_delete")
         gone = 0 if self._current is None else self._current.vacuum(self._limits.vacuum_after_s)
         failpoint("vacuum.after_current")
-        gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        if self._may_vacuum(self._changelog.refresh(), time.time() - self._limits.vacuum_after_s):
+            gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        else:
+            log.info("a follower has not read what a vacuum would remove", extra={"delta_table": self._changelog.path})
+            self._vacuum_at = time.monotonic() + max(self._limits.every_s, RETRY_S)
         failpoint("vacuum.after_delete")
         self._changelog.delta.tidy_log()
         if gone:

@@ -39,10 +39,12 @@ class HistoryGone(CdcError):
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One version. `added`: paths of files with rows that are new, without those that a compaction only rearranged."""
+    """One version. `added`: paths of files with rows that are new, without those that a compaction only rearranged;
+    `added_bytes`: their sizes."""
 
     tokens: dict[str, int]
     added: list[str]
+    added_bytes: list[int]
     removed: list[str]
     id: str | None
     is_rest: bool
@@ -176,7 +178,7 @@ class Commits:
 
 def _parsed(actions: list[dict[str, Any]]) -> Commit:
     tokens: dict[str, int] = {}
-    added, removed = [], []
+    added, sizes, removed = [], [], []
     commit_id: str | None = None
     changes = False
     for action in actions:
@@ -187,7 +189,8 @@ def _parsed(actions: list[dict[str, Any]]) -> Commit:
             changes |= action["remove"].get("dataChange", True)
         elif "add" in action and action["add"].get("dataChange", True):
             added.append(action["add"]["path"])
+            sizes.append(int(action["add"]["size"]))
         elif "commitInfo" in action:
             commit_id = action["commitInfo"].get(COMMIT_KEY)
     is_rest = not (tokens.keys() - {LEASE, TRIMMED} or added or (changes and TRIMMED not in tokens))
-    return Commit(tokens, added, removed, commit_id, is_rest)
+    return Commit(tokens, added, sizes, removed, commit_id, is_rest)

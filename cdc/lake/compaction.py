@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,16 +32,14 @@ from cdc.errors import InvariantBroken, StoreConflict, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.commits import LEASE
 from cdc.lake.delta import AddedFile, DeltaLog, LiveFile
-from cdc.lake.layout import KEY_METADATA, system_name
 from cdc.lake.naming import JOINED, ObjectName
-from cdc.lake.objects import GROUP_BYTES, GROUP_ROWS, writer_options
+from cdc.lake.rewriting import SameRows, batches_of
 from cdc.ports import ObjectStore
 
 FEW: Final = 8
 """So many objects of one size are worth a join."""
 _TIER_BITS: Final = 3
 """A tier is this power of two."""
-_READ_ROWS: Final = 1 << 14
 _QUIET_MS: Final = 3_600_000
 
 
@@ -201,47 +199,19 @@ def _balanced(files: Sequence[LiveFile]) -> list[LiveFile]:
 
 def _write(path: Path, files: Iterator[pq.ParquetFile], prefix: str) -> int:
     """The rows of files of one schema as one file, one after the other; how many they are."""
-    writer: pq.ParquetWriter | None = None
-    held: list[pa.RecordBatch] = []
-    rows = held_rows = held_bytes = 0
-
-    def flush() -> None:
-        nonlocal held, held_rows, held_bytes
-        if held and writer is not None:
-            writer.write_table(pa.Table.from_batches(held), row_group_size=GROUP_ROWS)
-        held, held_rows, held_bytes = [], 0, 0
-
+    writer: SameRows | None = None
     try:
         for file in files:
             with file:
                 if writer is None:
-                    writer = pq.ParquetWriter(path, file.schema_arrow, **_options(file.schema_arrow, prefix))
-                for batch in file.iter_batches(_READ_ROWS, use_threads=False):
-                    held.append(batch.replace_schema_metadata(file.schema_arrow.metadata))
-                    rows, held_rows, held_bytes = (
-                        rows + batch.num_rows, held_rows + batch.num_rows, held_bytes + batch.nbytes
-                    )  # fmt: skip
-                    if held_rows >= GROUP_ROWS or held_bytes >= GROUP_BYTES:
-                        flush()
-        flush()
-        if writer is not None:
-            writer.close()
+                    writer = SameRows(path, file.schema_arrow, prefix)
+                for batch in batches_of(file):
+                    writer.add(batch)
+        return 0 if writer is None else writer.finish()
     except (OSError, pa.ArrowException) as e:
         if writer is not None:
-            # It writes the file's end once more, and fails again: what failed first is what counts.
-            with suppress(OSError, pa.ArrowException):
-                writer.close()
+            writer.abandon()
         raise StoreUnavailable(f"a join of objects failed: {type(e).__name__}", hint="make room on the disk") from e
-    return rows
-
-
-def _options(schema: pa.Schema, prefix: str) -> dict[str, Any]:
-    """Options of the writer for the schema of a changelog's object."""
-    numbers = (schema.metadata or {}).get(KEY_METADATA.encode(), b"").decode().split(",")
-    key = [f.name for f in schema if (f.metadata or {}).get(b"pg.attnum", b"").decode() in numbers]
-    before = system_name("_before", prefix)
-    kind = schema.field(before).type if before in schema.names else None
-    return writer_options(prefix, key, kind)
 
 
 __all__ = ["FEW", "Compactor", "Joined"]

@@ -34,7 +34,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 
 from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
 from cdc.lake.actions import commit_text, file_actions, metadata_actions, same_schema
-from cdc.lake.commits import COMMIT_KEY, Commits, HistoryGone
+from cdc.lake.commits import COMMIT_KEY, Commit, Commits, HistoryGone
 from cdc.lake.widening import merged
 from cdc.ports import ObjectStore
 
@@ -132,6 +132,10 @@ class DeltaLog:
         table = self._load()
         return -1 if table is None else table.version()
 
+    def id(self) -> str:
+        """The table's own id: another one made anew at the same place has another."""
+        return str(self._require().metadata().id)
+
     def configuration(self) -> dict[str, str]:
         return dict(self._require().metadata().configuration)
 
@@ -190,6 +194,10 @@ class DeltaLog:
         """
         versions = range(after_version + 1, through_version + 1)
         return [(version, path) for version in versions for path in self._commits.at(version).added]
+
+    def commit_at(self, version: int) -> Commit:
+        """What one commit brought and took; HistoryGone if it has been cleaned away."""
+        return self._commits.at(version)
 
     def files_of(self, version: int) -> list[tuple[int, str]]:
         """(version, path) of all files of a version, by the version that added each; 0 for one that only rearranged

@@ -1,8 +1,8 @@
 """Where things stand in the lake, and under which names.
 
-`<source>/<schema>.<table>/changelog/` and `…/current/` are Delta tables; `<source>/_cdc/` holds the small objects of
-the source (lease, anchor, fingerprints). Names are pure functions of the catalog's names: two daemons, or two
-releases, always agree.
+`<source>/<schema>.<table>/changelog/` and `…/current/` are Delta tables, `…/files/` the changelog in plain files, on
+request; `<source>/_cdc/` holds the small objects of the source (lease, anchor, fingerprints). Names are pure functions
+of the catalog's names: two daemons, or two releases, always agree.
 
 A name is written with every byte of its UTF-8 form other than letters, digits, `_` and `-` as `@XX` (upper-case hex).
 The escape is not `%`: deltalake 1.6 and whatever reads through the same Delta kernel decode a percent sign in a table's
@@ -81,6 +81,10 @@ def changelog_path(source: str, table: TableId) -> str:
 
 def current_path(source: str, table: TableId) -> str:
     return f"{table_path(source, table)}/current"
+
+
+def files_path(source: str, table: TableId) -> str:
+    return f"{table_path(source, table)}/files"
 
 
 def lease_key(source: str) -> str:

@@ -141,6 +141,18 @@ def _show_source(call: Call, source: dict[str, Any]) -> None:
             for t in source["tables"]
         ]
         call.console.table(("table", "state", "rows", "last change", ""), rows, indent="  ")
+    if source["followers"]:
+        _show_followers(call, source["followers"])
+
+
+def _show_followers(call: Call, followers: list[dict[str, Any]]) -> None:
+    """The other forms of the changelogs."""
+    rows = []
+    for f in followers:
+        note = f"{f['error']}; mend it: {f['hint']}" if f["error"] else ""
+        rows.append((f["table"], f["form"], seconds_text(f["lag_seconds"]), note))
+    call.console.line()
+    call.console.table(("table", "also as", "age", ""), rows, indent="  ")
 
 
 def _show_runs(call: Call, runs: dict[str, Any]) -> None:

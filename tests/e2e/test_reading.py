@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from pathlib import Path
 
-from tests.support.buckets import CREDENTIALS, new_bucket, s3_endpoint
-from tests.support.daemon import Daemon, execute
-from tests.support.snippets import SNIPPETS, run_snippet
+import duckdb
 
+from tests.support.buckets import CREDENTIALS, new_bucket, s3_endpoint
+from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.snippets import SNIPPETS, run_snippet
+from tests.support.waiting import wait_until
+
+(IN_SQL,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
 TABLE = (
     "create table orders (id int primary key, amount numeric(10,2), tags text[], created_at timestamptz)",
     "insert into orders select g, g / 4.0, array['a', null], now() from generate_series(1, 100) g",
@@ -17,7 +23,8 @@ BY_TIME = '[source.shop.table."public.orders"]\npartition_by = "created_at:day"'
 
 def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, database: str) -> None:
     execute(database, *TABLE)
-    with Daemon(tmp_path, database, more=BY_TIME) as daemon:
+    files = '[lake.files]\ntables = ["shop.public.*"]\nevery_s = 0.2\n'
+    with Daemon(tmp_path, database, more=files + BY_TIME) as daemon:
         daemon.start().settled()
         execute(
             database,
@@ -38,6 +45,13 @@ def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, data
         asking = by_time.replace("duckdb.sql(", "asked = duckdb.sql(")
         asked = run_snippet(asking, LAKE=str(daemon.lake))["asked"]
         assert asked.select("_date, id").filter("id > 100").fetchall() == [("2026-11-28", 101)]
+
+        lines = IN_SQL.replace("LAKE", str(daemon.lake)).strip().rstrip(";")
+        there = (daemon.lake / "shop" / "public.orders" / "files").glob
+        wait_until(lambda: any(there("*/*.zst")) and len(duckdb.sql(lines).fetchall()) >= 104, message="the files")
+        found = duckdb.sql(f"select _op, id, amount, tags from ({lines}) where id in (7, 8, 9)").fetchall()
+        assert ("r", 9, Decimal("2.25"), ["a", None]) in found
+        assert {(op, key, amount) for op, key, amount, _ in found} >= {("d", 8, None), ("u", 7, None)}
 
 
 def test_the_snippets_of_the_documentation_read_a_bucket(tmp_path: Path, database: str) -> None:

@@ -51,6 +51,12 @@ PERIODIC = {
     "periodic.before_boundary", "periodic.after_boundary",
 }  # fmt: skip
 """Points of a periodic run: tests/e2e/test_periodic.py kills there."""
+FILES = {
+    "files.before_cut", "files.after_cut", "files.between_objects", "files.before_checkpoint", "files.after_checkpoint",
+}  # fmt: skip
+"""Points of a follower that writes plain files: tests/e2e/test_files.py kills there."""
+ICEBERG = {"iceberg.before_commit", "iceberg.after_commit"}
+"""Points of one that registers objects in a catalog: tests/e2e/test_iceberg.py kills there."""
 HISTORY = ("origin.after_note", "slot.after_drop", "origin.after_setup", "origin.after_anchor")
 """Points of a new history: tests/fault/test_history.py kills there."""
 LAKES = {"places.before_note"}
@@ -79,7 +85,8 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    assert named == set(EVERY) | LAKE | LAKES | RETENTION | ELSEWHERE | PERIODIC | set(HISTORY)
+    elsewhere = ELSEWHERE | PERIODIC | FILES | ICEBERG | set(HISTORY)
+    assert named == set(EVERY) | LAKE | LAKES | RETENTION | elsewhere
 
 
 @pytest.mark.parametrize("area", AREAS)

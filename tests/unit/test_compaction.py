@@ -65,6 +65,14 @@ class Story:
         writer.commit(Boundary(0, 0, 1))
         assert not self.merge().waiting
 
+    def begin_more(self, run: str, counter: int) -> None:
+        """A row that a run has read, at a position that has landed already."""
+        counter += 10
+        row = {"_op": "r", "_lsn": self.lsn, "_seq": (1 << 62) + counter, "_run": run, "id": f"{run}", "note": "read"}
+        writer = self.changelog.writer(self.temp)
+        writer.add(batch_of(self.schema, [row]), chunk=0)
+        writer.commit(Boundary(0, self.lsn, self.lsn + 1))
+
     def merge(self, schema: TableSchema | None = None, **how: Any) -> Any:
         return self.current.merge(ChangelogTable(self.store, "shop", TABLE), schema or self.schema, **how)
 
