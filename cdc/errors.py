@@ -147,6 +147,12 @@ class LogCorrupt(CdcError):
     verdict = Verdict.FATAL
 
 
+class LeaseExpired(CdcError):
+    """The lease was not renewed in time: nothing may be written until it is, if nobody else has taken it by then."""
+
+    verdict = Verdict.RETRY
+
+
 class LeaseLost(CdcError):
     """Another daemon writes to this lake."""
 

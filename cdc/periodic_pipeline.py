@@ -1,9 +1,9 @@
 """One source that is compared periodically, from its tables to `current`: schedule, threads, the life of its tables.
 
-Threads: run (when one is due: source → log), land (log → changelogs), merge (changelogs → current). A run begins only
-when everything logged has landed and been merged, so runs never overlap, and a run that was missed, or many, is done
-once. A run that failed is repeated with growing pauses; what it read is not asked of the source again at once. What a
-run does is in cdc.periodic.
+Threads: run (when one is due: source → log), land (log → changelogs), merge (changelogs → current), lease (the right to
+write the lake). A run begins only when everything logged has landed and been merged, so runs never overlap, and a run
+that was missed, or many, is done once. A run that failed is repeated with growing pauses; what it read is not asked of
+the source again at once. What a run does is in cdc.periodic.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ class PeriodicPipeline:
         self._prepared = threading.Event()
         self._epoch = 0
         self._settled = False
-        self._renew_at = 0.0
         self._turns = {part: threading.Lock() for part in ("land", "merge")}
         self._orders = threading.Lock()
         self._wanted = 0
@@ -113,6 +112,7 @@ class PeriodicPipeline:
                 ("run", self._run_step, 0.1),
                 ("land", lambda: self._in_turn("land", lambda: self._land.step(LAND_S).read), 0.2),
                 ("merge", lambda: self._in_turn("merge", lambda: self.merger.step()), 0.1),
+                ("lease", self._lease.keep, 0.2),
             )
         ]
 
@@ -301,7 +301,8 @@ class PeriodicPipeline:
         if first:
             if self.workers[0].error is None:
                 self._show_phase("starting")
-            self._take_lease()
+            self._lease.acquire()
+            require_promises(self._store, self._config.lake.url)
         identity = self._reader.identity()
         with ExitStack() as turns:
             settled = settle_periodic(
@@ -324,14 +325,6 @@ class PeriodicPipeline:
         self._prepared.set()
         self._settled = True
 
-    def _take_lease(self) -> None:
-        try:
-            self._lease.acquire()
-        except LeaseLost as e:
-            raise Standby(e.args[0], hint="it takes over when that one ends") from e
-        self._renew_at = time.monotonic() + self._lease.renew_every_s
-        require_promises(self._store, self._config.lake.url)
-
     def _hold_still(self, turns: ExitStack) -> None:
         """Until `turns` is closed, neither landing nor merging is at work."""
         if not self._prepared.is_set():
@@ -344,9 +337,6 @@ class PeriodicPipeline:
     def _in_turn(self, part: str, step: Callable[[], bool]) -> bool:
         if not self._prepared.wait(READ_S):
             return False
-        if part == "land" and time.monotonic() >= self._renew_at:
-            self._lease.renew()
-            self._renew_at = time.monotonic() + self._lease.renew_every_s
         with self._turns[part]:
             return self._prepared.is_set() and step()
 

@@ -1,9 +1,9 @@
 """One source from its slot to its current tables: the parts, their threads, and the life of its tables.
 
 Threads: capture (source → log), land (log → changelogs), merge (changelogs → current), backfill (snapshots and
-discovery of tables), guard (what the slot costs its server). They meet only in the log, the state database and the
-lake, so none blocks another; the log is the buffer. It holds the rules by which a table begins, stops alone and comes
-back. What each part does is in its own module.
+discovery of tables), guard (what the slot costs its server), lease (the right to write the lake). They meet only in the
+log, the state database and the lake, so none blocks another; the log is the buffer. It holds the rules by which a table
+begins, stops alone and comes back. What each part does is in its own module.
 """
 
 from __future__ import annotations
@@ -119,7 +119,6 @@ class Pipeline:
         self._shapes_seen = 0
         self._look_at = 0.0
         self._prune: tuple[int, list[int]] = (0, [])
-        self._renew_at = 0.0
         self.workers = [
             Worker(
                 f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s
@@ -130,6 +129,7 @@ class Pipeline:
                 ("merge", lambda: self._in_turn("merge", self._merge_step), 0.1),
                 ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
                 ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
+                ("lease", self._lease.keep, 0.2),
             )
         ]
         self.workers += [
@@ -241,7 +241,8 @@ class Pipeline:
         if first:
             if self.workers[0].error is None:
                 self._state.save_source(self.name, phase="starting")
-            self._take_lease()
+            self._lease.acquire()
+            require_promises(self._store, self._config.lake.url)
         identity = self._source.identity()
         with ExitStack() as turns:
             anchor = settle(
@@ -261,15 +262,6 @@ class Pipeline:
         if first:
             self._state.save_source(self.name, phase="streaming", error="", hint="")
 
-    def _take_lease(self) -> None:
-        try:
-            self._lease.acquire()
-        except LeaseLost as e:
-            # At the start this is a daemon that waits for its turn, not one that has lost it.
-            raise Standby(e.args[0], hint="it takes over when that one ends") from e
-        self._renew_at = time.monotonic() + self._lease.renew_every_s
-        require_promises(self._store, self._config.lake.url)
-
     def _hold_still(self, turns: ExitStack) -> None:
         """Until `turns` is closed, no other part is at work: what it does belongs to the history that ends."""
         if not self._prepared.is_set():
@@ -281,9 +273,6 @@ class Pipeline:
             turns.enter_context(turn)
 
     def _in_turn(self, part: str, step: Callable[[], bool]) -> bool:
-        if part == "land" and self._built and time.monotonic() >= self._renew_at:
-            self._lease.renew()
-            self._renew_at = time.monotonic() + self._lease.renew_every_s
         if not self._prepared.wait(READ_S):
             return False
         with self._turns[part]:

@@ -1,7 +1,9 @@
 """The lease: which daemon may land a source's changes in this lake.
 
 What it fences: landing, merging and confirming. Two daemons with the same configuration do not both write; the second
-one is told who holds the lease. The holder asks `check` (no I/O) before each commit.
+one is told who holds the lease. The holder asks `check` (no I/O) before each commit. Whoever keeps it has a thread for
+that alone, so that no landing is too long for it. A lease that ran out, because the store was out of reach or the
+process was stopped, comes back with the next renewal unless somebody else has taken it meanwhile.
 
 What it does not fence, and what does instead:
 - A holder that sleeps longer than the lease between `check` and its commit. The commit's own tokens are compared in the
@@ -18,6 +20,7 @@ stay unchanged for a whole term. A holder on the same machine whose process is g
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -26,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from cdc.errors import FormatTooNew, LeaseLost, StoreConflict, StoreUnavailable
+from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, StoreConflict, StoreUnavailable
 from cdc.lake.layout import lease_key
 from cdc.ports import ObjectStore
 
@@ -52,6 +55,7 @@ class Lease:
         self._etag: str | None = None
         self._fence = 0
         self._deadline = 0.0
+        self._renew_at = math.inf
         self._watched: tuple[str, float] = ("", 0.0)
 
     @property
@@ -59,13 +63,8 @@ class Lease:
         """Number of this term, higher than that of every holder before; 0 before `acquire`."""
         return self._fence
 
-    @property
-    def renew_every_s(self) -> float:
-        """How often `renew` should be called."""
-        return self._ttl_s / 3
-
     def acquire(self, *, wait_s: float = 0.0) -> None:
-        """Take the lease, waiting up to `wait_s` for its holder to end; LeaseLost naming the holder if that fails."""
+        """Take the lease, waiting up to `wait_s` for its holder to end; Standby naming the holder if that fails."""
         deadline = time.monotonic() + wait_s
         while True:
             with self._mutex:
@@ -73,11 +72,18 @@ class Lease:
             if holder is None:
                 return
             if time.monotonic() >= deadline:
-                raise LeaseLost(
+                raise Standby(
                     f"source {self._source}: another daemon writes to this lake: {holder}",
-                    hint="stop it; if it is gone for good, its lease ends by itself",
+                    hint="this one takes over when that one ends; if it is gone for good, its lease ends by itself",
                 )
             threading.Event().wait(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+    def keep(self) -> bool:
+        """Renew the lease if it is time to, as `renew` does; nothing before it is taken. False: nothing more to do
+        now. For the thread that keeps the lease; may block as long as the store does."""
+        if time.monotonic() >= self._renew_at:
+            self.renew()
+        return False
 
     def renew(self) -> None:
         """Extend the lease by a term from now. LeaseLost if another holder has it; StoreUnavailable leaves it."""
@@ -87,11 +93,14 @@ class Lease:
             self._write(self._etag)
 
     def check(self) -> None:
-        """LeaseLost if the lease may have ended. No I/O; call it before whatever the lease protects."""
-        if self._etag is None or time.monotonic() >= self._deadline:
-            raise LeaseLost(
+        """LeaseExpired if the lease may have ended, LeaseLost if it is not ours. No I/O; call it before whatever the
+        lease protects."""
+        if self._etag is None:
+            raise LeaseLost(f"source {self._source}: the lease is not held", hint="run only one daemon")
+        if time.monotonic() >= self._deadline:
+            raise LeaseExpired(
                 f"source {self._source}: the lease was not renewed in time, another daemon may write to this lake",
-                hint="the store was out of reach for longer than the lease; start the daemon again",
+                hint="it goes on when the store can be reached, unless another daemon has taken over",
             )
 
     def held(self) -> bool:
@@ -103,7 +112,7 @@ class Lease:
         with self._mutex:
             if self._etag is None:
                 return
-            etag, self._etag, self._deadline = self._etag, None, 0.0
+            etag, self._etag, self._deadline, self._renew_at = self._etag, None, 0.0, math.inf
             with suppress(StoreConflict, StoreUnavailable):
                 self._store.put(self._key, self._document(released=True), if_match=etag)
 
@@ -138,12 +147,12 @@ class Lease:
             # A store may repeat a PUT whose answer was lost, and then conflict with itself.
             found = self._store.get(self._key)
             if found is None or json.loads(found[0])["id"] != self._id:
-                self._etag, self._deadline = None, 0.0
+                self._etag, self._deadline, self._renew_at = None, 0.0, math.inf
                 raise LeaseLost(
                     f"source {self._source}: another daemon has taken over this lake", hint="run only one"
                 ) from None
             new = found[1]
-        self._etag, self._deadline = new, began + self._ttl_s
+        self._etag, self._deadline, self._renew_at = new, began + self._ttl_s, began + self._ttl_s / 3
 
     def _is_over(self, document: dict[str, Any], etag: str) -> bool:
         if document["released"] or time.time() > document["expires_at"] + SKEW_S:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.errors import FormatTooNew, LeaseLost
+from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, Verdict
 from cdc.lake.layout import lease_key
 from cdc.lake.lease import Lease
 from connectors.local.store import LocalStore
@@ -41,7 +41,7 @@ def document(store: LocalStore) -> dict[str, object]:
 
 def test_a_second_daemon_is_told_who_holds_it(store: LocalStore) -> None:
     first = taken(store, "daemon on db1")
-    with pytest.raises(LeaseLost, match="daemon on db1"):
+    with pytest.raises(Standby, match="daemon on db1"):
         taken(store, "other")
     first.check()
     first.renew()
@@ -72,10 +72,27 @@ def test_check_fails_when_the_lease_was_not_renewed_in_time(store: LocalStore) -
     first = taken(store, "a", ttl_s=3.0)
     assert first.held()
     wait_until(lambda: not first.held())
-    with pytest.raises(LeaseLost):
+    with pytest.raises(LeaseExpired) as caught:
         first.check()
+    assert caught.value.verdict is Verdict.RETRY
     first.renew()  # nobody else came
     first.check()
+
+
+def test_a_kept_lease_is_renewed_when_it_is_time_and_not_before_it_is_taken(store: LocalStore) -> None:
+    lease = Lease(store, "shop", "a", ttl_s=1.5)
+    lease.keep()
+    assert store.get(KEY) is None
+    lease.acquire()
+    first = document(store)
+    lease.keep()
+    assert document(store) == first
+    wait_until(lambda: not lease.keep() and document(store) != first)
+    assert lease.held()
+    lease.release()
+    released = document(store)
+    lease.keep()
+    assert document(store) == released
 
 
 _HOLD = """
@@ -95,7 +112,7 @@ def test_a_killed_holder_on_this_machine_is_succeeded_at_once(store: LocalStore,
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == b"held\n"
-            with pytest.raises(LeaseLost, match="child"):
+            with pytest.raises(Standby, match="child"):
                 taken(store, "successor")
         finally:
             child.kill()
@@ -122,7 +139,7 @@ def test_a_holder_whose_clock_is_wrong_is_succeeded_after_a_term_without_renewal
     held = document(store) | {"place": "another machine", "expires_at": time.time() + 1e6, "ttl_s": 1.0}
     store.put(KEY, json.dumps(held).encode())
     second = Lease(store, "shop", "b")
-    with pytest.raises(LeaseLost):
+    with pytest.raises(Standby):
         second.acquire()
     began = time.monotonic()
     second.acquire(wait_s=20)
@@ -141,7 +158,7 @@ def test_a_holder_that_renews_is_not_succeeded_however_long_one_watches(store: L
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(LeaseLost):
+        with pytest.raises(Standby):
             Lease(store, "shop", "b").acquire(wait_s=1.5)
         first.check()
     finally:
@@ -172,7 +189,7 @@ def test_of_many_that_want_it_at_once_one_gets_it(store: LocalStore) -> None:
         try:
             lease.acquire()
             got.append(lease)
-        except LeaseLost:
+        except Standby:
             pass
 
     threads = [threading.Thread(target=work) for _ in range(6)]
