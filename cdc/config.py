@@ -139,6 +139,14 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurrentConfig:
+    """`[lake.current]`: when a table's `current` is rewritten."""
+
+    max_staleness_s: float = 0.0
+    """How old a change may get that `current` lacks, where few rows have changed; 0: as `merge_share` allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -156,6 +164,7 @@ class LakeConfig:
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
     options: dict[str, str] = field(default_factory=dict)
+    current: CurrentConfig = field(default_factory=CurrentConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 from cdc.config import (
     AlertsConfig,
     Config,
+    CurrentConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -70,6 +71,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "heartbeat_every_s"): 0,
     ("verify", "every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,
+    ("lake.current", "max_staleness_s"): 0,
     ("lake", "lease_ttl_s"): 5,
     ("sync", "batch_rows"): 1,
     ("sync", "debounce_s"): 0,
@@ -229,6 +231,8 @@ class _Reader:
                 return declared_types(value)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
+        if kind is CurrentConfig:
+            return self._current(value)
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")
@@ -308,6 +312,11 @@ class _Reader:
             self.problems.append("verify.sample_percent: is a percentage above 0, up to 100")
         return VerifyConfig(**values)
 
+    def _current(self, table: Any) -> CurrentConfig:
+        if not isinstance(table, Mapping):
+            raise ValueError("write a [lake.current] section")
+        return CurrentConfig(**self._values(CurrentConfig, "lake.current", "lake.current", table, hidden=()) or {})
+
     def _lake(self, table: Any) -> LakeConfig | None:
         if not isinstance(table, Mapping):
             self.problems.append('no lake: write a [lake] section with url = "file:///…"')
@@ -326,6 +335,10 @@ class _Reader:
             self.problems.append("lake: a local directory has no region, endpoint_url or options")
         if lake.vacuum_after_s > 7 * 86400:
             self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
+        if lake.current.max_staleness_s > lake.vacuum_after_s / 2:
+            self.problems.append(
+                "lake.current.max_staleness_s: at most half of vacuum_after_s: syncs read what is replaced meanwhile"
+            )
         return lake if separator else replace(lake, url=(self.folder / Path(lake.url).expanduser()).as_uri())
 
     def _finish_source(self, source: SourceConfig) -> SourceConfig:

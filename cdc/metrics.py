@@ -81,6 +81,13 @@ CATALOG_FINDINGS = _counter(
 LAG_BYTES = _gauge(
     "cdc_lag_bytes", "WAL between the server's head and a step (logged, landed, merged).", "source", "step"
 )
+TABLE_LAG_SECONDS = _gauge(
+    "cdc_table_lag_seconds",
+    "Age of the oldest change that a table's changelog (landed) or its current (merged) lacks; 0: none.",
+    "source",
+    "table",
+    "step",
+)
 LAG_SECONDS = _gauge(
     "cdc_lag_seconds", "Time since a step last held everything that had been received.", "source", "step"
 )
@@ -112,6 +119,9 @@ RUN_SECONDS = _histogram(
 LANDED_ROWS = _counter("cdc_landed_rows", "Rows committed to changelogs.", "source", "table")
 LANDED_BYTES = _counter("cdc_landed_bytes", "Bytes of Parquet committed to changelogs.", "source")
 LAND_SECONDS = _histogram("cdc_land_seconds", "Time of one landing of a table.", "source")
+UNMERGED_ROWS = _gauge(
+    "cdc_unmerged_rows", "Rows that landed since the start and are not in current yet.", "source", "table"
+)
 MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from current tables.", "source", "table")
 COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelogs that were joined into bigger ones.")
 VACUUMED_OBJECTS = _counter("cdc_vacuumed_objects", "Objects removed because no version shows them any more.")

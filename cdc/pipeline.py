@@ -43,7 +43,7 @@ from cdc.lake.lease import Lease
 from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
-from cdc.merge import Merger
+from cdc.merge import Cadence, Merger
 from cdc.origin import give_up, settle
 from cdc.pace import LoadLimit, RateLimit
 from cdc.ports import ObjectStore, SourceIdentity
@@ -340,7 +340,8 @@ class Pipeline:
         )  # fmt: skip
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
-            temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
+            temp_dir=self._temp / "merge", freshness=self.lander.freshness,
+            cadence=Cadence(lake.merge_every_s, lake.merge_share, lake.current.max_staleness_s),
             upkeep=Limits(lake.compact_every_s, lake.object_bytes_target, lake.vacuum_after_s),
             own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
@@ -586,3 +587,4 @@ class Pipeline:
         }
         self._state.set(progress_fact(self.name), facts)
         count_tables(self._state, self.name)
+        self.lander.freshness.tell(self._state)

@@ -99,8 +99,8 @@ def show(one: dict[str, Any]) -> None:
         f" current lacks {one['merged_age_s']['median']:.1f} s (max {one['merged_age_s']['max']:.1f})\n"
         f"    tail {one['tail_rows']['median']:,.0f} rows (max {one['tail_rows']['max']:,}; by thirds"
         f" {', '.join(f'{t:,}' for t in one['tail_rows_by_third'])})\n"
-        f"    peak {one['peak_rss_mb']:.0f} MB (snapshot {one['peak_rss_mb_of_snapshot']:.0f}), CPU {one['cpu_s']:.0f} s,"
-        f" files {one['files']}",
+        f"    peak {one['peak_rss_mb']:.0f} MB (snapshot {one['peak_rss_mb_of_snapshot']:.0f}),"
+        f" CPU {one['cpu_s']:.0f} s, files {one['files']}",
         flush=True,
     )
 

@@ -12,6 +12,7 @@ import pytest
 from cdc.config import (
     AlertsConfig,
     Config,
+    CurrentConfig,
     LakeConfig,
     ModelConfig,
     SourceConfig,
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Any] = {
     "alerts": AlertsConfig,
     "verify": VerifyConfig,
     "lake": LakeConfig,
+    "lake.current": CurrentConfig,
     "model": ModelConfig,
     "target": TargetConfig,
     "sync": SyncConfig,
@@ -97,6 +99,7 @@ def test_the_example_file_names_every_key_and_no_other() -> None:
         elif header := re.match(r"(?:# )?\[(\w+)(?:\.(\w+))?\]", line):
             if header[1] == "lake" and header[2]:
                 named["lake"].add(header[2])
+                section = f"lake.{header[2]}" if f"lake.{header[2]}" in SECTIONS else "lake"
             else:
                 section = header[1]
         elif key := re.match(r"(?:# )?([a-z_]+)(?:\.\w+)? = ", line):
@@ -115,6 +118,7 @@ def test_the_example_file_shows_the_defaults() -> None:
         "alerts": config.alerts,
         "verify": config.verify,
         "lake": config.lake,
+        "lake.current": config.lake.current,
         "target": config.targets["crm"],
         "sync": config.syncs["customer_value"],
     }
@@ -260,6 +264,10 @@ def test_what_comes_later_is_refused_and_not_ignored(changes: dict[str, Any], pa
         ({"lake__land_every_s": 0}, "lake.land_every_s: must be greater than 0"),
         ({"lake__vacuum_after_s": 8 * 86400}, "a week at most"),
         ({"lake__merge_share": 1.5}, "is a share, at most 1"),
+        ({"lake__current": 3}, "write a [lake.current] section"),
+        ({"lake__current__max_staleness": 3}, "did you mean max_staleness_s?"),
+        ({"lake__current__max_staleness_s": -1}, "lake.current.max_staleness_s: must be at least 0"),
+        ({"lake__current__max_staleness_s": 1801}, "at most half of vacuum_after_s"),
         ({"lake__url": "file://lake"}, "absolute path"),
         ({"lake__options": {"a": "b"}}, "a local directory has no region"),
         ({"lake__url": "s3://"}, "names no place"),
