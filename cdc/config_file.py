@@ -73,6 +73,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("lake", "land_bytes"): 1 << 16,
     ("lake.current", "max_staleness_s"): 0,
     ("lake", "lease_ttl_s"): 5,
+    ("lake", "vacuum_after_s"): 0,
     ("sync", "batch_rows"): 1,
     ("sync", "debounce_s"): 0,
     ("", "log_bytes_max"): 8 << 20,

@@ -153,14 +153,15 @@ class Merger:
                 worked |= before != merged
         if cut.common and not put_off:
             self._save_cut(cut.boundary.lsn, versions)
-            # Behind it: what a vacuum removes must not be what the saved cut shows.
-            for table in versions:
-                self._tidy(table)
-            self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         if whole:
             self.merged_end_lsn = cut.boundary.end_lsn
             # Whoever asked while this round ran may mean a newer cut: asking again costs one look.
             self._asked = max(0, self._asked - asked)
+        if cut.common:
+            # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
+            for table in versions:
+                self._tidy(table)
+            self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         took = time.monotonic() - began
         if worked and not put_off:
             self._round_s = took

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cdc import metrics
 from cdc.errors import CdcError, StoreConflict
+from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.compaction import Compactor
 from cdc.lake.current import CurrentTable
@@ -96,9 +97,12 @@ class Upkeep:
     def vacuum(self) -> int:
         """Remove objects that no version of the last `vacuum_after_s` shows; how many. Only when `current` names the
         newest version of the changelog that has its rows."""
-        self._vacuum_at = time.monotonic() + self._limits.vacuum_after_s
+        self._vacuum_at = time.monotonic() + max(self._limits.vacuum_after_s, self._limits.every_s)
+        failpoint("vacuum.before_delete")
         gone = self._current.vacuum(self._limits.vacuum_after_s)
+        failpoint("vacuum.after_current")
         gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
+        failpoint("vacuum.after_delete")
         if gone:
             metrics.VACUUMED_OBJECTS.inc(gone)
         return gone

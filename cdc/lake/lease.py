@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, StoreConflict, StoreUnavailable
+from cdc.failpoints import failpoint
 from cdc.lake.layout import lease_key
 from cdc.ports import ObjectStore
 
@@ -90,7 +91,9 @@ class Lease:
         with self._mutex:
             if self._etag is None:
                 raise LeaseLost(f"source {self._source}: the lease is not held")
+            failpoint("lease.before_renewal")
             self._write(self._etag)
+            failpoint("lease.after_renewal")
 
     def check(self) -> None:
         """LeaseExpired if the lease may have ended, LeaseLost if it is not ours. No I/O; call it before whatever the

@@ -19,9 +19,10 @@ import psycopg
 import pytest
 
 from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.scene import Scene
 from tests.support.waiting import wait_until
 from tests.support.witness import Witness, assert_exactly_once
-from tests.support.workload import SCHEMA, TABLES, Workload
+from tests.support.workload import Workload
 
 # Each point, and up to which of its passes it strikes.
 AREAS: Mapping[str, Mapping[str, int]] = {
@@ -53,42 +54,16 @@ PERIODIC = {
 HISTORY = ("origin.after_note", "slot.after_drop", "origin.after_setup", "origin.after_anchor")
 """Points of a new history: tests/fault/test_history.py kills there."""
 
+LAKE = {
+    "vacuum.before_delete",
+    "vacuum.after_current",
+    "vacuum.after_delete",
+    "lease.before_renewal",
+    "lease.after_renewal",
+}
+"""Points of what is done to the lake now and then: tests/fault/test_crash_matrix.py kills there."""
+
 EVERY = [point for points in AREAS.values() for point in points]
-
-
-class Scene:
-    """A database with the workload's tables, its witness, and a daemon with small chunks and small segments."""
-
-    def __init__(self, directory: Path, dsn: str) -> None:
-        execute(dsn, *SCHEMA.split(";\n"))
-        self.dsn = dsn
-        self.daemon = Daemon(
-            directory,
-            dsn,
-            source={"chunk_rows": 150, "confirm_every_s": 0.3},
-            top={"log_segment_bytes": "1MB"},
-            lake={"compact_every_s": 0.3},
-        )
-        assert self.daemon.ask("setup").code == 0
-        self.witness = Witness(dsn, f"witness_{self.daemon.slot}")
-
-    def kill_at(self, point: str, nth: int) -> None:
-        """Run until the daemon has killed itself there; a snapshot is in progress."""
-        if self.daemon.state_dir.exists():
-            self.daemon.ask("resync", "stock")
-        self.daemon.start(failpoints=f"{point}=kill:{nth}")
-        if point == "log.before_unlink":
-            # A segment goes when everything in it has landed and the next one has begun.
-            execute(
-                self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g"
-            )
-        wait_until(lambda: not self.daemon.alive, 60, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
-        assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
-
-    def check(self) -> int:
-        """Nothing lost, nothing doubled, every table equal; the number of changes."""
-        self.daemon.settled().verified()
-        return assert_exactly_once(self.witness, self.daemon.lake, TABLES)
 
 
 def test_every_failpoint_is_struck_by_some_test() -> None:
@@ -100,7 +75,7 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    assert named == set(EVERY) | ELSEWHERE | PERIODIC | set(HISTORY)
+    assert named == set(EVERY) | LAKE | ELSEWHERE | PERIODIC | set(HISTORY)
 
 
 @pytest.mark.parametrize("area", AREAS)
