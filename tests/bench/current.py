@@ -3,8 +3,8 @@
 2,000 random rows a second are updated in tables of 100 thousand, 1 million and 10 million rows, each followed by a
 daemon of its own with the default configuration, on a real Postgres. Prints per size: time and bytes that merging
 takes per changed row, its share of the time, how long the unmerged tail gets, and how long it takes until a change has
-landed and until it is merged; writes build/bench-current.json. Figures of one run on one machine compare with each
-other only.
+landed, until `cdc query` shows it, and until it is merged; writes build/bench-current.json. Figures of one run on one
+machine compare with each other only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from connectors.postgres.embedded import EmbeddedPostgres
 from tests.bench import backlog as bl
 from tests.bench.steady import ROOT, SOURCE, Follower, Load, Story, every, fill, story
@@ -25,6 +27,8 @@ from tests.bench.steady import ROOT, SOURCE, Follower, Load, Story, every, fill,
 SIZES = (100_000, 1_000_000, 10_000_000)
 RATE = 2_000
 SECONDS = 300
+PROBES = 3
+"""How often it is asked how long a change takes until it shows."""
 TABLE = f"{SOURCE}/public.items"
 
 
@@ -39,6 +43,7 @@ def run(server: EmbeddedPostgres, folder: Path, rows: int, rate: int, seconds: i
         before = daemon.metrics()
         load = Load(server, folder, rows=rows, rate=rate, seconds=seconds)
         print(f"{rows:,} rows: {rate:,} updates a second for {seconds} s", flush=True)
+        visible = [visible_after(server, daemon, load, -number) for number in range(1, PROBES + 1)]
         load.end()
         ended = time.time()
         after = daemon.metrics()
@@ -46,8 +51,20 @@ def run(server: EmbeddedPostgres, folder: Path, rows: int, rate: int, seconds: i
         found = story(daemon.lake / TABLE, load.began)
     return figures(found, load.began, ended, merge_s=_grown("cdc_merge_seconds_sum", before, after)) | {
         "rows": rows, "rate": rate, "cpu_s": _grown("process_cpu_seconds_total", before, after),
-        "peak_rss_mb": memory_mb, "peak_rss_mb_of_snapshot": snapshot_mb, "files": files,
+        "visible_after_s": visible, "peak_rss_mb": memory_mb, "peak_rss_mb_of_snapshot": snapshot_mb, "files": files,
     }  # fmt: skip
+
+
+def visible_after(server: EmbeddedPostgres, daemon: Follower, load: Load, key: int) -> float | None:
+    """Seconds from a row's commit until `cdc query` shows it; None if the load ended before."""
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("insert into items (id) values (%s)", (key,))
+    began = time.monotonic()
+    while load.running:
+        if daemon.query(f"select 1 from {SOURCE}.items where id = {key}"):
+            return time.monotonic() - began
+        time.sleep(0.2)
+    return None
 
 
 def _grown(name: str, before: dict[str, float], after: dict[str, float]) -> float:
@@ -90,12 +107,14 @@ def _thirds(values: list[Any]) -> list[list[Any]]:
 
 def show(one: dict[str, Any]) -> None:
     """One size, in words."""
+    shown = ", ".join(f"{s:.1f}" for s in one["visible_after_s"] if s is not None)
     print(
         f"  {one['rows']:,} rows: {one['merges']} merges of {one['merged_rows']:,} changed rows; share of the time"
         f" {one['merge_share']:.3f}\n"
         f"    per changed row: {one['merge_us_per_row'] or 0:,.1f} us, {one['bytes_per_row'] or 0:,.0f} bytes"
         f" ({one['rows_rewritten_per_row'] or 0:.1f} rows) rewritten\n"
         f"    landed after {one['landed_after_s']['median']:.1f} s (max {one['landed_after_s']['max']:.1f});"
+        f" `cdc query` shows it after {shown or 'more than the load'} s;"
         f" current lacks {one['merged_age_s']['median']:.1f} s (max {one['merged_age_s']['max']:.1f})\n"
         f"    tail {one['tail_rows']['median']:,.0f} rows (max {one['tail_rows']['max']:,}; by thirds"
         f" {', '.join(f'{t:,}' for t in one['tail_rows_by_third'])})\n"

@@ -7,6 +7,8 @@ Delta logs of its lake (the time of each commit's file), so that looking costs t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import subprocess
@@ -26,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
+from cdc.cli import main
 from cdc.errors import ConfigError
 from cdc.state import State
 from connectors.postgres.embedded import EmbeddedPostgres
@@ -138,6 +141,16 @@ class Follower:
         if done.returncode != 0:
             raise RuntimeError(f"cdc {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return json.loads(done.stdout)
+
+    def query(self, sql: str) -> list[Any]:
+        """Rows that `cdc query` gives; in this process, which has Python started already."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            code = main(["--config", str(self.config), "--json", "query", sql])
+        if code != 0:
+            raise RuntimeError(f"cdc query failed: {out.getvalue()[-2000:]}")
+        rows: list[Any] = json.loads(out.getvalue())["rows"]
+        return rows
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, as long as the daemon lives."""
