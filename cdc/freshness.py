@@ -59,7 +59,9 @@ class Freshness:
 
     def read(self, table: TableId, oldest_us: int | None) -> None:
         """Rows were read from the log, the oldest committed then (None: not known)."""
-        since = time.time() if oldest_us is None else oldest_us / 1e6
+        now = time.time()
+        # Whatever the source's clock says, it was not committed after it was read.
+        since = now if oldest_us is None else min(now, oldest_us / 1e6)
         with self._lock:
             self._open[table] = min(since, self._open.get(table, math.inf))
 

@@ -159,9 +159,10 @@ class Merger:
             self._asked = max(0, self._asked - asked)
         if cut.common:
             # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
-            for table in versions:
-                self._tidy(table)
-            self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
+            for table in [*versions, *put_off]:
+                self._tidy(table, vacuum=not put_off)
+            if not put_off:
+                self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         took = time.monotonic() - began
         if worked and not put_off:
             self._round_s = took
@@ -263,15 +264,17 @@ class Merger:
         self.ask()
         return order
 
-    def _tidy(self, table: TableId) -> None:
-        """Join small objects of a merged table's changelog, and remove what nobody reads any more, where it is due.
-        What fails here fails no merge: it is told, and tried again later."""
+    def _tidy(self, table: TableId, *, vacuum: bool) -> None:
+        """Join small objects of a table's changelog that are merged, and (`vacuum`) remove what nobody reads any more,
+        where it is due. What fails here fails no merge: it is told, and tried again later."""
         changelog, current = self._pairs[table]
         if table not in self._upkeeps:
             self._upkeeps[table] = Upkeep(self._store, changelog, current, temp_dir=self._temp_dir, limits=self._limits)
-        upkeep, orders = self._upkeeps[table], self._orders.open(table)
+        upkeep = self._upkeeps[table]
+        orders = [o for o in self._orders.open(table) if vacuum or o.kind == "compact"]
+        vacuum = vacuum and (upkeep.is_vacuum_due or any(o.kind == "vacuum" for o in orders))
         by_hand = [o for o in orders if o.kind == "compact"]
-        if not (orders or upkeep.is_compaction_due or upkeep.is_vacuum_due):
+        if not (orders or upkeep.is_compaction_due or vacuum):
             return
         self._check_lease()
         began = time.perf_counter()
@@ -282,9 +285,8 @@ class Merger:
             if by_hand or upkeep.is_compaction_due:
                 joined = upkeep.compact(everything=bool(by_hand))
             self._follow(table)
-            vacuums = [o for o in orders if o.kind == "vacuum"]
             removed = 0
-            if vacuums or upkeep.is_vacuum_due:
+            if vacuum:
                 removed = upkeep.vacuum()
                 self._follow(table)
         except CdcError as e:

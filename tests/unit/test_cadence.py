@@ -13,7 +13,10 @@ import pytest
 from cdc.batch import Boundary
 from cdc.freshness import LANDINGS_MAX, Freshness, freshness_fact, lag_seconds
 from cdc.lake.changelog import ChangelogTable
-from cdc.lake.current import CurrentTable
+from cdc.lake.compaction import FEW
+from cdc.lake.current import CurrentTable, open_current
+from cdc.lake.delta import DeltaLog
+from cdc.lake.layout import changelog_path
 from cdc.land import LandedCut
 from cdc.merge import Cadence, Merger
 from cdc.metrics import TABLE_LAG_SECONDS, UNMERGED_ROWS
@@ -95,6 +98,9 @@ class Shop:
     def _merged(self) -> dict[TableId, int]:
         return {t: CurrentTable(self.store, "shop", t, temp_dir=self.temp).merged() for t in (BIG, SMALL)}
 
+    def objects(self, table: TableId) -> list[str]:
+        return [f.path for f in DeltaLog(self.store, changelog_path("shop", table)).files()]
+
     def cut_lsn(self) -> int:
         found = self.state.cut("shop")
         assert found is not None
@@ -148,6 +154,27 @@ def test_all_are_merged_before_one_is_staler_than_is_allowed(shop: Shop) -> None
     shop.update(BIG, 1, age_s=ALLOWED_S + 1)
     assert shop.step() == {BIG, SMALL}, "so that there is a cut"
     assert shop.cut_lsn() == shop.lsn
+
+
+def test_small_objects_are_joined_between_cuts_and_what_the_cut_shows_stays(shop: Shop) -> None:
+    cut = shop.state.cut("shop")
+    assert cut is not None
+    shop.update(BIG, 1)
+    for _ in range(FEW + 1):
+        shop.update(SMALL, 5)
+        assert shop.step() == {SMALL}
+    before = len(shop.objects(SMALL))
+    shop.merger._upkeeps[SMALL]._compact_at = shop.merger._upkeeps[SMALL]._vacuum_at = 0.0
+    shop.step()
+    assert len(shop.objects(SMALL)) <= before - FEW + 1
+    assert shop.merger._upkeeps[SMALL].is_vacuum_due, "behind the next cut"
+    assert shop.state.cut("shop") == cut
+    old = open_current(shop.store, "shop", SMALL, cut.versions[SMALL])
+    assert old is not None
+    assert set(old.to_table(columns=["note"]).column("note").to_pylist()) == {"old"}
+    shop.merger.ask()
+    shop.step()
+    assert not shop.merger._upkeeps[SMALL].is_vacuum_due
 
 
 def test_syncs_hear_of_a_change_when_the_cut_has_it(shop: Shop) -> None:
