@@ -250,6 +250,8 @@ def _demo(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--keep", action="store_true", help="leave everything running to look at, until Ctrl-C")
     p.add_argument("--directory", metavar="DIR", help="where to put it; a demo's is replaced (default ./cdc-demo)")
+    p.add_argument("--lake", metavar="URL", help="an empty place for its lake, as s3://BUCKET/PREFIX (default: there)")
+    p.add_argument("--endpoint-url", metavar="URL", help="of the bucket, if it is not on AWS")
 
 
 def _seconds(text: str) -> float:

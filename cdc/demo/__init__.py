@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cdc import registry
+from cdc.config import LakeConfig
 from cdc.console import Console
 from cdc.demo import folder
 from cdc.demo.facts import Watch
@@ -21,27 +22,41 @@ from cdc.demo.processes import Interrupted, Interrupts, Processes
 from cdc.demo.shop import Shop
 from cdc.demo.story import Story, Verdict, as_typed, look_commands
 from cdc.demo.view import View
-from cdc.errors import CdcError
+from cdc.errors import CdcError, ConfigError
 
 OK, FAILED, FOUND = 0, 1, 3
 
 
-def run_demo(duration_s: float, keep: bool, directory: Path | None, console: Console) -> int:
+def run_demo(
+    duration_s: float, keep: bool, directory: Path | None, console: Console, *, lake: Mapping[str, str]
+) -> int:
     """Run it; blocks for its whole length. 0 all equal, 3 not, 1 a step failed, 128 + signal if interrupted.
 
-    ConfigError if the folder cannot be used. Main thread only: it takes SIGINT, SIGTERM and SIGHUP.
+    `lake`: url and endpoint_url of another place than the folder, which must be empty. ConfigError if the folder or
+    that place cannot be used. Main thread only: it takes SIGINT, SIGTERM and SIGHUP.
     """
     place = (directory or folder.DEFAULT).absolute()
     _forget_server_defaults()
     shop: Shop = registry.demo_shop("postgres")(place)
+    if lake:
+        _check_empty(LakeConfig(url=lake.get("url", ""), endpoint_url=lake.get("endpoint_url", "")))
     with Interrupts() as interrupts, folder.held(place) as replaced:
-        return _Demo(shop, place, replaced, interrupts, console).run(duration_s, keep)
+        return _Demo(shop, place, replaced, interrupts, console, lake).run(duration_s, keep)
 
 
 class _Demo:
     """One run in a folder that is ours."""
 
-    def __init__(self, shop: Shop, place: Path, replaced: bool, interrupts: Interrupts, console: Console) -> None:
+    def __init__(
+        self,
+        shop: Shop,
+        place: Path,
+        replaced: bool,
+        interrupts: Interrupts,
+        console: Console,
+        lake: Mapping[str, str],
+    ) -> None:
+        self._lake = lake
         self._shop = shop
         self._place = place
         self._replaced = replaced
@@ -97,6 +112,7 @@ class _Demo:
             self._shop.connection_keys("source"),
             self._shop.connection_keys("target"),
             self._shop.scores_table,
+            self._lake,
         )
         view.say(f"configuration to read: {folder.shown(config)}; daemon's log: {place}/daemon.log")
         self._watch = watch = Watch(config, self._shop)
@@ -134,8 +150,8 @@ class _Demo:
         else:
             bare("NOT EQUAL: see above. That must not happen; please report it with the folder.", "bold red")
         bare(
-            f"The lake: {folder.shown(self._place / 'lake')}   (Delta tables; the configuration: "
-            f"{folder.shown(self._place / 'cdc.toml')})"
+            f"The lake: {self._lake.get('url') or folder.shown(self._place / 'lake')}   "
+            f"(Delta tables; the configuration: {folder.shown(self._place / 'cdc.toml')})"
         )
         bare("Look into it:", "bold")
         for words in self._look():
@@ -158,9 +174,17 @@ class _Demo:
             "kinds": verdict.kinds,
             "directory": str(self._place),
             "config": str(self._place / "cdc.toml"),
-            "lake": str(self._place / "lake"),
+            "lake": self._lake.get("url") or str(self._place / "lake"),
             "commands": self._look(),
         }
+
+
+def _check_empty(lake: LakeConfig) -> None:
+    """What an earlier demo left in a bucket is of another database, and is not ours to delete."""
+    if not lake.url:
+        raise ConfigError("--endpoint-url is of a bucket", hint="name it: --lake s3://BUCKET/PREFIX")
+    if next(iter(registry.lake_store(lake).list("")), None) is not None:
+        raise ConfigError(f"{lake.url} is not empty", hint="name another prefix for the demo's lake")
 
 
 def _program() -> str:

@@ -46,7 +46,7 @@ chunk_rows = 20000                    # small, so that snapshots take several ch
 
 # Where they go: Delta tables, <source>/<schema>.<table>/current and …/changelog.
 [lake]
-url = {lake}
+{lake}
 land_every_s = 2                      # a demo is impatient; the default is 10
 merge_every_s = 2
 merge_share = 0.3
@@ -105,14 +105,16 @@ def clear(directory: Path) -> None:
             entry.unlink()
 
 
-def write_config(directory: Path, source: Mapping[str, str], target: Mapping[str, str], scores: str) -> Path:
-    """Write the configuration; its path."""
+def write_config(
+    directory: Path, source: Mapping[str, str], target: Mapping[str, str], scores: str, lake: Mapping[str, str]
+) -> Path:
+    """Write the configuration; its path. `lake`: keys of its section, without a URL if it is to stand in the folder."""
     path = directory / "cdc.toml"
     path.write_text(
         _CONFIG.format(
             source=_keys(source),
             target=_keys(target),
-            lake=json.dumps((directory / "lake").as_uri()),
+            lake=_keys({"url": (directory / "lake").as_uri(), **lake}),
             sql=MODEL_SQL,
             scores=json.dumps(scores),
         )

@@ -149,7 +149,9 @@ def demo(call: Call) -> int:
     from cdc.demo import run_demo
 
     directory = Path(call.args.directory).absolute() if call.args.directory else None
-    return run_demo(call.args.duration, call.args.keep, directory, call.console)
+    lake = {"url": call.args.lake, "endpoint_url": call.args.endpoint_url}
+    given = {key: value for key, value in lake.items() if value}
+    return run_demo(call.args.duration, call.args.keep, directory, call.console, lake=given)
 
 
 def show_version(call: Call) -> int:

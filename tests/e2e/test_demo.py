@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.buckets import CREDENTIALS, new_bucket, s3_endpoint
+from tests.support.snippets import SNIPPETS, run_snippet
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +89,27 @@ def start() -> Iterator[Start]:
     for demo in demos:
         demo.kill()
         demo.communicate()
+
+
+@pytest.mark.slow
+def test_the_demo_s_lake_may_stand_in_a_bucket_and_is_read_as_the_documentation_says(
+    tmp_path: Path, start: Start
+) -> None:
+    endpoint, url = s3_endpoint(), f"s3://{new_bucket()}/demo"
+    place = ("--lake", url, "--endpoint-url", endpoint)
+    demo = start(tmp_path / "demo", "--duration", "4", *place)
+    out, told = demo.communicate(timeout=LENGTH_S)
+    assert demo.returncode == 0, told
+    shown = json.loads(out)
+    assert (shown["equal"], shown["lake"]) == (True, url)
+    key, secret = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+    read = run_snippet(SNIPPETS[2], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"]
+    assert [[read.num_rows]] == query(shown["config"], "select count(*) from shop.orders")
+
+    again = start(tmp_path / "again", *place)
+    _, told = again.communicate(timeout=LENGTH_S)
+    assert again.returncode == 2
+    assert f"{url} is not empty" in told
 
 
 def query(config: str, sql: str) -> list[list[Any]]:
