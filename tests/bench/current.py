@@ -41,10 +41,10 @@ def run(server: EmbeddedPostgres, folder: Path, rows: int, rate: int, seconds: i
         snapshot_mb = daemon.memory_mb()
         daemon.ask("wait", "--timeout", "600")
         before = daemon.metrics()
-        load = Load(server, folder, rows=rows, rate=rate, seconds=seconds)
         print(f"{rows:,} rows: {rate:,} updates a second for {seconds} s", flush=True)
-        visible = [visible_after(server, daemon, load, -number) for number in range(1, PROBES + 1)]
-        load.end()
+        with Load(server, folder, rows=rows, rate=rate, seconds=seconds) as load:
+            visible = [visible_after(server, daemon, load, -number) for number in range(1, PROBES + 1)]
+            load.end()
         ended = time.time()
         after = daemon.metrics()
         memory_mb, files = daemon.memory_mb(), daemon.files()

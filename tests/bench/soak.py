@@ -101,14 +101,14 @@ def sample(daemon: Follower) -> dict[str, float]:
 def soak(rows: int, rate: int, seconds: int, lake: dict[str, Any]) -> tuple[Samples, dict[str, Any]]:
     """The samples, and what is known afterwards only."""
     with following(rows, lake) as (daemon, load_for):
-        load = load_for(rate, seconds)
         samples = []
-        while load.running:
-            time.sleep(EVERY_S)
-            samples.append(sample(daemon))
-            if len(samples) % 12 == 0:
-                print(f"  {told(samples[-1])}", flush=True)
-        load.end()
+        with load_for(rate, seconds) as load:
+            while load.running:
+                time.sleep(EVERY_S)
+                samples.append(sample(daemon))
+                if len(samples) % 12 == 0:
+                    print(f"  {told(samples[-1])}", flush=True)
+            load.end()
         daemon.ask("wait", "--timeout", "600")
         equal = daemon.ask("verify")
         found = story(daemon.lake / TABLE, load.began)

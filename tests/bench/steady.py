@@ -70,7 +70,7 @@ def fill(server: EmbeddedPostgres, rows: int) -> None:
 
 
 class Load:
-    """pgbench, which updates `rate` random rows a second for `seconds`."""
+    """pgbench, which updates `rate` random rows a second for `seconds`; as a context manager it leaves no process."""
 
     def __init__(self, server: EmbeddedPostgres, folder: Path, *, rows: int, rate: int, seconds: int) -> None:
         script = folder / "update.sql"
@@ -83,6 +83,16 @@ class Load:
         self.seconds = seconds
         self.began = time.time()
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.running:
+            self._process.kill()
+            self._process.wait()
 
     @property
     def running(self) -> bool:
@@ -110,9 +120,7 @@ class Follower:
             if isinstance(section, Mapping):
                 lines += [f"[lake.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
         self.config = folder / "cdc.toml"
-        self.config.write_text(
-            CONFIG.format(folder=folder, dsn=server.dsn(), source=SOURCE, lake="\n".join(lines))
-        )  # fmt: skip
+        self.config.write_text(CONFIG.format(folder=folder, dsn=server.dsn(), source=SOURCE, lake="\n".join(lines)))
 
     def __enter__(self) -> Self:
         forget(self._server)
