@@ -165,7 +165,8 @@ def report(samples: Samples, after: dict[str, Any], rate: int, staleness_s: floa
         broken.append("landed after")
     print(
         f"\n{after['changes_per_s']:,.0f} changes/s (bound: {LOAD_SHARE:g} of the load), {after['landings']} landings,"
-        f" {after['merges']} merges ({after['merge_share']:.3f} of the time), {after['files_per_minute']:.0f} more files a minute"
+        f" {after['merges']} merges ({after['merge_share']:.3f} of the time),"
+        f" {after['files_per_minute']:.0f} more files a minute"
         f"\na change had landed after {after['landed_after_max_s']:.1f} s at most"
         f" (bound: {LANDED_WITHIN_S:g} s); verify: equal"
     )
