@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-peers bench-snapshot bench-verify bench-fresh lock clean
+.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-current bench-fresh bench-peers bench-snapshot bench-verify soak lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -18,7 +18,7 @@ $(shell rm -f $(INSTALLED) $(INSTALLED_DEV) $(INSTALLED_BENCH) $(INSTALLED_STORE
 endif
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## .venv with .venv/bin/cdc
 
@@ -61,11 +61,17 @@ bench-snapshot: $(INSTALLED_DEV) ## a table into landed Parquet, against COPY; w
 bench-peers: $(INSTALLED_DEV) $(INSTALLED_BENCH) ## the same backlog through the Debezium engine (needs a JDK)
 	$(BIN)/python -m tests.bench.peers $(ARGS)
 
+bench-current: $(INSTALLED_DEV) ## what keeping current costs, by the table's size; writes build/bench-current.json
+	$(BIN)/python -m tests.bench.current $(ARGS)
+
 bench-verify: $(INSTALLED_DEV) ## verify of 5,000,000 equal rows against a full copy; writes build/bench-verify.json
 	$(BIN)/python -m tests.bench.verify $(ARGS)
 
 bench-fresh: $(INSTALLED_DEV) ## reading a table with 100,000 unmerged changes, against reading it merged; writes build/bench-fresh.json
 	$(BIN)/python -m tests.bench.fresh $(ARGS)
+
+soak: $(INSTALLED_DEV) ## does anything grow in half an hour of load? (ARGS="--minutes 3"); writes build/soak.json
+	$(BIN)/python -m tests.bench.soak $(ARGS)
 
 lock: ## new requirements.lock and requirements-dev.lock, with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lock

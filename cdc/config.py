@@ -236,6 +236,14 @@ class IcebergConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurrentConfig:
+    """`[lake.current]`: when a table's `current` is rewritten."""
+
+    max_staleness_s: float = 0.0
+    """How old a change may get that `current` lacks, where few rows have changed; 0: as `merge_share` allows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LakeConfig:
     """`[lake]`: where tables land."""
 
@@ -252,6 +260,7 @@ class LakeConfig:
     object_bytes_target: int = 128 << 20
     """Where compaction lets the objects of changelogs stop growing."""
     lease_ttl_s: float = 30.0
+    current: CurrentConfig = field(default_factory=CurrentConfig)
     changelog: ChangelogConfig = field(default_factory=ChangelogConfig)
     files: FilesConfig | None = None
     iceberg: IcebergConfig | None = None

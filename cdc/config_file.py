@@ -22,6 +22,7 @@ from cdc.config import (
     AlertsConfig,
     ChangelogConfig,
     Config,
+    CurrentConfig,
     FilesConfig,
     IcebergConfig,
     LakeConfig,
@@ -79,6 +80,7 @@ _LEAST: dict[tuple[str, str], float] = {
     ("source", "heartbeat_every_s"): 0,
     ("verify", "every_s"): 0,
     ("lake", "land_bytes"): 1 << 16,
+    ("lake.current", "max_staleness_s"): 0,
     ("lake", "lease_ttl_s"): 5,
     ("lake", "vacuum_after_s"): 0,
     ("sync", "batch_rows"): 1,
@@ -257,6 +259,8 @@ class _Reader:
                 raise ValueError(str(error)) from None
         if section == "table" and key == "partition_by" and isinstance(value, str):
             return str(PartitionBy.of(value))
+        if kind is CurrentConfig:
+            return self._current(value)
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")
@@ -372,6 +376,11 @@ class _Reader:
             self.problems.append("verify.sample_percent: is a percentage above 0, up to 100")
         return VerifyConfig(**values)
 
+    def _current(self, table: Any) -> CurrentConfig:
+        if not isinstance(table, Mapping):
+            raise ValueError("write a [lake.current] section")
+        return CurrentConfig(**self._values(CurrentConfig, "lake.current", "lake.current", table, hidden=()) or {})
+
     def _lake(self, table: Any) -> LakeConfig | None:
         if not isinstance(table, Mapping):
             self.problems.append('no lake: write a [lake] section with url = "file:///…"')
@@ -390,6 +399,10 @@ class _Reader:
         lake = LakeConfig(**values, named={name: other for name, other in made.items() if other is not None})
         if lake.vacuum_after_s > 7 * 86400:
             self.problems.append("lake.vacuum_after_s: a week at most; for longer Delta does not know what was removed")
+        if lake.current.max_staleness_s > lake.vacuum_after_s / 2:
+            self.problems.append(
+                "lake.current.max_staleness_s: at most half of vacuum_after_s: syncs read what is replaced meanwhile"
+            )
         for at, each in lake.all.items():
             if lake.changelog.cold_after and each.url.startswith("file:"):
                 self.problems.append(f"lake.changelog.cold_after: [{at}] is a local directory, without storage classes")

@@ -27,6 +27,7 @@ from cdc.capture import ConfirmGate
 from cdc.errors import CdcError, LogCorrupt, StoreUnavailable, StreamRestarted, Verdict
 from cdc.evolution import Evolution
 from cdc.failpoints import failpoint
+from cdc.freshness import Freshness
 from cdc.lake.changelog import ChangelogTable, ChangelogWriter, Landed
 from cdc.lake.lease import Lease
 from cdc.lake.naming import LANDED
@@ -227,6 +228,8 @@ class Lander:
         """Log offsets: up to where somebody waits, and up to where all has landed."""
         self._versions: dict[TableId, int] = {}
         self._floor = -1
+        self.freshness = Freshness(source)
+        """What each table lacks in the lake, and since when."""
         self.landed_cut: LandedCut | None = None
         """The newest cut at which all changelogs stand; None until landing has passed what it found in the lake."""
         self.landed: Boundary | None = None
@@ -312,6 +315,7 @@ class Lander:
             if self.due_in_s() > 0:
                 return None
             self._commit(self._cut)
+        self.freshness.settled()
         point, self._cut = self._cut, None
         self._settled_to = point.offset
         self.landed = point.boundary
@@ -346,8 +350,9 @@ class Lander:
             self._stop(record.table, e)
             self._note_open()
             return
-        newest = pc.max(batch.system("_committed_at")).value if record.kind == "change" else None
-        if newest is not None:
+        times = pc.min_max(batch.system("_committed_at"))
+        self.freshness.read(record.table, times["min"].value)
+        if record.kind == "change" and (newest := times["max"].value) is not None:
             self._changed_us[record.table] = max(newest, self._changed_us.get(record.table, 0))
         self._bytes += record.bytes
         self._note_open()
@@ -377,6 +382,7 @@ class Lander:
             del self._writers[table]
             self._versions[table] = landed.version
             self._count(table, landed, writer.lateness)
+            self.freshness.landed(table, landed.version, landed.rows)
             metrics.LAND_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         failpoint("land.after_cut")
         with self._state.transaction() as tx:

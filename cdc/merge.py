@@ -3,8 +3,9 @@
 After every merge round that brings each table to the versions of one landed cut, the cut is recorded with the
 current tables' versions: models and syncs read exactly these, so they never join the orders of now with the
 customers of before. Cadence follows `merge_every_s`, and merging takes at most `merge_share` of the time unless
-somebody waits for it. How one table is merged is in cdc.lake.current; what is unresolved there is read again by
-cdc.backfill.
+somebody waits for it. Where the operator allows tables to be stale for a while, a table of which little has changed is
+put off, and the rounds between two cuts merge the others. How one table is merged is in cdc.lake.current; what is
+unresolved there is read again by cdc.backfill.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from cdc import metrics
 from cdc.errors import CdcError, KeyChanged, SchemaConflict, Verdict
+from cdc.freshness import Freshness
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.commits import HistoryGone
 from cdc.lake.current import CurrentTable
@@ -35,6 +38,20 @@ BLOCKED_S = 0.3
 BUILT_ANEW_S = 5.0
 """The same where each look costs as much as its whole changelog."""
 
+TAIL_SHARE = 0.1
+"""Share of a table's rows from which on its unmerged tail is worth a merge: ten rows are rewritten for one that has
+changed, whatever the table's size, and whoever reads the tail beside the table reads little more than the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Of `[lake]`: how often tables are merged at most, which share of the time that may take, and how stale a table
+    may be before it is merged for a few changes (0: no staler than the share makes it)."""
+
+    every_s: float
+    share: float
+    max_staleness_s: float
+
 
 class Merger:
     """Keeps the current tables of one source. `step` belongs to one thread; `ask` may be called from any."""
@@ -47,8 +64,8 @@ class Merger:
         store: ObjectStore,
         *,
         temp_dir: Path,
-        merge_every_s: float,
-        merge_share: float,
+        cadence: Cadence,
+        freshness: Freshness,
         upkeep: Limits,
         own_origins: Sequence[str],
         landed: Callable[[], LandedCut | None],
@@ -66,8 +83,8 @@ class Merger:
         self._book = book
         self._store = store
         self._temp_dir = temp_dir
-        self._merge_every_s = merge_every_s
-        self._merge_share = merge_share
+        self._cadence = cadence
+        self._freshness = freshness
         self._limits = upkeep
         self._own_origins = tuple(own_origins)
         self._landed = landed
@@ -81,23 +98,29 @@ class Merger:
         self._upkeeps: dict[TableId, Upkeep] = {}
         self._orders = UpkeepOrders()
         self._asked = 0
-        self._not_before = time.monotonic() + merge_every_s
+        self._not_before = time.monotonic() + cadence.every_s
+        self._round_s = 0.0
+        """What merging all tables took last."""
+        self._rows: dict[TableId, int] = {}
         self._versions: dict[TableId, int] = {}
         self._through: dict[TableId, int] = {}
         self._blocked: dict[TableId, float] = {}
         self._mended: dict[TableId, int] = {}
         self._saved: tuple[int, dict[TableId, int]] = (-1, {})
+        self._changed: dict[TableId, int] = {}
         self.merged_end_lsn = 0
         """End LSN of the last cut that every table has been merged to."""
         self.changed_by_others: dict[TableId, int] = {}
-        """Per table, the cut's LSN at which a change that is not our own write was last merged."""
+        """Per table, the position at which a change that is not our own write was last merged, as far as the recorded
+        cut holds it. Replaced, never changed."""
 
     def ask(self) -> None:
         """Merge the newest cut without waiting for the cadence. Thread-safe."""
         self._asked += 1
 
     def step(self) -> bool:
-        """Merge every table to the newest landed cut, if it is due. True if there was something to merge."""
+        """Merge the tables that are due to the newest landed cut; all of them record it. True if there was something to
+        merge."""
         cut = self._landed()
         asked = self._asked
         if cut is None or (not asked and time.monotonic() < self._not_before):
@@ -105,8 +128,12 @@ class Merger:
         began = time.monotonic()
         worked, whole = False, True
         versions: dict[TableId, int] = {}
+        put_off = set() if asked else self._put_off(cut)
         for table, through in cut.versions.items():
             if self._is_stopped(table) or table.is_own:
+                continue
+            if table in put_off:
+                whole = False
                 continue
             before = self._versions.get(table)
             try:
@@ -134,7 +161,7 @@ class Merger:
             if merged is not None:
                 versions[table] = merged
                 worked |= before != merged
-        if cut.common:
+        if cut.common and not put_off:
             self._save_cut(cut.boundary.lsn, versions)
         if whole:
             self.merged_end_lsn = cut.boundary.end_lsn
@@ -143,17 +170,42 @@ class Merger:
         if cut.common:
             # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
             for table, through in cut.versions.items():
-                if table in versions or self._is_apart(table):
-                    self._tidy(table, through)
-            self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
+                if table in versions or table in put_off or self._is_apart(table):
+                    self._tidy(table, self._through.get(table, through), between_cuts=bool(put_off))
+            if not put_off:
+                self._save_cut(cut.boundary.lsn, {table: self._versions[table] for table in versions})
         took = time.monotonic() - began
-        self._not_before = began + (max(self._merge_every_s, took / self._merge_share) if worked else 0.0)
+        if worked and not put_off:
+            self._round_s = took
+        self._not_before = began + (self._pause_s(took) if worked else 0.0)
         return worked
+
+    def _pause_s(self, took_s: float) -> float:
+        """From the begin of a round to that of the next."""
+        return max(self._cadence.every_s, took_s / self._cadence.share)
+
+    def _put_off(self, cut: LandedCut) -> set[TableId]:
+        """Tables that are not worth a merge now. None if one of them would be staler than is allowed before the next
+        chance to merge it: then all are merged, so that there is a cut."""
+        allowed_s = self._cadence.max_staleness_s
+        if not allowed_s:
+            return set()
+        behind = [t for t, v in cut.versions.items() if self._through.get(t, v) < v and not self._is_stopped(t)]
+        tails = {table: self._freshness.tail(table) for table in behind}
+        # No rows: what landed is not known, or none of it is new. That is found out by merging.
+        little = {t for t, tail in tails.items() if 0 < tail.rows < TAIL_SHARE * self._rows[t]}
+        next_s = self._round_s + (self._pause_s(self._round_s) if len(little) < len(tails) else 0.0)
+        late = time.time() + next_s - allowed_s
+        return set() if any(tails[t].since <= late for t in little) else little
 
     def _save_cut(self, lsn: int, versions: dict[TableId, int]) -> None:
         if self._saved != (lsn, versions):
             self._state.save_cut(self._source, lsn, versions)
             self._saved = lsn, dict(versions)
+        if self._changed:
+            # Behind it: a sync that hears of a change looks for it in the cut.
+            self.changed_by_others = {**self.changed_by_others, **self._changed}
+            self._changed.clear()
 
     def _mend(self, table: TableId, error: SchemaConflict) -> bool:
         """Have the table read again for a shape that its rows do not have; False if that was tried for this shape."""
@@ -199,13 +251,15 @@ class Merger:
                 self._wish(table, result.unresolved)
             return None
         self._through[table], self._versions[table] = through, result.version
+        self._rows[table] = current.rows()
+        self._freshness.merged(table, through)
         metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         metrics.STAGE_SECONDS.labels("merge").inc(time.perf_counter() - began)
         rows = result.rows_upserted + result.rows_deleted
         metrics.MERGED_ROWS.labels(self._source, metrics.table_label(self._source, table)).inc(rows)
         if result.foreign_change:
-            self.changed_by_others[table] = lsn
-        self._state.update_table(self._source, table, current_lsn=lsn, rows=current.rows())
+            self._changed[table] = lsn
+        self._state.update_table(self._source, table, current_lsn=lsn, rows=self._rows[table])
         return result.version
 
     # ---- upkeep ----
@@ -221,11 +275,12 @@ class Merger:
         """Whether only a table's upkeep is done: it has no `current`, or takes no part any more."""
         return table.is_own or self._state.table(self._source, table).state == "removed"
 
-    def _tidy(self, table: TableId, through: int) -> None:
-        """Do what is due of a merged table's upkeep, and what somebody waits for. What fails here fails no merge: it is
-        told, and tried again later."""
-        upkeep, orders = self._upkeep(table), self._orders.open(table)
-        if not (orders or upkeep.is_due):
+    def _tidy(self, table: TableId, through: int, *, between_cuts: bool) -> None:
+        """Do what is due of the upkeep of a table, merged through a version, and what somebody waits for; nothing goes
+        that the recorded cut may show. What fails here fails no merge: it is told, and tried again later."""
+        upkeep = self._upkeep(table)
+        orders = [o for o in self._orders.open(table) if o.kind == "compact" or not between_cuts]
+        if not (orders or upkeep.is_due(only_joins=between_cuts)):
             return
         self._lease.check()
         began = time.perf_counter()
@@ -233,7 +288,12 @@ class Merger:
             if self._is_read_anew(table, through):
                 return
             kinds = {order.kind for order in orders}
-            done = upkeep.work(lambda: self._follow(table), compact="compact" in kinds, vacuum="vacuum" in kinds)
+            done = upkeep.work(
+                lambda: self._follow(table),
+                compact="compact" in kinds,
+                vacuum="vacuum" in kinds,
+                only_joins=between_cuts,
+            )
         except CdcError as e:
             if e.verdict is Verdict.FATAL:
                 raise

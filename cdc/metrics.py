@@ -110,6 +110,13 @@ CATALOG_FINDINGS = _counter(
 LAG_BYTES = _gauge(
     "cdc_lag_bytes", "WAL between the server's head and a step (logged, landed, merged).", "source", "step"
 )
+TABLE_LAG_SECONDS = _gauge(
+    "cdc_table_lag_seconds",
+    "Age of the oldest change that a table's changelog (landed) or its current (merged) lacks; 0: none.",
+    "source",
+    "table",
+    "step",
+)
 LAG_SECONDS = _gauge(
     "cdc_lag_seconds", "Time since a step last held everything that had been received.", "source", "step"
 )
@@ -153,6 +160,9 @@ UNDATED_ROWS = _counter(
     "cdc_undated_rows", "Rows landed without the time that their table is partitioned by.", "source", "table"
 )
 LAND_SECONDS = _histogram("cdc_land_seconds", "Time of one landing of a table.", "source")
+UNMERGED_ROWS = _gauge(
+    "cdc_unmerged_rows", "Rows that landed since the start and are not in current yet.", "source", "table"
+)
 MERGED_ROWS = _counter("cdc_merged_rows", "Rows written to or deleted from current tables.", "source", "table")
 COMPACTED_OBJECTS = _counter("cdc_compacted_objects", "Small objects of changelogs that were joined into bigger ones.")
 EXPIRED_OBJECTS = _counter("cdc_expired_objects", "Objects of changelogs that retention has let go.")

@@ -31,7 +31,7 @@ from cdc.lake.lease import Lease
 from cdc.lake.probe import require_promises
 from cdc.land import Group, LandedCut, Lander, LandPoint, LogReader
 from cdc.log import EventLog
-from cdc.merge import Merger
+from cdc.merge import Cadence, Merger
 from cdc.periodic import FULL_KINDS, Halted, PeriodicRuns, cursor_fact, whole_fact
 from cdc.periodic_origin import MODE, adopt_tables, settle_periodic
 from cdc.places import Places
@@ -368,7 +368,8 @@ class PeriodicPipeline:
         )  # fmt: skip
         self.merger = Merger(
             name, self._state, self._book, self._store,
-            temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
+            temp_dir=self._temp / "merge", freshness=self.lander.freshness,
+            cadence=Cadence(lake.merge_every_s, lake.merge_share, lake.current.max_staleness_s),
             upkeep=Limits.of(lake, self._source_config),
             own_origins=self._own_origins, landed=lambda: self._landed_cut(doubtful_lsn),
             wish=lambda table, keys: self.read_whole(table, "values that nobody knows"), read_anew=self.read_whole,
@@ -570,3 +571,4 @@ class PeriodicPipeline:
         if told != self._state.get(runs_now_fact(self.name)):
             self._state.set(runs_now_fact(self.name), told)
         count_tables(self._state, self.name)
+        self.lander.freshness.tell(self._state)

@@ -45,7 +45,7 @@ from cdc.lake.lease import Lease
 from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
 from cdc.log import EventLog
-from cdc.merge import Merger
+from cdc.merge import Cadence, Merger
 from cdc.origin import give_up, settle
 from cdc.pace import LoadLimit, RateLimit
 from cdc.places import Places
@@ -122,10 +122,9 @@ class Pipeline:
         self._discover_at = self._look_at = 0.0
         self._shapes_seen = 0
         self._prune: tuple[int, list[int]] = (0, [])
+        worker = partial(Worker, stop=stop, on_error=self._note_error, on_fatal=on_fatal)
         self.workers = [
-            Worker(
-                f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s
-            )
+            worker(f"{part}:{self.name}", step, idle_s=idle_s)
             for part, step, idle_s in (
                 ("capture", self._capture_step, 0.2),
                 ("land", lambda: self._in_turn("land", self._land_step), 0.2),
@@ -137,12 +136,8 @@ class Pipeline:
             )
         ]
         self.workers += [
-            Worker(
-                f"backfill:{source.name}:{lane}", partial(self._lane_step, lane),
-                stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=0.05,
-            )
-            for lane in lanes
-        ]  # fmt: skip
+            worker(f"backfill:{self.name}:{lane}", partial(self._lane_step, lane), idle_s=0.05) for lane in lanes
+        ]
 
     # ---- life ----
 
@@ -347,7 +342,8 @@ class Pipeline:
         )  # fmt: skip
         self.merger = Merger(
             self.name, self._state, self._book, self._store,
-            temp_dir=self._temp / "merge", merge_every_s=lake.merge_every_s, merge_share=lake.merge_share,
+            temp_dir=self._temp / "merge", freshness=self.lander.freshness,
+            cadence=Cadence(lake.merge_every_s, lake.merge_share, lake.current.max_staleness_s),
             upkeep=Limits.of(lake, self._source_config),
             own_origins=self._own_origins, landed=lambda: self.lander.landed_cut,
             wish=self.backfill.wish, read_anew=self.read_anew, stop_table=self.stop_table, is_stopped=self.rests,
@@ -593,3 +589,4 @@ class Pipeline:
         }
         self._state.set(progress_fact(self.name), facts)
         count_tables(self._state, self.name)
+        self.lander.freshness.tell(self._state)

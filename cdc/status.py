@@ -18,6 +18,7 @@ from cdc.console import lsn_text, time_text
 from cdc.discovery import finding_fact, unpublished_fact
 from cdc.errors import CdcError
 from cdc.follow import followers_fact
+from cdc.freshness import freshness_fact, lag_seconds
 from cdc.guard import guard_fact
 from cdc.ports import SourceStatus
 from cdc.schedule import Schedule
@@ -152,6 +153,8 @@ def _source(
     if server is not None and section.confirm_after == "landed" and progress.get("landed_lsn"):
         # Only what has landed is confirmed; the server's answer may be newer than the daemon's note.
         progress = {**progress, "landed_lsn": max(int(progress["landed_lsn"]), server.confirmed_lsn)}
+    # Of a daemon that is down nobody knows what has come since.
+    lacking = state.get(freshness_fact(name)) if state and _daemon(state, now)["running"] else None
     return {
         "name": name,
         "type": section.type,
@@ -169,7 +172,7 @@ def _source(
             {**asdict(step), "lsn": lsn_text(step.lsn) or None, "lag_seconds": _rounded(step.lag_seconds)}
             for step in ladder(known, server, progress, now)
         ],
-        "tables": [_table(state, table, server, now) for table in state.tables(name)] if state else [],
+        "tables": [_table(state, table, server, lacking, now) for table in state.tables(name)] if state else [],
         "followers": [_follower(fact, now) for fact in (state.get(followers_fact(name)) or [] if state else [])],
         "unpublished": [
             {"table": table, "fix": fix} for table, fix in (state.get(unpublished_fact(name)) or [] if state else [])
@@ -233,7 +236,9 @@ def _guard(state: State | None, name: str) -> dict[str, Any]:
     }
 
 
-def _table(state: State, table: TableState, server: SourceStatus | None, now: float) -> dict[str, Any]:
+def _table(
+    state: State, table: TableState, server: SourceStatus | None, lacking: dict[str, Any] | None, now: float
+) -> dict[str, Any]:
     runs = state.runs(table.source, table.table, states=RUNS_OPEN)
     return {
         "table": str(table.table),
@@ -245,6 +250,7 @@ def _table(state: State, table: TableState, server: SourceStatus | None, now: fl
         "last_change_at": time_text(table.last_change_us / 1e6),
         "landed_lsn": lsn_text(table.landed_lsn) or None,
         "current_lsn": lsn_text(table.current_lsn) or None,
+        "lag_seconds": lag_seconds(lacking, table.table, now),
         "snapshot": snapshot_progress(runs[-1], estimate_of(runs[-1], table, server), now) if runs else None,
         "verified": _last(state, "verify", f"{table.source}.{table.table}"),
         "finding": _finding(state.get(finding_fact(table.source, table.table))),

@@ -118,12 +118,11 @@ class Upkeep:
         # What the process before this one has left goes at once.
         self._reclaims = True
 
-    @property
-    def is_due(self) -> bool:
-        """Whether anything is."""
+    def is_due(self, *, only_joins: bool = False) -> bool:
+        """Whether anything is, or a join."""
         now = time.monotonic()
-        due = now >= min(self._compact_at, self._vacuum_at, self._age_at if self._ages else math.inf)
-        return due or self._reclaims
+        others = math.inf if only_joins else min(self._vacuum_at, self._age_at if self._ages else math.inf)
+        return now >= min(self._compact_at, others) or self._reclaims
 
     def put_off(self) -> None:
         """After a failure: not again before its time."""
@@ -133,15 +132,18 @@ class Upkeep:
         self._age_at = max(self._age_at, later)
         self._reclaims = False  # with the next vacuum
 
-    def work(self, follow: Callable[[], None], *, compact: bool = False, vacuum: bool = False) -> Done:
+    def work(
+        self, follow: Callable[[], None], *, compact: bool = False, vacuum: bool = False, only_joins: bool = False
+    ) -> Done:
         """Whatever is due, and what somebody has asked for: one bounded piece of it. Blocking; each step is durable by
-        itself. `follow` brings `current` to the newest version of the changelog that has its rows.
+        itself. `follow` brings `current` to the newest version of the changelog that has its rows. `only_joins`: what
+        a version has shown stays.
 
         Only while no run of the table is under way: what has been merged of it may have to be read again.
         """
         done, now = Done(), time.monotonic()
-        vacuum = vacuum or now >= self._vacuum_at
-        ageing = self._ages and (vacuum or now >= self._age_at)
+        vacuum = not only_joins and (vacuum or now >= self._vacuum_at)
+        ageing = not only_joins and self._ages and (vacuum or now >= self._age_at)
         if vacuum or self._reclaims:
             done.removed = self.reclaim()
         if compact or ageing or now >= self._compact_at:

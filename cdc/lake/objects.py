@@ -186,14 +186,14 @@ def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return array.cast(kind)
 
 
-def _leaves(path: str, kind: pa.DataType) -> list[str]:
-    """Parquet's names of the columns that hold a field."""
+def leaves(path: str, kind: pa.DataType) -> list[str]:
+    """Parquet's names of the columns that hold a field `path` of type `kind`."""
     if pa.types.is_struct(kind):
-        return [leaf for f in kind for leaf in _leaves(f"{path}.{f.name}", f.type)]
+        return [leaf for f in kind for leaf in leaves(f"{path}.{f.name}", f.type)]
     if pa.types.is_list(kind):
-        return _leaves(f"{path}.list.element", kind.value_type)
+        return leaves(f"{path}.list.element", kind.value_type)
     if pa.types.is_map(kind):
-        return [f"{path}.key_value.key", *_leaves(f"{path}.key_value.value", kind.item_type)]
+        return [f"{path}.key_value.key", *leaves(f"{path}.key_value.value", kind.item_type)]
     return [path]
 
 
@@ -205,7 +205,7 @@ def writer_options(prefix: str, key: Sequence[str], before: pa.DataType | None) 
 
     unchanged, old = named("_unchanged", "_before")
     # Null counts of the old images let a merge pass over row groups in which no key changed.
-    olds = [] if before is None else _leaves(old, before)
+    olds = [] if before is None else leaves(old, before)
     return {
         "compression": "zstd",
         "compression_level": 1,

@@ -14,12 +14,13 @@ import pytest
 
 from cdc.batch import Boundary
 from cdc.errors import StoreUnavailable
+from cdc.freshness import Freshness
 from cdc.lake import compaction
 from cdc.lake.compaction import FEW, Compactor
 from cdc.lake.current import CurrentTable
 from cdc.lake.delta import DeltaLog
 from cdc.land import LandedCut
-from cdc.merge import Merger
+from cdc.merge import Cadence, Merger
 from cdc.schema import SchemaBook
 from cdc.state import State, open_state
 from cdc.upkeep import Limits
@@ -40,9 +41,9 @@ class Scene(Story):
         self.begin()
         held: Any = SimpleNamespace(check=lambda: None, fence=0)
         self.merger = Merger(
-            "shop", self.state, book, self.store, temp_dir=self.temp, merge_every_s=0, merge_share=1.0,
-            upkeep=Limits(3600, 128 << 20, 3600), own_origins=(), landed=self._landed, wish=_never, read_anew=_never,
-            stop_table=_never, is_stopped=lambda table: False, lease=held,
+            "shop", self.state, book, self.store, temp_dir=self.temp, cadence=Cadence(0, 1.0, 0),
+            freshness=Freshness("shop"), upkeep=Limits(3600, 128 << 20, 3600), own_origins=(), landed=self._landed,
+            wish=_never, read_anew=_never, stop_table=_never, is_stopped=lambda table: False, lease=held,
         )  # fmt: skip
         self.through = self.changelog.version()
 
