@@ -153,7 +153,7 @@ class Pipeline:
         if self._prepared.is_set():
             self._capture.close()
         self._source.close()
-        self._lease.release()
+        self._lease.release(max(0.1, deadline - time.monotonic()))
         self._state.save_source(self.name, phase="stopped")
 
     @property

@@ -39,6 +39,7 @@ TTL_S: Final = 30.0
 SKEW_S: Final = 5.0
 """How far clocks of two machines may differ before a successor has to watch for a whole term instead."""
 _POLL_S: Final = 0.5
+RELEASE_S: Final = 10.0
 
 
 class Lease:
@@ -110,8 +111,14 @@ class Lease:
         """Whether `check` would pass."""
         return self._etag is not None and time.monotonic() < self._deadline
 
-    def release(self) -> None:
-        """Give the lease back, so that a successor need not wait; best effort, idempotent."""
+    def release(self, within_s: float = RELEASE_S) -> None:
+        """Give the lease back, so that a successor need not wait; best effort, idempotent. Returns when that is done,
+        or after `within_s`: a store that does not answer holds up no shutdown."""
+        thread = threading.Thread(target=self._release, name=f"release:{self._source}", daemon=True)
+        thread.start()
+        thread.join(within_s)
+
+    def _release(self) -> None:
         with self._mutex:
             if self._etag is None:
                 return

@@ -44,6 +44,7 @@ _DELETED_AT_ONCE: Final = 1000
 _TOKEN: Final = "cdc-write"
 _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 _ATTEMPTS: Final = 5
+_QUICK_S: Final = 10.0
 WAIT_S = 0.1
 """Before the first repetition, about; each time twice as long."""
 OPTIONS: Final = frozenset({"region", "endpoint_url", "addressing_style", "storage_class", "sse", "sse_kms_key_id"})
@@ -105,7 +106,10 @@ class S3Store:
                 response_checksum_validation="when_required",
                 s3={"addressing_style": self._style},
             )
-            self._client: Any = self._session.client("s3", endpoint_url=self._endpoint or None, config=config)
+            client = partial(self._session.client, "s3", endpoint_url=self._endpoint or None)
+            self._client: Any = client(config=config)
+            # For conditional writes, which are small: a mute connection must not outlast the lease that waits for one.
+            self._quick: Any = client(config=config.merge(Config(connect_timeout=5, read_timeout=_QUICK_S)))
         except (boto.BotoCoreError, ValueError) as e:
             raise ConfigError(f"lake: {e}", hint="see lake.region and lake.endpoint_url") from e
 
@@ -133,7 +137,8 @@ class S3Store:
         try:
             if len(view) > PART_BYTES and not if_absent and if_match is None:
                 return self._put_parts(key, view, where, about)
-            write = partial(self._client.put_object, **where, **about, Body=bytes(view))
+            client = self._quick if if_absent or if_match is not None else self._client
+            write = partial(client.put_object, **where, **about, Body=bytes(view))
             if if_match is not None:
                 return self._replace(key, write, token, if_match)
             return self._finish(key, partial(write, IfNoneMatch="*") if if_absent else write, token)

@@ -30,9 +30,9 @@ class Bucket:
         self.store = S3Store(new_bucket(), "lake", {"endpoint_url": s3_endpoint()})
         self.faults: list[Fault | None] = []
         self.sent: list[str] = []
-        client = self.store._client
-        client.meta.events.register("before-send.s3", self._before_send)
-        self._session = client._endpoint.http_session
+        for client in (self.store._client, self.store._quick):
+            client.meta.events.register("before-send.s3", self._before_send)
+        self._session = self.store._client._endpoint.http_session
 
     def _before_send(self, request: Any, **_: Any) -> Any:
         self.sent.append(request.method)

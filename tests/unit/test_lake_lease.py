@@ -62,6 +62,23 @@ def test_a_lease_given_back_is_free_at_once_and_the_fence_grows(store: LocalStor
     assert taken(store, "b").fence == 2
 
 
+def test_a_store_that_does_not_answer_holds_up_no_shutdown(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = taken(store, "a")
+    mute, told = threading.Event(), threading.Event()
+
+    def put(*_: object, **__: object) -> str:
+        told.set()
+        mute.wait()
+        return ""
+
+    monkeypatch.setattr(store, "put", put)
+    try:
+        lease.release(within_s=0.05)
+        assert told.wait(10), "it was asked"
+    finally:
+        mute.set()
+
+
 def test_taking_a_lease_that_one_holds_keeps_the_term_number(store: LocalStore) -> None:
     first = taken(store, "a")
     first.acquire()
