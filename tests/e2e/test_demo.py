@@ -103,7 +103,7 @@ def test_the_demo_s_lake_may_stand_in_a_bucket_and_is_read_as_the_documentation_
     shown = json.loads(out)
     assert (shown["equal"], shown["lake"]) == (True, url)
     key, secret = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
-    read = run_snippet(SNIPPETS[2], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"]
+    read = run_snippet(SNIPPETS[3], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"]
     assert [[read.num_rows]] == query(shown["config"], "select count(*) from shop.orders")
 
     again = start(tmp_path / "again", *place)

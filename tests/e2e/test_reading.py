@@ -13,7 +13,8 @@ from tests.support.daemon import ROOT, Daemon, execute
 from tests.support.snippets import SNIPPETS, run_snippet
 from tests.support.waiting import wait_until
 
-(IN_SQL,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "reading.md").read_text(), re.DOTALL)
+PAGE = (ROOT / "docs" / "reading.md").read_text()
+(IN_SQL,) = (sql for sql in re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL) if "(run by the tests)" in sql)
 TABLE = (
     "create table orders (id int primary key, amount numeric(10,2), tags text[], created_at timestamptz)",
     "insert into orders select g, g / 4.0, array['a', null], now() from generate_series(1, 100) g",
@@ -33,7 +34,7 @@ def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, data
             "insert into orders values (101, 1, null, '2026-11-28 10:00+00'), (102, 1, null, '2026-11-28 08:00+00')",
         )
         daemon.settled()
-        plain, by_duckdb, _, by_time = SNIPPETS
+        plain, by_duckdb, by_polars, _, by_time = SNIPPETS
         names = run_snippet(plain, LAKE=str(daemon.lake))
         rows = {row["id"]: row for row in names["orders"].to_pylist()}
         assert sorted(rows) == [n for n in range(1, 103) if n != 8]
@@ -42,6 +43,12 @@ def test_the_snippets_of_the_documentation_read_a_directory(tmp_path: Path, data
         assert names["updates"].num_rows == 1
         counted = by_duckdb.replace("duckdb.sql(", "counted = duckdb.sql(")
         assert run_snippet(counted, LAKE=str(daemon.lake))["counted"] == [(101,)]
+        scanned = run_snippet(by_polars, LAKE=str(daemon.lake))["dear"]
+        assert sorted(scanned["id"]) == list(range(91, 101))
+        assert dict(zip(scanned.columns, map(str, scanned.dtypes), strict=True)) == {
+            "id": "Int32", "amount": "Decimal(precision=10, scale=2)", "tags": "List(String)",
+            "created_at": "Datetime(time_unit='us', time_zone='UTC')",
+        }  # fmt: skip
         asking = by_time.replace("duckdb.sql(", "asked = duckdb.sql(")
         asked = run_snippet(asking, LAKE=str(daemon.lake))["asked"]
         assert asked.select("_date, id").filter("id > 100").fetchall() == [("2026-11-28", 101)]
@@ -60,4 +67,4 @@ def test_the_snippets_of_the_documentation_read_a_bucket(tmp_path: Path, databas
     with Daemon(tmp_path, database, lake={"url": url, "endpoint_url": endpoint}) as daemon:
         daemon.start().settled()
         key, secret = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
-        assert run_snippet(SNIPPETS[2], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"].num_rows == 100
+        assert run_snippet(SNIPPETS[3], LAKE=url, ENDPOINT=endpoint, KEY=key, SECRET=secret)["orders"].num_rows == 100
