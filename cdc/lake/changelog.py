@@ -20,7 +20,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -306,8 +306,22 @@ class ChangelogTable:
 
 def highest_landed(store: ObjectStore, source: str, epoch: int) -> int:
     """The highest commit LSN of an epoch that any changelog of the source says it holds; -1 if none holds any. Lists
-    the whole source in the store: not for every day."""
-    return max((ChangelogTable(store, source, t).tokens().stream(epoch) for t in tables_in(store, source)), default=-1)
+    the whole source in the store, as the two below: not for every day."""
+    return max((tokens.stream(epoch) for tokens in _tokens_of_all(store, source)), default=-1)
+
+
+def highest_epoch(store: ObjectStore, source: str) -> int:
+    """The highest epoch of which any changelog of the source holds anything; -1 if none does."""
+    return max((tokens.epoch for tokens in _tokens_of_all(store, source)), default=-1)
+
+
+def highest_fence(store: ObjectStore, source: str) -> int:
+    """The highest fence of a lease under which any changelog of the source was committed to; 0 if none was."""
+    return max((tokens.get(LEASE) or 0 for tokens in _tokens_of_all(store, source)), default=0)
+
+
+def _tokens_of_all(store: ObjectStore, source: str) -> Iterator[ChangelogTokens]:
+    return (ChangelogTable(store, source, table).tokens() for table in tables_in(store, source))
 
 
 class ChangelogWriter:

@@ -25,6 +25,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -45,12 +46,22 @@ RELEASE_S: Final = 10.0
 class Lease:
     """The right of one process to write one source's part of the lake. Thread-safe."""
 
-    def __init__(self, store: ObjectStore, source: str, owner: str, *, ttl_s: float = TTL_S) -> None:
-        """`owner` is what others are shown (host, process); identity is a random id of this object."""
+    def __init__(
+        self,
+        store: ObjectStore,
+        source: str,
+        owner: str,
+        *,
+        ttl_s: float = TTL_S,
+        floor: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`owner` is what others are shown (host, process); identity is a random id of this object. `floor` gives the
+        highest fence that the source's tables were committed to with; it is asked where there is no lease."""
         self._store = store
         self._source = source
         self._key = lease_key(source)
         self._owner = owner
+        self._floor = floor
         self._ttl_s = ttl_s
         self._id = uuid.uuid4().hex
         self._mutex = threading.Lock()
@@ -130,7 +141,8 @@ class Lease:
         """Take the lease if it is free: None, else who holds it."""
         found = self._store.get(self._key)
         if found is None:
-            self._fence = 1
+            # Tables may be older than the lease: kept ones below a new main lake, or it was removed.
+            self._fence = 1 + self._floor()
             return self._take(None)
         data, etag = found
         document: dict[str, Any] = json.loads(data)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from deltalake import DeltaTable
 from cdc.batch import SNAPSHOT_SEQ, Batch, Boundary, batch_schema
 from cdc.errors import InvariantBroken, LeaseLost, SchemaConflict, StoreConflict
 from cdc.lake import changelog as changelog_module
-from cdc.lake.changelog import ChangelogTable
+from cdc.lake.changelog import ChangelogTable, highest_epoch, highest_fence, highest_landed
 from cdc.lake.delta import DeltaLog
 from cdc.lake.naming import LANDED
 from cdc.table import Column, TableId, TableSchema
@@ -130,6 +131,18 @@ def test_rows_that_have_landed_are_left_out_when_they_come_again(store: LocalSto
     assert ids(store) == [1000, 1501, 2002, 2012, 3003]
     assert table.tokens().stream(1) == opened(store).tokens().stream(1) == 300
     assert opened(store).tokens().stream(2) == -1
+
+
+def test_what_all_changelogs_of_a_source_say_at_most(store: LocalStore, tmp_path: Path) -> None:
+    found = highest_epoch(store, "shop"), highest_fence(store, "shop"), highest_landed(store, "shop", 1)
+    assert found == (-1, 0, -1)
+    other = replace(V1, table=TableId("public", "other"))
+    for schema, epoch, lsn, fence in ((V1, 1, 200, 7), (other, 1, 100, 0), (other, 3, 50, 4)):
+        writer = ChangelogTable(store, "shop", schema.table).writer(tmp_path, fence=fence)
+        writer.add(batch(schema, [lsn], _epoch=epoch))
+        writer.commit(Boundary(epoch, lsn, lsn + 8))
+    found = highest_epoch(store, "shop"), highest_fence(store, "shop"), highest_landed(store, "shop", 1)
+    assert found == (3, 7, 200)
 
 
 def test_a_commit_without_rows_is_none(store: LocalStore, tmp_path: Path) -> None:

@@ -62,6 +62,22 @@ def test_a_lease_given_back_is_free_at_once_and_the_fence_grows(store: LocalStor
     assert taken(store, "b").fence == 2
 
 
+def test_where_there_is_no_lease_the_fence_goes_on_behind_what_tables_were_committed_with(
+    store: LocalStore,
+) -> None:
+    lease = Lease(store, "shop", "a", floor=lambda: 7)
+    lease.acquire()
+    assert (lease.fence, document(store)["fence"]) == (8, 8)
+    lease.release()
+
+    def never() -> int:
+        raise AssertionError("the lease tells")
+
+    successor = Lease(store, "shop", "b", floor=never)
+    successor.acquire()
+    assert successor.fence == 9
+
+
 def test_a_store_that_does_not_answer_holds_up_no_shutdown(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = taken(store, "a")
     mute, told = threading.Event(), threading.Event()
