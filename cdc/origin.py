@@ -45,19 +45,22 @@ def settle(
     event_log: EventLog,
     *,
     landed_lsn: Callable[[int], int] = lambda epoch: -1,
+    landed_epoch: Callable[[], int] = lambda: -1,
     still: Callable[[], None] = lambda: None,
 ) -> AnchorState:
     """The anchor as it is to be kept from here on; the log has a position when this returns. Durable on return.
 
     `landed_lsn` gives the highest commit LSN that the lake holds of an epoch; it is asked only when the log cannot
-    tell. `still` is called before a new history begins: once it has returned, no other part works on the source.
+    tell. `landed_epoch` gives the highest epoch that the lake holds anything of; it is asked only without an anchor.
+    `still` is called before a new history begins: once it has returned, no other part works on the source.
     Raises SourceRefused or SlotLost with the situation and its remedy, SourceUnavailable where waiting mends it.
     """
     known = anchor.load()
     status = admin.status()
     if known is None or not known.slot:
         still()
-        return _begin(config, identity, admin, anchor, event_log, known)
+        before = known.epoch if known is not None else epoch_before(landed_epoch(), event_log.position(config.name))
+        return _begin(config, identity, admin, anchor, event_log, known, before)
     server = _Server(config, identity, status)
     _check_place(server, known)
     lost = _loss(server, known, event_log, landed_lsn)
@@ -83,7 +86,8 @@ def begin_anew(
     log.warning("a new history begins: every table is snapshotted anew", extra={"source": config.name, "why": why})
     give_up(anchor, why)
     failpoint("origin.after_note")
-    return _begin(config, identity, admin, anchor, event_log, anchor.state)
+    known = anchor.state
+    return _begin(config, identity, admin, anchor, event_log, known, known.epoch if known is not None else 0)
 
 
 def give_up(anchor: Anchor, why: str = "cdc teardown") -> None:
@@ -91,6 +95,13 @@ def give_up(anchor: Anchor, why: str = "cdc teardown") -> None:
     dropped, so that a slot that is missing without this note is known as lost. Durable on return."""
     if anchor.load() is not None:
         anchor.change(lambda s: replace(s, slot="", why=why) if s.slot else s)
+
+
+def epoch_before(landed: int, logged: Boundary | None) -> int:
+    """The epoch that a history begins behind which no anchor tells of: none of what a lake holds by then counts, for
+    nobody knows which server it came from, or what happened since. `landed`: the lake's highest epoch, -1 if it holds
+    nothing; a lake like that begins with the first."""
+    return max(landed, logged.epoch if logged is not None else 0) if landed > 0 else 0
 
 
 def anew(source: str) -> str:
@@ -108,6 +119,7 @@ def _begin(
     anchor: Anchor,
     event_log: EventLog,
     known: AnchorState | None,
+    before: int,
 ) -> AnchorState:
     """The first epoch, or the next one. What a slot of the epoch before still holds has nothing to do with the new
     one, so it is made anew; at the very first start, one that `cdc setup` made is used as it is."""
@@ -118,7 +130,7 @@ def _begin(
     if status.slot_fault:
         raise SlotLost(_cannot_serve(config, status), hint=f"`cdc teardown {config.name}`, then start again")
     state = AnchorState(
-        epoch=known.epoch + 1 if known is not None else 1,
+        epoch=before + 1,
         system_id=identity.system_id,
         timeline=identity.timeline,
         database=identity.database,

@@ -21,6 +21,7 @@ from cdc.lake.anchor import Anchor, AnchorState, places_kept
 from cdc.lake.changelog import ChangelogTable
 from cdc.lake.layout import tables_in
 from cdc.log import EventLog
+from cdc.origin import epoch_before
 from cdc.ports import ObjectStore, SourceIdentity
 from cdc.schema import SchemaBook
 from cdc.state import State
@@ -50,11 +51,13 @@ def settle_periodic(
     event_log: EventLog,
     *,
     landed_lsn: Callable[[int], int],
+    landed_epoch: Callable[[], int] = lambda: -1,
     still: Callable[[], None] = lambda: None,
 ) -> Settled:
     """The log has a position when this returns, and no part of a run that did not end. Durable on return.
 
     `landed_lsn` gives the highest position that the lake holds of an epoch; it is asked only when the log cannot tell.
+    `landed_epoch` gives the highest epoch that the lake holds anything of; it is asked only without an anchor.
     `still` is called before a new epoch begins: once it has returned, no other part works on the source. SourceRefused
     if this is not the source that the lake was filled from."""
     known = anchor.load()
@@ -70,8 +73,9 @@ def settle_periodic(
         log.warning("a new epoch begins", extra={"source": config.name, "why": why})
         known = replace(known, why=why)
     still()
+    before = known.epoch if known is not None else epoch_before(landed_epoch(), event_log.position(config.name))
     state = AnchorState(
-        epoch=known.epoch + 1 if known is not None else 1,
+        epoch=before + 1,
         system_id=identity.system_id,
         timeline=identity.timeline,
         database=identity.database,

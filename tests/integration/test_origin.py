@@ -13,6 +13,7 @@ from cdc.batch import Boundary
 from cdc.config import SourceConfig
 from cdc.errors import SlotLost, SourceRefused
 from cdc.lake.anchor import Anchor, AnchorState
+from cdc.lake.layout import anchor_key
 from cdc.log import EventLog
 from cdc.origin import give_up, settle
 from cdc.state import State
@@ -44,8 +45,11 @@ class Start:
         self.disk += 1
         self.open_log()
 
-    def start(self, config: SourceConfig | None = None) -> AnchorState:
-        return settle(config or self.config, self.source.identity(), self.admin, Anchor(self.store, "shop"), self.log)
+    def start(self, config: SourceConfig | None = None, *, landed_epoch: int = -1) -> AnchorState:
+        return settle(
+            config or self.config, self.source.identity(), self.admin, Anchor(self.store, "shop"), self.log,
+            landed_epoch=lambda: landed_epoch,
+        )  # fmt: skip
 
     def move_slot(self) -> None:
         """Someone else reads the slot."""
@@ -68,6 +72,16 @@ def test_the_first_start_sets_up_and_begins_the_first_epoch(start: Start) -> Non
     assert status.slot_exists
     assert start.log.position("shop") == Boundary(1, status.confirmed_lsn - 1, status.confirmed_lsn)
     assert start.start() == state, "starting again changes nothing"
+
+
+def test_a_lake_with_data_and_no_anchor_begins_an_epoch_that_neither_lake_nor_log_has_anything_of(start: Start) -> None:
+    assert start.start(landed_epoch=3).epoch == 4
+    assert start.start(landed_epoch=3).epoch == 4, "the anchor tells from then on"
+    start.store.delete([anchor_key("shop")])
+    state = start.start(landed_epoch=3)
+    assert state.epoch == 5, "the log has something of the fourth"
+    confirmed = start.admin.status().confirmed_lsn
+    assert start.log.position("shop") == Boundary(5, confirmed - 1, confirmed)
 
 
 def test_a_start_on_an_empty_disk_goes_on_where_the_slot_stands(start: Start) -> None:
