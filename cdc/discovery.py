@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Protocol
 
@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 def finding_fact(source: str, table: TableId) -> str:
     """Name of the fact that holds the last finding about a table."""
     return f"finding:{source}/{table}"
+
+
+def epoch_fact(source: str) -> str:
+    """Name of the fact that says which epoch of a source the known tables are of."""
+    return f"epoch:{source}"
 
 
 def unpublished_fact(source: str) -> str:
@@ -78,8 +83,10 @@ class Discovery:
         *,
         epoch: int,
         server: str,
+        vouches: Callable[[TableId], bool] = lambda table: True,
     ) -> None:
-        """`server`: its system identifier."""
+        """`server`: its system identifier. `vouches`: whether what a table's lake holds of it is the last that is
+        known, and not what it left there once."""
         self._source = source
         self._reader = reader
         self._admin = admin
@@ -90,6 +97,7 @@ class Discovery:
         self._tables = tables
         self._epoch = epoch
         self._server = server
+        self._vouches = vouches
         self._saved = Fingerprints(store, source)
         self._prints: dict[TableId, Fingerprint] | None = None
         self._refused: set[int] = set()
@@ -104,7 +112,7 @@ class Discovery:
         prints = self._load()
         catalog = self._reader.tables()
         known = {t.table: t for t in self._state.tables(self._source)}
-        history = f"epoch:{self._source}"
+        history = epoch_fact(self._source)
         # What was known is of another history (or of none): the lake alone tells which snapshots are complete.
         anew = self._state.get(history) != self._epoch
         if anew:
@@ -189,12 +197,15 @@ class Discovery:
         elif stored is not None:
             found[table] = compare(stored, now)
         came_back = before is not None and (before.state == "removed" or before.oid not in (0, oid))
-        complete = tokens.complete(self._epoch, oid) and str(table) not in self._tables.marks() and not came_back
+        whole = tokens.complete(self._epoch, oid) and str(table) not in self._tables.marks()
+        left = whole and not self._vouches(table)
+        complete = whole and not came_back and not left
         self._tables.take_part(table, True)
         state = "streaming" if complete else "new"
         self._state.update_table(self._source, table, oid=oid, state=state, reason="", hint="", snapshot_seq=counter)
         if not complete:
-            first.append((table, "table came back" if came_back else ""))
+            why = "its lake holds what it left there once" if left else ""
+            first.append((table, "table came back" if came_back else why))
 
     def _follow_shape(self, now: Fingerprint) -> None:
         """Let the lake have the shape that the catalog shows, also of a table that nobody writes to."""

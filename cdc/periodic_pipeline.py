@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cdc import metrics, registry
@@ -25,7 +26,7 @@ from cdc.evolution import Evolution
 from cdc.follow import Followers
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
-from cdc.lake.changelog import ChangelogTable, highest_landed
+from cdc.lake.changelog import ChangelogTable, highest_epoch, highest_fence, highest_landed
 from cdc.lake.current import CurrentTable
 from cdc.lake.lease import Lease
 from cdc.lake.probe import require_promises
@@ -89,7 +90,8 @@ class PeriodicPipeline:
         self._schedule = Schedule(every=source.every, cron=source.cron)
         self._book = SchemaBook(state, source.name)
         self._ladder = Ladder(source.name, event_log)
-        self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
+        floor = partial(highest_fence, store, source.name)
+        self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s, floor=floor)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
@@ -312,7 +314,8 @@ class PeriodicPipeline:
         with ExitStack() as turns:
             settled = settle_periodic(
                 self._source_config, identity, self._anchor, self._log,
-                landed_lsn=lambda epoch: highest_landed(self._store, self.name, epoch),
+                landed_lsn=partial(highest_landed, self._store, self.name),
+                landed_epoch=partial(highest_epoch, self._store, self.name),
                 still=lambda: self._hold_still(turns),
             )  # fmt: skip
             anchor = settled.anchor

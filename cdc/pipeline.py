@@ -40,7 +40,7 @@ from cdc.guard import Guard
 from cdc.heads import Heads
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
-from cdc.lake.changelog import ChangelogTable, highest_landed
+from cdc.lake.changelog import ChangelogTable, highest_epoch, highest_fence, highest_landed
 from cdc.lake.lease import Lease
 from cdc.lake.probe import require_promises
 from cdc.land import Group, Lander, LandPoint, LogReader
@@ -101,7 +101,8 @@ class Pipeline:
         self._reader = kind.reader(source)
         self.admin = kind.admin(source)
         self._book = SchemaBook(state, source.name)
-        self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s)
+        floor = partial(highest_fence, store, source.name)
+        self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s, floor=floor)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
         self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
@@ -246,7 +247,8 @@ class Pipeline:
         with ExitStack() as turns:
             anchor = settle(
                 self._source_config, identity, self.admin, self._anchor, self._log,
-                landed_lsn=lambda epoch: highest_landed(self._store, self.name, epoch),
+                landed_lsn=partial(highest_landed, self._store, self.name),
+                landed_epoch=partial(highest_epoch, self._store, self.name),
                 still=lambda: self._hold_still(turns),
             )  # fmt: skip
             self._note_identity(identity, anchor)
@@ -352,7 +354,7 @@ class Pipeline:
         self._ladder.stand_on(self.lander, self.merger)
         self.discovery = Discovery(
             self.name, self._reader, self.admin, self._state, self._book, self._store, self.backfill, self,
-            epoch=self._epoch, server=anchor.system_id,
+            epoch=self._epoch, server=anchor.system_id, vouches=self._places.vouches,
         )  # fmt: skip
         reader = LogReader(self.name, self._log, self._state, self._gate, self.lander.due_in_s)
         self.log_end = LogEnd(self.name, self._log)

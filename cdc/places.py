@@ -1,9 +1,10 @@
 """Where the tables of one source stand among the lakes: a table that moved is read anew, and none moves by accident.
 
 The configuration says which lake a table stands in. Where its rows landed last stands in the lake's anchor, noted
-before the first of them lands there. A start that finds the two to differ knows that the history of the table stays
-behind: it says so, marks the table and orders a first snapshot for the new place, before anything lands. What was left
-in the old place is nobody's any more; it is never read, merged or removed again.
+before the first of them lands there; of a table without a note, that is the main lake. A start that finds the two to
+differ knows that the history of the table stays behind: it says so, marks the table and orders a first snapshot for
+the new place, before anything lands. What was left in the old place is nobody's any more; it is never read, merged or
+removed again, and what it says of itself counts for nothing should the table come back.
 
 A table that was renamed at its source would leave its lake without anybody having decided it, so it stops until the
 configuration says where it goes. Nothing is copied here, and nothing is removed.
@@ -15,10 +16,11 @@ import logging
 from dataclasses import replace
 
 from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig
+from cdc.discovery import epoch_fact
 from cdc.errors import SourceRefused
 from cdc.failpoints import failpoint
 from cdc.lake.anchor import Anchor, AnchorState
-from cdc.lake.layout import table_path
+from cdc.lake.layout import table_path, tables_in
 from cdc.lake.probe import require_promises
 from cdc.lake.routing import stores_of
 from cdc.log import EventLog, LogRecord
@@ -57,6 +59,7 @@ class Places:
     ) -> None:
         self._source = source
         self._lake = lake
+        self._store = store
         self._stores = stores_of(store, lake)
         self._state = state
         self._log = event_log
@@ -68,9 +71,14 @@ class Places:
         """The place of a table, as the configuration has it."""
         return place_of(self._lake, self._source.lake_of(str(table)))
 
+    def vouches(self, table: TableId) -> bool:
+        """Whether what the table's lake holds of it is its last state, as far as the anchor tells."""
+        state = self._anchor.state
+        return state is None or _noted(state, table) == self.of(table)
+
     def settle(self) -> None:
         """Have tables that stand elsewhere now read anew; the anchor has their new places when this returns. Done
-        again by the next start if we die in between."""
+        again by the next start if we die in between. On a new disk this lists the source in the stores."""
         state = self._anchor.state
         if state is None:
             return
@@ -78,10 +86,10 @@ class Places:
         landed = int(saved["offset"]) if saved else 0
         self._stale = {t: at for t, at in (self._state.get(self._fact) or {}).items() if at > landed}
         known = {t.table for t in self._state.tables(self._source.name)}
-        tables = known | {_table(name) for name in state.places}
+        # On a new disk only the stores can show that another lake has something of a table that nothing is noted of.
+        held = known or (set(tables_in(self._store, self._source.name)) if self._lake.named else set())
+        tables = held | {_table(name) for name in state.places}
         moved = {t: _noted(state, t) for t in tables if _noted(state, t) != self.of(t)}
-        if not moved:
-            return
         for table, before in sorted(moved.items()):
             log.warning(
                 "table %s stands in another lake now: it %s there, and what it left stays where it was",
@@ -91,11 +99,11 @@ class Places:
             )  # fmt: skip
             if table in known and not table.is_own:
                 self._order(table, before)
-        failpoint("places.before_note")
+        if moved:
+            failpoint("places.before_note")
         self._anchor.mark([t for t in moved if not t.is_own], True)
-        self._anchor.change(
-            lambda s: replace(s, places=_with(s, {t: (self.of(t), s.places.get(str(t), ("", 0))[1]) for t in moved}))
-        )
+        oids = self._oids(state)
+        self._note({t: (self.of(t), _oid(state, t) or oids.get(t, 0)) for t in moved})
 
     def admits(self, record: LogRecord, schema: TableSchema) -> bool:
         """Whether a record belongs where its table stands now; that is noted before the first lands there.
@@ -109,14 +117,41 @@ class Places:
             return False
         place, state = self.of(table), self._anchor.state
         assert state is not None
-        self._refuse_leaving(table, schema.oid, place, state)
+        is_noted = state.places.get(str(table)) == (place, schema.oid)
+        if not is_noted:
+            self._refuse_leaving(table, schema.oid, place, state)
         if name := self._source.lake_of(str(table)):
             # Not with the lease, as the main one is: one that is away holds up only who writes there.
             url, store = self._stores[name]
             require_promises(store, url)
-        if place != MAIN and state.places.get(str(table)) != (place, schema.oid):
-            self._anchor.change(lambda s: replace(s, places=_with(s, {table: (place, schema.oid)})))
+        if not is_noted and (place != MAIN or self._lake.named or str(table) in state.places):
+            self._note({table: (place, schema.oid)})
         return True
+
+    def _note(self, places: dict[TableId, tuple[str, int]]) -> None:
+        """Let the anchor have these places, and the OIDs of all known tables that it has none of, those of the main
+        lake with them: at once, for they are many. By its OID a table is known again that leaves by a new name."""
+
+        def noted(state: AnchorState) -> AnchorState:
+            known = self._oids(state).items() if self._lake.named else ()
+            quiet = {
+                str(t): (self.of(t), oid) for t, oid in known if not _oid(state, t) and self.of(t) == _noted(state, t)
+            }
+            merged = {**state.places, **quiet, **{str(table): at for table, at in places.items()}}
+            return replace(state, places=dict(sorted(merged.items())))
+
+        self._anchor.change(noted)
+
+    def _oids(self, state: AnchorState) -> dict[TableId, int]:
+        """OIDs of the tables that are known in this history, without those that the anchor has under another name: one
+        of these has left its name, and it is not for us to say that it belongs where it is now."""
+        if self._state.get(epoch_fact(self._source.name)) != state.epoch:
+            return {}
+        names: dict[int, set[str]] = {}
+        for name, (_, oid) in state.places.items():
+            names.setdefault(oid, set()).add(name)
+        tables = [t for t in self._state.tables(self._source.name) if t.oid and not t.table.is_own]
+        return {t.table: t.oid for t in tables if names.get(t.oid, set()) <= {str(t.table)}}
 
     def _order(self, table: TableId, before: str) -> None:
         """Let the state know the table as one that nothing has landed of, and order its first snapshot."""
@@ -162,7 +197,7 @@ def left_behind(source: SourceConfig, lake: LakeConfig, store: ObjectStore) -> l
     """For `check`: tables of a source that have objects in another lake than theirs. One listing, cut off at its first
     object, for each table that another lake is or was named for, and each place."""
     anchor = Anchor(store, source.name).load()
-    noted = set(anchor.places) if anchor is not None else set()
+    noted = {name for name, (place, _) in anchor.places.items() if place != MAIN} if anchor is not None else set()
     findings = []
     stores = stores_of(store, lake)
     for name in sorted(noted | {t.name for t in source.table.values() if t.lake}):
@@ -189,10 +224,8 @@ def _noted(state: AnchorState, table: TableId) -> str:
     return state.places.get(str(table), (MAIN, 0))[0]
 
 
-def _with(state: AnchorState, places: dict[TableId, tuple[str, int]]) -> dict[str, tuple[str, int]]:
-    """The places with these instead; the main one needs no word."""
-    merged = {**state.places, **{str(table): at for table, at in places.items()}}
-    return {table: at for table, at in sorted(merged.items()) if at[0] != MAIN}
+def _oid(state: AnchorState, table: TableId) -> int:
+    return state.places.get(str(table), (MAIN, 0))[1]
 
 
 def _table(text: str) -> TableId:

@@ -41,8 +41,8 @@ class AnchorState:
     needs_resync: tuple[str, ...] = ()
     """Tables whose changes were let go (`schema.name`): what the lake holds of them is not whole until a resync."""
     places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    """Tables whose rows landed last in another lake than `[lake]`: its place (cdc.places), and the table's OID (0: not
-    known of this history)."""
+    """Where tables' rows landed last: the lake's place (cdc.places), and the table's OID (0: unknown in this history).
+    Of tables that have stood in `[lake]` ever since, nothing is noted before another lake is configured."""
     why: str = ""
     """Why this epoch began, or why the slot was given up."""
     adopted_from_lsn: int = 0

@@ -5,10 +5,12 @@ The oracle of what is where is the directories themselves; of what is in it, `ve
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,10 @@ def regional(directory: Path, dsn: str) -> Daemon:
 def folders(lake: Path) -> set[str]:
     """What stands below the source in a lake."""
     return {path.name for path in (lake / "shop").iterdir()} if (lake / "shop").exists() else set()
+
+
+def anchor(daemon: Daemon) -> dict[str, Any]:
+    return dict(json.loads((daemon.lake / "shop/_cdc/source.json").read_text()))
 
 
 def objects(lake: Path) -> dict[str, int]:
@@ -115,18 +121,51 @@ def test_a_table_that_is_renamed_out_of_its_lake_stops_before_a_row_of_it_leaves
 
 @pytest.mark.slow
 def test_there_and_back_with_the_disk_lost_each_time_loses_nothing(tmp_path: Path, tables: str) -> None:
-    """What the old place has looks whole to whoever knows only that place; the anchor knows better."""
+    """What the old place has looks whole to whoever knows only that place; the anchor knows better, also when the move
+    before is long done."""
     with regional(tmp_path, tables) as daemon:
+        daemon.configure("source.shop", watch_every_s=0.2)
         daemon.start().settled()
         for number, lake in enumerate(("eu", "main", "eu", "main")):
+            wait_until(lambda: anchor(daemon)["needs_resync"] == [], message=daemon.log_tail)
             assert daemon.stop() == 0
-            shutil.rmtree(daemon.state_dir)
+            if number != 1:
+                shutil.rmtree(daemon.state_dir)
             daemon.configure('source.shop.table."public.orders"', lake=lake)
             execute(tables, f"update orders set note = 'in {lake} {number}' where id % 4 = {number}")
             daemon.start().settled().verified()
             execute(tables, f"delete from orders where id = {100 + number}")
             daemon.settled()
         daemon.verified()
+
+
+@pytest.mark.slow
+def test_a_table_that_is_renamed_out_of_the_main_lake_stops_too(tmp_path: Path, tables: str) -> None:
+    with regional(tmp_path, tables) as daemon:
+        daemon.start().settled()
+        execute(tables, "alter table orders set schema hr", "update hr.orders set note = 'X' where id = 1")
+        wait_until(lambda: daemon.tables().get("hr.orders", {}).get("state") == "stopped", message=daemon.log_tail)
+        assert "was called public.orders" in daemon.tables()["hr.orders"]["reason"]
+        assert folders(tmp_path / "eu") == {"hr.person"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["kept", "lost"])
+def test_a_new_main_lake_beside_one_that_is_kept_reads_everything_anew(tmp_path: Path, tables: str, disk: str) -> None:
+    """The kept changelogs know more of positions, and of leases, than the new main lake."""
+    with regional(tmp_path, tables) as daemon:
+        for _ in range(2):
+            daemon.start().settled()
+            assert daemon.stop() == 0
+        if disk == "lost":
+            shutil.rmtree(daemon.state_dir)
+        daemon.configure("lake", url="lake2")
+        daemon.lake = tmp_path / "lake2"
+        execute(tables, "update hr.person set name = 'Person X' where id = 1")
+        daemon.start().settled()
+        execute(tables, "update hr.person set name = 'Person Y' where id = 1")
+        daemon.settled().verified()
+        assert anchor(daemon)["epoch"] == 2
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 
 from cdc.batch import Boundary
 from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig, TableConfig
+from cdc.discovery import epoch_fact
 from cdc.errors import SourceRefused, StoreRefused
 from cdc.lake.anchor import Anchor, AnchorState, places_kept
 from cdc.lake.layout import changelog_path
@@ -32,13 +33,15 @@ class Scene:
     log: EventLog
     eu: LocalStore
 
-    def started(self, tables: dict[str, str], lakes: dict[str, str] | None = None) -> Places:
+    def started(
+        self, tables: dict[str, str], lakes: dict[str, str] | None = None, named: tuple[str, ...] = ("eu", "us")
+    ) -> Places:
         """As a process that starts with this configuration."""
         own = {name: TableConfig(name=name, lake=lake) for name, lake in tables.items()}
         source = SourceConfig(name=SOURCE, table=own, lakes=lakes or {})
-        named = {n: NamedLakeConfig(name=n, url=(self.directory / n).as_uri()) for n in ("eu", "us")}
-        lake = LakeConfig(url=(self.directory / "main").as_uri(), named=named)
-        stores = {"eu": self.eu, "us": LocalStore(self.directory / "us")}
+        others = {n: NamedLakeConfig(name=n, url=(self.directory / n).as_uri()) for n in named}
+        lake = LakeConfig(url=(self.directory / "main").as_uri(), named=others)
+        stores = {n: self.eu if n == "eu" else LocalStore(self.directory / n) for n in named}
         store = RoutingStore(
             LocalStore(self.directory / "main"), stores, lambda name, table: source.lake_of(str(table))
         )
@@ -54,6 +57,12 @@ class Scene:
         places.settle()
         return places
 
+    def lose_disk(self) -> None:
+        """The next start has an empty one."""
+        self.log.close()
+        self.state.close()
+        self.state, self.log = open_log(self.directory / "another disk")
+
     def records(self, table: TableId) -> list[LogRecord]:
         return self.log.records(SOURCE, 0, table=table)
 
@@ -68,23 +77,63 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     for lsn, schema in ((100, ORDERS), (200, PEOPLE)):
         state.update_table(SOURCE, schema.table, oid=schema.oid, state="streaming")
         log.append(SOURCE, portion(transaction(lsn, schema=schema), lsn=lsn))
-    yield Scene(tmp_path, state, log, LocalStore(tmp_path / "eu"))
-    log.close()
-    state.close()
+    scene = Scene(tmp_path, state, log, LocalStore(tmp_path / "eu"))
+    yield scene
+    scene.log.close()
+    scene.state.close()
 
 
 def admit(scene: Scene, places: Places, schema: TableSchema) -> list[bool]:
     return [places.admits(record, schema) for record in scene.records(schema.table)]
 
 
-def test_a_place_is_noted_before_the_first_record_lands_there_and_the_main_one_needs_no_word(scene: Scene) -> None:
+def test_a_place_is_noted_before_the_first_record_lands_there(scene: Scene) -> None:
     places = scene.started({"public.people": "eu"})
     scene.anchor.change(lambda s: replace(s, places={}))
     assert admit(scene, places, PEOPLE) == [True]
     assert admit(scene, places, ORDERS) == [True]
     found = Anchor(scene.store, SOURCE).load()
     assert found is not None
-    assert found.places == {"public.people": ((scene.directory / "eu").as_uri(), PEOPLE.oid)}
+    assert found.places == {
+        "public.orders": ("", ORDERS.oid), "public.people": ((scene.directory / "eu").as_uri(), PEOPLE.oid)
+    }  # fmt: skip
+
+
+def test_without_other_lakes_nothing_is_noted(scene: Scene) -> None:
+    places = scene.started({}, named=())
+    scene.state.set(epoch_fact(SOURCE), 1)
+    assert admit(scene, places, PEOPLE) == [True]
+    places = scene.started({}, named=())
+    assert scene.anchor.state is not None
+    assert scene.anchor.state.places == {}
+
+
+def test_a_lake_that_is_taken_out_of_the_configuration_and_comes_back_is_not_believed(scene: Scene) -> None:
+    scene.started({"public.people": "eu"})
+    scene.started({}, named=())
+    scene.anchor.mark([PEOPLE.table], False)
+    scene.lose_disk()
+    scene.started({"public.people": "eu"})
+    assert set(scene.anchor.marks()) == {"public.people"}
+
+
+def test_what_a_lake_holds_of_a_table_that_went_on_elsewhere_counts_for_nothing_on_a_new_disk(scene: Scene) -> None:
+    for lake in ("eu", "main"):
+        places = scene.started({"public.people": lake})
+        assert places.vouches(PEOPLE.table)
+        scene.anchor.mark([PEOPLE.table], False)
+    scene.lose_disk()
+    places = scene.started({"public.people": "eu"})
+    assert set(scene.anchor.marks()) == {"public.people"}
+
+
+def test_what_a_lake_holds_of_a_table_that_nothing_is_noted_of_counts_for_nothing(scene: Scene) -> None:
+    """Copied there, or kept below a new main lake. Landing may be faster with a note than discovery with its look."""
+    scene.eu.put(f"{changelog_path(SOURCE, PEOPLE.table)}/x", b"")
+    scene.lose_disk()
+    places = scene.started({"public.people": "eu", "public.new": "eu"})
+    assert set(scene.anchor.marks()) == {"public.people"}
+    assert not places.vouches(TableId("public", "new"))
 
 
 def test_half_a_snapshot_from_another_place_is_left_out_and_its_changes_are_not(scene: Scene) -> None:
@@ -118,7 +167,7 @@ def test_every_way_between_lakes_is_a_move_and_staying_is_none(scene: Scene) -> 
         scene.started({"public.people": lake})
         assert len(scene.runs(PEOPLE.table)) == number
     assert scene.anchor.state is not None
-    assert scene.anchor.state.places == {}
+    assert scene.anchor.state.places == {"public.people": ("", 0)}
 
 
 def test_a_table_that_only_the_anchor_knows_is_marked_for_a_daemon_that_has_lost_its_disk(scene: Scene) -> None:
@@ -139,6 +188,43 @@ def test_a_table_leaves_its_lake_by_a_new_name_only_where_somebody_has_said_so(s
         admit(scene, scene.started({"public.people": "eu"}, {"*.*": "us"}), renamed)
     assert admit(scene, scene.started({"public.people": "eu"}, {"*.*": "eu"}), renamed) == [True], "it stays there"
     assert admit(scene, scene.started({"public.people": "eu", "public.orders": "main"}), renamed) == [True]
+
+
+def test_a_table_leaves_the_main_lake_by_a_new_name_only_where_somebody_has_said_so(scene: Scene) -> None:
+    """Also one that nothing has landed of since there are other lakes."""
+    renamed, lakes = replace(ORDERS, table=PEOPLE.table), {"public.peo*": "eu"}
+    admit(scene, scene.started({}, lakes), ORDERS)
+    with pytest.raises(SourceRefused, match=r"was called public\.orders, which stands in the lake .*main"):
+        admit(scene, scene.started({}, lakes), renamed)
+    scene.anchor.change(lambda s: replace(s, places={}))
+    scene.state.set(epoch_fact(SOURCE), 1)
+    places = scene.started({}, lakes)
+    with pytest.raises(SourceRefused, match="nobody has said"):
+        admit(scene, places, renamed)
+    assert admit(scene, scene.started({"public.people": "eu"}, lakes), renamed) == [True]
+
+
+def test_that_others_are_noted_decides_nothing_about_a_table_with_a_new_name(scene: Scene) -> None:
+    """Discovery may know it under its new name before the first of its records is admitted."""
+    admit(scene, scene.started({"public.people": "eu"}), PEOPLE)
+    scene.state.set(epoch_fact(SOURCE), 1)
+    scene.state.update_table(SOURCE, TableId("public", "called"), oid=PEOPLE.oid, state="new")
+    places = scene.started({"public.people": "eu"})
+    admit(scene, places, ORDERS)
+    renamed = replace(PEOPLE, table=TableId("public", "called"))
+    for lakes in ({}, {"public.called": "us"}):
+        places = scene.started({"public.people": "eu"}, lakes)
+        record = replace(scene.records(PEOPLE.table)[0], table=renamed.table)
+        with pytest.raises(SourceRefused, match="nobody has said"):
+            places.admits(record, renamed)
+
+
+def test_a_table_that_was_renamed_within_its_lake_moves_by_a_glob_that_is_changed(scene: Scene) -> None:
+    renamed = replace(PEOPLE, table=ORDERS.table)
+    places = scene.started({})
+    admit(scene, places, PEOPLE)
+    assert admit(scene, places, renamed) == [True]
+    assert admit(scene, scene.started({}, {"*.orders": "eu"}), renamed) == [True]
 
 
 def test_in_a_new_history_an_oid_may_be_another_tables(scene: Scene) -> None:
