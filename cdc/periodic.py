@@ -35,6 +35,7 @@ from cdc.comparison import Comparison
 from cdc.config import SourceConfig
 from cdc.cursor import KINDS, Memory, fresh, highest, text_of
 from cdc.differences import frozen, reading_reason
+from cdc.discovery import epoch_fact
 from cdc.errors import CdcError, LogFull, SchemaConflict, SourceRefused, SourceUnavailable, Verdict
 from cdc.failpoints import failpoint
 from cdc.lake.changelog import ChangelogTable
@@ -199,6 +200,8 @@ class PeriodicRuns:
             if not work.failed:
                 self._note(run, work)
         self._retire(snapshot)
+        # All OIDs that are known are of this history now, and places may tell tables by them.
+        self._state.set(epoch_fact(self._source), self._epoch)
         run.counts.tables = len(works)
         return run.counts
 

@@ -143,15 +143,15 @@ class Places:
         self._anchor.change(noted)
 
     def _oids(self, state: AnchorState) -> dict[TableId, int]:
-        """OIDs of the tables that are known in this history, without those that the anchor has under another name: one
-        of these has left its name, and it is not for us to say that it belongs where it is now."""
+        """OIDs of the tables that are known and there in this history, without those that the anchor has under another
+        name: who has taken a new name is not for us to vouch for."""
         if self._state.get(epoch_fact(self._source.name)) != state.epoch:
             return {}
         names: dict[int, set[str]] = {}
         for name, (_, oid) in state.places.items():
             names.setdefault(oid, set()).add(name)
-        tables = [t for t in self._state.tables(self._source.name) if t.oid and not t.table.is_own]
-        return {t.table: t.oid for t in tables if names.get(t.oid, set()) <= {str(t.table)}}
+        there = [t for t in self._state.tables(self._source.name) if t.oid and t.state != "removed"]
+        return {t.table: t.oid for t in there if not t.table.is_own and names.get(t.oid, set()) <= {str(t.table)}}
 
     def _order(self, table: TableId, before: str) -> None:
         """Let the state know the table as one that nothing has landed of, and order its first snapshot."""

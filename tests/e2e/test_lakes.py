@@ -140,8 +140,11 @@ def test_there_and_back_with_the_disk_lost_each_time_loses_nothing(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_table_that_is_renamed_out_of_the_main_lake_stops_too(tmp_path: Path, tables: str) -> None:
+@pytest.mark.parametrize("mode", ["stream", "snapshot"])
+def test_a_table_that_is_renamed_out_of_the_main_lake_stops_too(tmp_path: Path, tables: str, mode: str) -> None:
     with regional(tmp_path, tables) as daemon:
+        if mode == "snapshot":
+            daemon.configure("source.shop", mode=mode, every="1s", slot=None, publication=None)
         daemon.start().settled()
         execute(tables, "alter table orders set schema hr", "update hr.orders set note = 'X' where id = 1")
         wait_until(lambda: daemon.tables().get("hr.orders", {}).get("state") == "stopped", message=daemon.log_tail)
