@@ -167,7 +167,7 @@ class Followers:
 
     def _is_waited_for(self, table: TableId, form: str) -> bool:
         follower = self._followers.get((table, form))
-        since = self._began_at if follower is None else follower.progress_at
+        since = self._began_at if follower is None else max(follower.progress_at, follower.due_at)
         if time.monotonic() - since < HOLD_S:
             return True
         if follower is not None and not follower.let_go:

@@ -219,7 +219,7 @@ def test_commands_answer_in_json_with_the_daemon_up_and_down(daemon: Daemon) -> 
         verified = daemon.cdc("verify", "orders", "--timeout", "30")
         assert (verified.code, verified.document["equal"], verified.document["tables"][0]["rows"]) == (0, True, 500)
         found = daemon.cdc("query", "select id, note from shop.orders where note = 'changed'")
-        assert found.document == {"columns": ["id", "note"], "rows": [[7, "changed"]]}
+        assert found.document == {"columns": ["id", "note"], "rows": [[7, "changed"]], "notes": []}
         logged = daemon.cdc("log", "ls", "--table", "orders")
         assert logged.code == 0
         lake = {t["table"]: t for t in daemon.cdc("lake", "ls").document["tables"]}

@@ -328,6 +328,14 @@ def test_a_checkpoint_of_a_newer_release_is_refused(story: Story, tmp_path: Path
         caught_up(stage_of(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "cut": null, "more": 1}'])
+def test_a_broken_checkpoint_stops_the_follower_and_nothing_else(story: Story, tmp_path: Path, text: str) -> None:
+    caught_up(stage_of(tmp_path))
+    (tmp_path / "lake" / FILES / "_checkpoint.json").write_text(text)
+    with pytest.raises(FollowerLost, match="is not as it was written"):
+        caught_up(stage_of(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_any_order_of_landing_joining_removing_and_dying_gives_each_row_once(
@@ -448,6 +456,17 @@ def test_a_vacuum_waits_for_a_follower_but_not_for_ever(
         assert followers.may_vacuum(TABLE, newest, time.time())
         assert followers.may_vacuum(TABLE, newest, time.time())
     assert len([r for r in caplog.records if "gets no further" in r.message]) == 1
+
+
+def test_one_that_looks_once_a_day_is_not_late_between_its_looks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.story.land(changes(1))
+    scene.finish()
+    (follower,) = [f for f in scene.followers._followers.values() if f.table == TABLE]
+    follower.progress_at, follower.due_at = time.monotonic() - 80_000, time.monotonic() + 6_400
+    newest = scene.story.land(changes(2))
+    assert not scene.followers.may_vacuum(TABLE, newest, time.time())
+    follower.due_at = time.monotonic() - 80_000
+    assert scene.followers.may_vacuum(TABLE, newest, time.time())
 
 
 def test_what_is_read_and_not_written_yet_is_still_needed(story: Story) -> None:
