@@ -118,6 +118,7 @@ def test_a_second_daemon_waits_quietly_and_takes_over_when_the_first_one_is_kill
         assert (ops.count("u"), ops.count("d"), ops.count("c")) == (10, 5, 50)
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_state_directory_loses_and_doubles_nothing(
     tmp_path: Path, database: str, rng: random.Random
 ) -> None:
