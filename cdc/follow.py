@@ -24,6 +24,8 @@ from cdc import metrics
 from cdc.config import IcebergConfig, LakeConfig
 from cdc.errors import CdcError, ConfigError, LeaseExpired, LeaseLost, Verdict
 from cdc.lake.files import PlainFiles
+from cdc.lake.layout import changelog_path
+from cdc.lake.routing import RoutingStore
 from cdc.lake.spans import Followed, Span, Spans
 from cdc.ports import ObjectStore
 from cdc.stage import Downstream, Stage
@@ -89,6 +91,7 @@ class Followers:
         self._temp_dir = temp_dir
         self._check_lease = check_lease
         self._followers: dict[tuple[TableId, str], Follower] = {}
+        self._elsewhere: set[TableId] = set()
         self._lock = threading.Lock()
         self._began_at, self._began_unix = time.monotonic(), time.time()
         self._look_at = 0.0
@@ -159,7 +162,23 @@ class Followers:
     def _forms(self, table: TableId) -> list[str]:
         name = f"{self._source}.{table}"
         forms = {"files": self._config.files, "iceberg": self._config.iceberg}
-        return [f for f, of in forms.items() if of is not None and any(fnmatchcase(name, g) for g in of.tables)]
+        wanted = [f for f, of in forms.items() if of is not None and any(fnmatchcase(name, g) for g in of.tables)]
+        if "iceberg" in wanted and self._stands_elsewhere(table):
+            wanted.remove("iceberg")
+        return wanted
+
+    def _stands_elsewhere(self, table: TableId) -> bool:
+        """Whether a table stands in a lake with a name, which manifests, that hold bounds of its keys, would leave."""
+        if not isinstance(self._store, RoutingStore):
+            return False
+        lake = self._store.lake(f"{changelog_path(self._source, table)}/")
+        if lake and table not in self._elsewhere:
+            self._elsewhere.add(table)
+            log.warning(
+                "lake.iceberg names a table of another lake: it is left out, for the catalog's warehouse is not there",
+                extra={"source": self._source, "table": str(table), "lake": lake},
+            )
+        return bool(lake)
 
     def _is_clear(self, table: TableId, form: str, version: int, since: float) -> bool:
         follower = self._followers.get((table, form))
@@ -167,7 +186,7 @@ class Followers:
 
     def _is_waited_for(self, table: TableId, form: str) -> bool:
         follower = self._followers.get((table, form))
-        since = self._began_at if follower is None else follower.progress_at
+        since = self._began_at if follower is None else max(follower.progress_at, follower.due_at)
         if time.monotonic() - since < HOLD_S:
             return True
         if follower is not None and not follower.let_go:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,6 +220,7 @@ class Lander:
         self._changed_us: dict[TableId, int] = {}
         self._bytes = 0
         self._first_at: float | None = None
+        self._reclaimed: set[TableId] = set()
         self._point = LandPoint(0, None)
         self._cut: LandPoint | None = None
         self._dirty = False
@@ -265,9 +266,11 @@ class Lander:
         return self._changelogs[table]
 
     def resume(self) -> LandPoint:
+        self._lease.check()
+        doubtful = set(self._writers)
         self.abandon()
         self._changelogs.clear()
-        self._look_around()
+        self._look_around(doubtful)
         saved = self._state.checkpoint("land", self._source)
         self._point = LandPoint(int(saved["offset"]) if saved else 0, None)
         self._settled_to = self._point.offset
@@ -275,6 +278,7 @@ class Lander:
 
     def write(self, item: Group) -> LandPoint | None:
         began = time.perf_counter()
+        self._lease.check()
         for record in item.records:
             self._add(record, item.generation)
         self._point = LandPoint(item.offset, item.cut)
@@ -286,22 +290,24 @@ class Lander:
     def tick(self) -> LandPoint | None:
         return self._settle()
 
-    def _look_around(self) -> None:
+    def _look_around(self, doubtful: Collection[TableId]) -> None:
         """Where the changelogs stand. A kill between two tables leaves them at different cuts, so no common one is
-        known
-        until landing has passed the highest."""
+        known until landing has passed the highest. Orphans are looked for once, and in `doubtful` tables again."""
         self.landed_cut = None
         self._versions.clear()
         self._floor = -1
         for known in self._state.tables(self._source):
             changelog = self.changelog(known.table)
             try:
-                version = changelog.version()
-                if version >= 0:
-                    self._versions[known.table] = version
-                    self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
-                    # No writer of landing is at work now: what one has uploaded and not committed is nobody's.
+                if changelog.version() < 0:
+                    continue
+                if known.table not in self._reclaimed or known.table in doubtful:
+                    # No writer of landing is at work now: what one has uploaded and not committed is nobody's. Before
+                    # it is read where the table stands: a commit of before may have come.
                     changelog.reclaim(term=self._lease.fence, kind=LANDED)
+                    self._reclaimed.add(known.table)
+                self._versions[known.table] = changelog.refresh()
+                self._floor = max(self._floor, changelog.tokens().stream(self._epoch))
             except StoreUnavailable:
                 # A lake that is away holds up only those that land there.
                 if not self._is_stopped(known.table):
@@ -370,6 +376,7 @@ class Lander:
         self._evolution.announce(self.changelog)
         tables = list(self._writers)
         for table, writer in list(self._writers.items()):
+            self._lease.check()
             began = time.perf_counter()
             try:
                 landed = writer.commit(cut.boundary)

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 BLOCKED_S = 0.3
 """Pause before a table that waits for a snapshot's rows is looked at again."""
+ASKED_S = 5.0
+"""So long a wish to have everything merged holds."""
 BUILT_ANEW_S = 5.0
 """The same where each look costs as much as its whole changelog."""
 
@@ -97,7 +99,7 @@ class Merger:
         self._pairs: dict[TableId, tuple[ChangelogTable, CurrentTable]] = {}
         self._upkeeps: dict[TableId, Upkeep] = {}
         self._orders = UpkeepOrders()
-        self._asked = 0
+        self._asked_until = 0.0
         self._not_before = time.monotonic() + cadence.every_s
         self._round_s = 0.0
         """What merging all tables took last."""
@@ -115,14 +117,17 @@ class Merger:
         cut holds it. Replaced, never changed."""
 
     def ask(self) -> None:
-        """Merge the newest cut without waiting for the cadence. Thread-safe."""
-        self._asked += 1
+        """Merge the newest cut without waiting for the cadence. It holds for ASKED_S: who waits for longer asks again,
+        so that one who has given up, or a table whose snapshot takes hours, does not switch the cadence off.
+        Thread-safe."""
+        self._asked_until = time.monotonic() + ASKED_S
 
     def step(self) -> bool:
         """Merge the tables that are due to the newest landed cut; all of them record it. True if there was something to
         merge."""
         cut = self._landed()
-        asked = self._asked
+        asked_until = self._asked_until
+        asked = time.monotonic() < asked_until or self._orders.are_open()
         if cut is None or (not asked and time.monotonic() < self._not_before):
             return False
         began = time.monotonic()
@@ -165,8 +170,9 @@ class Merger:
             self._save_cut(cut.boundary.lsn, versions)
         if whole:
             self.merged_end_lsn = cut.boundary.end_lsn
-            # Whoever asked while this round ran may mean a newer cut: asking again costs one look.
-            self._asked = max(0, self._asked - asked)
+            if self._asked_until == asked_until:
+                # Nobody asked while this round ran, who may mean a newer cut.
+                self._asked_until = 0.0
         if cut.common:
             # Behind the saved cut: what a vacuum removes must not be what it shows. Nobody waits for it.
             for table, through in cut.versions.items():
@@ -250,8 +256,8 @@ class Merger:
                     raise KeyChanged(f"the key or replica identity of table {table} has changed")
                 self._wish(table, result.unresolved)
             return None
-        self._through[table], self._versions[table] = through, result.version
-        self._rows[table] = current.rows()
+        rows_now = current.rows()
+        self._through[table], self._versions[table], self._rows[table] = through, result.version, rows_now
         self._freshness.merged(table, through)
         metrics.MERGE_SECONDS.labels(self._source).observe(time.perf_counter() - began)
         metrics.STAGE_SECONDS.labels("merge").inc(time.perf_counter() - began)
@@ -267,9 +273,7 @@ class Merger:
     def order_upkeep(self, table: TableId, kind: str) -> UpkeepOrder:
         """Have a table compacted or vacuumed (`kind`) as soon as it is merged and no run of it is under way.
         Thread-safe."""
-        order = self._orders.add(table, kind)
-        self.ask()
-        return order
+        return self._orders.add(table, kind)
 
     def _is_apart(self, table: TableId) -> bool:
         """Whether only a table's upkeep is done: it has no `current`, or takes no part any more."""

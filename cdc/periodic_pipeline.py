@@ -141,7 +141,7 @@ class PeriodicPipeline:
         for worker in self.workers:
             worker.join(max(0.1, deadline - time.monotonic()))
         self._reader.close()
-        self._lease.release(max(0.1, deadline - time.monotonic()))
+        self._lease.release(max(2.0, deadline - time.monotonic()))
         self._state.save_source(self.name, phase="stopped")
 
     @property

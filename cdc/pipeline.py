@@ -154,7 +154,7 @@ class Pipeline:
         if self._prepared.is_set():
             self._capture.close()
         self._source.close()
-        self._lease.release(max(0.1, deadline - time.monotonic()))
+        self._lease.release(max(2.0, deadline - time.monotonic()))
         self._state.save_source(self.name, phase="stopped")
 
     @property
@@ -207,6 +207,11 @@ class Pipeline:
             raise
 
     def _capture_once(self) -> bool:
+        landed = self._source_config.confirm_after == "landed"
+        if landed and self._prepared.is_set() and self._lease.is_long_over():
+            # Nothing lands by us any more: a daemon in reserve that has the lease is to get the source as well.
+            self._capture.close()
+            self._lease.check()
         paused = self._paused()
         if self._let_go and self._prepared.is_set():
             self._capture.close()

@@ -31,7 +31,7 @@ from cdc.lake.compaction import Compactor
 from cdc.lake.cooling import Cooler
 from cdc.lake.current import CurrentTable
 from cdc.lake.naming import JOINED
-from cdc.lake.retention import commit_date, let_go
+from cdc.lake.retention import commit_date, expired, let_go
 from cdc.ports import ObjectStore, TieredStore
 from cdc.table import TableId
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 FIRST_VACUUM_S = 300.0
 RETRY_S = 30.0
+HELD_S = 600.0
+"""How often it is tried again where a follower holds back a vacuum."""
 AGED_EVERY_S: Final = 3600.0
 """How often is looked for what has become old: ages are counted in days."""
 
@@ -97,7 +99,8 @@ class Upkeep:
         fence: int = 0,
         may_vacuum: Callable[[int, float], bool] = lambda version, since: True,
     ) -> None:
-        """`may_vacuum`: whether what was removed from the changelog before a Unix time, up to a version, may go."""
+        """`may_vacuum`: whether nobody has still to read what was in the changelog before a Unix time, up to a version:
+        only then it may go."""
         self._store = store
         self._changelog = changelog
         self._current = current
@@ -199,8 +202,12 @@ class Upkeep:
         delta = self._changelog.delta
         gone = cooled = 0
         if math.isfinite(self._retain_s):
+            before_s = now_s - self._retain_s
+            old = expired(delta.files(newest), held, commit_date(delta), before_s)
+            # A follower that has had everything since an object landed has had it.
+            unread = {f.path for f in old if not self._may_vacuum(newest, f.added_ms / 1000)}
             try:
-                gone = let_go(delta, newest, held, now_s - self._retain_s, fence=self._fence)
+                gone = let_go(delta, newest, held | unread, before_s, fence=self._fence)
             except StoreConflict:
                 log.info("objects were taken by another writer", extra={"delta_table": self._changelog.path})
         if gone:
@@ -232,12 +239,19 @@ class Upkeep:
             gone += self._changelog.delta.vacuum(self._limits.vacuum_after_s)
         else:
             log.info("a follower has not read what a vacuum would remove", extra={"delta_table": self._changelog.path})
-            self._vacuum_at = time.monotonic() + max(self._limits.every_s, RETRY_S)
+            self._vacuum_at = time.monotonic() + max(self._limits.every_s, HELD_S)
         failpoint("vacuum.after_delete")
-        self._changelog.delta.tidy_log()
+        if self._is_read_to_its_end():
+            self._changelog.delta.tidy_log()
         if gone:
             metrics.VACUUMED_OBJECTS.inc(gone)
         return gone
+
+    def _is_read_to_its_end(self) -> bool:
+        """Whether nobody merges on from an older version of the changelog, whose commits are needed for that."""
+        delta = self._changelog.delta
+        merged = delta.version() if self._current is None else self._current.merged()
+        return merged >= 0 and delta.rests_until(merged) == delta.version()
 
     def _newest(self) -> tuple[int, set[str]]:
         """The newest version of the changelog, and the objects in it that `current` has not merged; all of them if the
@@ -283,6 +297,11 @@ class UpkeepOrders:
         with self._lock:
             self._orders.setdefault(table, []).append(order)
         return order
+
+    def are_open(self) -> bool:
+        """Whether somebody waits for any table."""
+        with self._lock:
+            return any(o.done is None and o.error is None for orders in self._orders.values() for o in orders)
 
     def open(self, table: TableId) -> list[UpkeepOrder]:
         """Those of the table that are not done."""

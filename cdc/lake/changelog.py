@@ -272,10 +272,9 @@ class ChangelogTable:
 
         found = [
             o.key.removeprefix(below)
-            for o in self._store.list(below)
-            if o.key.endswith(".parquet")
-            and not o.key.startswith(f"{below}_delta_log/")
-            and is_dead(o.key, o.modified_at_us)
+            # Not the log, which may have a thousand entries for each object.
+            for o in self._store.list(f"{below}{system_name(DATE, self.stored_prefix())}=")
+            if o.key.endswith(".parquet") and is_dead(o.key, o.modified_at_us)
         ]
         known = self._known() if found else set()
         return [f"{below}{path}" for path in found if path not in known]

@@ -152,7 +152,9 @@ class Compactor:
         key = f"{self._delta.prefix}/{path}"
         with local.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             self._store.put(key, mapped)
-        added = AddedFile(path=path, size=size, rows=rows, partition=files[0].partition)
+        added = AddedFile(
+            path=path, size=size, rows=rows, partition=files[0].partition, added_ms=max(f.added_ms for f in files)
+        )
         failpoint("compact.before_commit")
         try:
             self._delta.commit(

@@ -22,7 +22,7 @@ from cdc.ports import TieredStore
 
 COLD_BYTES_MIN: Final = 128 << 10
 """What is smaller stays: it is charged as this much in cold classes, and each object costs a request to move."""
-_COLD_BYTES_MAX: Final = 5 << 30
+COLD_BYTES_MAX: Final = 5 << 30
 """What S3 copies in one request; what is bigger stays too."""
 _TURN_S: Final = 5.0
 
@@ -51,7 +51,7 @@ class Cooler:
         cold, cooled = self.cold(), 0
         until = time.monotonic() + _TURN_S
         for file in expired(files, held, date, before_s):
-            if file.path in cold or not COLD_BYTES_MIN <= file.size <= _COLD_BYTES_MAX:
+            if file.path in cold or not COLD_BYTES_MIN <= file.size <= COLD_BYTES_MAX:
                 continue
             if time.monotonic() >= until:
                 return cooled, True
@@ -61,4 +61,4 @@ class Cooler:
         return cooled, False
 
 
-__all__ = ["COLD_BYTES_MIN", "Cooler"]
+__all__ = ["COLD_BYTES_MAX", "COLD_BYTES_MIN", "Cooler"]

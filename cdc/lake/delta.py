@@ -32,9 +32,17 @@ from deltalake import DeltaTable, PostCommitHookProperties
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
-from cdc.errors import CdcError, FormatTooNew, InvariantBroken, SchemaConflict, StoreConflict, StoreUnavailable
+from cdc.errors import (
+    CdcError,
+    FormatTooNew,
+    InvariantBroken,
+    LeaseLost,
+    SchemaConflict,
+    StoreConflict,
+    StoreUnavailable,
+)  # fmt: skip
 from cdc.lake.actions import commit_text, file_actions, metadata_actions, same_schema
-from cdc.lake.commits import COMMIT_KEY, Commit, Commits, HistoryGone
+from cdc.lake.commits import COMMIT_KEY, LEASE, Commit, Commits, HistoryGone
 from cdc.lake.widening import merged
 from cdc.ports import ObjectStore
 
@@ -66,6 +74,8 @@ class AddedFile:
     size: int
     rows: int
     partition: Mapping[str, str | None] = field(default_factory=dict)
+    added_ms: int | None = None
+    """When its rows came into the table, as Unix time; None: now."""
 
 
 class LiveFile(NamedTuple):
@@ -88,6 +98,7 @@ class DeltaLog:
         self._location, self._options = store.location(prefix)
         self._table: DeltaTable | None = None
         self._commits = Commits(store, prefix)
+        self._vacuumed: set[str] = set()
 
     # ---- opening ----
 
@@ -336,17 +347,19 @@ class DeltaLog:
     def vacuum(self, retention_s: float, *, untracked: bool = False) -> int:
         """Delete the objects of files that were removed more than `retention_s` ago (in whole hours, rounded up);
         returns how many. Versions older than that can no longer be read. `untracked`: also objects of that age that no
-        version has ever shown."""
+        version has ever shown.
+
+        deltalake says which; it names them again for a week, so those that this object has deleted are passed over.
+        """
+        self.refresh()
         with _translated(self.prefix):
             hours = math.ceil(retention_s / 3600)
-            gone = self._require().vacuum(
-                retention_hours=hours,
-                dry_run=False,
-                enforce_retention_duration=False,
-                full=untracked,
-                post_commithook_properties=_hooks(),
+            found = self._require().vacuum(
+                retention_hours=hours, dry_run=True, enforce_retention_duration=False, full=untracked
             )
-        self.refresh()
+        gone = [path for path in found if path not in self._vacuumed]
+        self._store.delete([f"{self.prefix}/{path}" for path in gone])
+        self._vacuumed = set(found)
         return len(gone)
 
     def tidy_log(self) -> None:
@@ -451,6 +464,8 @@ class DeltaLog:
                 raise StoreConflict(f"{self.prefix}: token {app_id} is {found}, the commit was built upon {value}")
         for app_id, value in tokens.items():
             found = table.transaction_version(app_id)
+            if found is not None and found > value and app_id == LEASE:
+                raise LeaseLost(f"{self.prefix}: a later holder of the lease has written here", hint="run only one")
             if found is not None and found > value:
                 raise InvariantBroken(f"{self.prefix}: token {app_id} would go back from {found} to {value}")
         if removes and not set(removes) <= {f.path for f in self.files()}:
@@ -524,7 +539,7 @@ def _add_actions(adds: Sequence[AddedFile], data_change: bool) -> list[AddAction
             path=a.path,
             size=a.size,
             partition_values=dict(a.partition),
-            modification_time=now,
+            modification_time=now if a.added_ms is None else a.added_ms,
             data_change=data_change,
             stats=json.dumps({"numRecords": a.rows}),
         )

@@ -298,11 +298,17 @@ def _parts(objects: Sequence[SpanObject], object_bytes: int) -> Iterator[Part]:
 
 
 def _parse(data: bytes, path: str) -> Checkpoint:
-    values: dict[str, Any] = json.loads(data)
-    if int(values.get("format", 0)) > FORMAT:
-        raise FormatTooNew(f"{path} has format {values['format']}, this release knows {FORMAT}", hint="upgrade cdc")
-    cut = values.pop("cut")
-    return Checkpoint(**values, cut=None if cut is None else Cut(**cut))
+    try:
+        values: dict[str, Any] = json.loads(data)
+        written_in = int(values.get("format", 0))
+        if written_in > FORMAT:
+            raise FormatTooNew(f"{path} has format {written_in}, this release knows {FORMAT}", hint="upgrade cdc")
+        cut = values.pop("cut")
+        return Checkpoint(**values, cut=None if cut is None else Cut(**cut))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise FollowerLost(
+            f"{path} is not as it was written", hint="bring it back, or move its folder away to have all written anew"
+        ) from e
 
 
 __all__ = ["FORMS", "Checkpoint", "Cut", "PlainFiles"]

@@ -216,8 +216,9 @@ class RegisteredTable:
         """Let old snapshots go, then what they alone have named. A death between the two leaves small objects that
         nobody names."""
         bound = (dt.datetime.now(dt.UTC).timestamp() - self._keep_s) * 1000
-        newest = table.metadata.current_snapshot_id
-        old = [s for s in table.snapshots() if s.timestamp_ms < bound and s.snapshot_id != newest]
+        # What a branch or a tag names stays: somebody has put it there.
+        named = {ref.snapshot_id for ref in table.metadata.refs.values()} | {table.metadata.current_snapshot_id}
+        old = [s for s in table.snapshots() if s.timestamp_ms < bound and s.snapshot_id not in named]
         if not old:
             return
         manifests = {m.manifest_path for s in old for m in s.manifests(table.io)}

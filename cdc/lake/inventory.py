@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from cdc.lake.cooling import COLD_BYTES_MAX, COLD_BYTES_MIN
 from cdc.lake.delta import DeltaLog, LiveFile
 from cdc.lake.layout import DATE
 from cdc.lake.retention import commit_date, newest_s
@@ -50,12 +51,19 @@ def inventory(store: ObjectStore, path: str, *, small_bytes: int, cold_class: st
     }
 
 
-def lifecycle(store: ObjectStore, path: str, *, retain_s: float, cold_after_s: float) -> dict[str, Any]:
+def lifecycle(
+    store: ObjectStore, path: str, *, retain_s: float, cold_after_s: float, cold_class: str = ""
+) -> dict[str, Any]:
     """What retention takes next out of the changelog at `path`, and what is put away next: `at` (Unix time, the past if
     it is due), `files` and `bytes` of what goes within a day of that; None: nothing ever does."""
     table = DeltaLog(store, path)
     files, date = table.files(), commit_date(table)
-    return {"expires": _next(files, date, retain_s), "cools": _next(files, date, cold_after_s)}
+    warm: list[LiveFile] = []
+    if math.isfinite(cold_after_s):
+        listed = store.list(f"{path}/")
+        cold = {o.key.removeprefix(f"{path}/") for o in listed if o.storage_class == cold_class}
+        warm = [f for f in files if f.path not in cold and COLD_BYTES_MIN <= f.size <= COLD_BYTES_MAX]
+    return {"expires": _next(files, date, retain_s), "cools": _next(warm, date, cold_after_s)}
 
 
 def _next(files: list[LiveFile], date: str | None, after_s: float) -> dict[str, Any] | None:

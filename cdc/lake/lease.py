@@ -12,9 +12,9 @@ What it does not fence, and what does instead:
 - Who reads the source: an advisory lock there orders that.
 - Other programs that write to the lake's tables.
 
-Time: the holder trusts only its monotonic clock, counted from *before* the write that renewed the lease. Others see the
-end as wall-clock time in the object and allow for a skew; or, with a clock that is wrong by more, they watch the object
-stay unchanged for a whole term. A holder on the same machine whose process is gone is succeeded at once.
+Time: the holder trusts only its monotonic clock, counted from *before* the write that renewed the lease. Others watch
+the object stay unchanged for a whole term, or for half of one if its end, as wall-clock time in the object, has passed;
+a wrong clock alone takes it from nobody. A holder on the same machine whose process is gone is succeeded at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cdc.ports import ObjectStore
 FORMAT: Final = 1
 TTL_S: Final = 30.0
 SKEW_S: Final = 5.0
-"""How far clocks of two machines may differ before a successor has to watch for a whole term instead."""
+"""How far clocks of two machines may differ for an end to count as passed."""
 _POLL_S: Final = 0.5
 RELEASE_S: Final = 10.0
 
@@ -118,6 +118,10 @@ class Lease:
                 hint="it goes on when the store can be reached, unless another daemon has taken over",
             )
 
+    def is_long_over(self) -> bool:
+        """Whether it ran out a whole term ago and did not come back: another daemon may have it by now."""
+        return self._etag is not None and time.monotonic() >= self._deadline + self._ttl_s
+
     def held(self) -> bool:
         """Whether `check` would pass."""
         return self._etag is not None and time.monotonic() < self._deadline
@@ -180,14 +184,17 @@ class Lease:
         self._etag, self._deadline, self._renew_at = new, began + self._ttl_s, began + self._ttl_s / 3
 
     def _is_over(self, document: dict[str, Any], etag: str) -> bool:
-        if document["released"] or time.time() > document["expires_at"] + SKEW_S:
+        if document["released"]:
             return True
-        if document["place"] and document["place"] == _place() and _started(document["pid"]) != document["started"]:
+        if document["place"] and document["place"] == _place() and _is_gone(document["pid"], document["started"]):
             return True
         now = time.monotonic()
         if self._watched[0] != etag:
             self._watched = (etag, now)
-        return now - self._watched[1] > float(document["ttl_s"])
+        unchanged_s, ttl_s = now - self._watched[1], float(document["ttl_s"])
+        # One that lives renews it in a third of its term, whatever our clock says of its end.
+        is_late = time.time() > document["expires_at"] + SKEW_S
+        return unchanged_s > (ttl_s / 2 if is_late else ttl_s)
 
     def _document(self, *, released: bool) -> bytes:
         now = time.time()
@@ -216,14 +223,29 @@ def _place() -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """Start time of a process in the kernel's ticks, so that a reused id is another process; empty if it is gone."""
+def _started(pid: int) -> str | None:
+    """Start time of a process in the kernel's ticks, so that a reused id is another process; empty if it is a zombie,
+    None if nothing is to be seen of it."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return ""
+        return None
     state, *rest = text.rpartition(")")[2].split()
     return "" if state in "ZX" else rest[18]
+
+
+def _is_gone(pid: int, started: str | None) -> bool:
+    """Whether a process is known to be gone. What /proc does not show may live (hidepid, as systemd's ProtectProc)."""
+    now = _started(pid)
+    if now is not None:
+        return started is not None and now != started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _clock(seconds: float) -> str:

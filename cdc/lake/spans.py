@@ -28,7 +28,7 @@ import pyarrow as pa
 from cdc.batch import SNAPSHOT_SEQ
 from cdc.errors import CdcError, StoreUnavailable
 from cdc.lake.changelog import ChangelogTable, ChangelogTokens
-from cdc.lake.commits import Commit, HistoryGone
+from cdc.lake.commits import TRIMMED, Commit, HistoryGone
 from cdc.lake.layout import system_name
 from cdc.lake.rewriting import batches_of
 from cdc.ports import ObjectStore
@@ -183,7 +183,15 @@ class Spans:
         # All tokens of the version that is read, and no other.
         tokens = {name: value for name, value in self.changelog.delta.tokens().items() if _counts(name)}
         newest = self.changelog.version()
-        if first:
+        if (self.changelog.delta.token(TRIMMED) or -1) >= first > 0:
+            log.error(
+                "retention has taken objects of the changelog that a follower had not read: their rows are lost to it",
+                extra={
+                    "delta_table": self.changelog.path, "after_version": first - 1,
+                    "hint": "retain longer; what the changelog has left is written",
+                },
+            )  # fmt: skip
+        elif first:
             log.warning(
                 "a follower comes too late for the objects of before, and reads the whole changelog for what it lacks",
                 extra={"delta_table": self.changelog.path, "after_version": first - 1},

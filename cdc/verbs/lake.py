@@ -48,7 +48,13 @@ def _entry(call: Call, source: str, table: TableId) -> dict[str, Any]:
     path = changelog_path(source, table)
     changelog = inventory(call.store, path, small_bytes=small, cold_class=limits.cold_class)
     if changelog is not None:
-        ages = lifecycle(call.store, path, retain_s=limits.retain_of(table), cold_after_s=limits.cold_after_s)
+        ages = lifecycle(
+            call.store,
+            path,
+            retain_s=limits.retain_of(table),
+            cold_after_s=limits.cold_after_s,
+            cold_class=limits.cold_class,
+        )
         changelog |= {
             what: None if found is None else {**found, "at": time_text(found["at"])} for what, found in ages.items()
         }

@@ -163,7 +163,13 @@ def test_the_demo_ends_equal_and_its_lake_can_be_looked_into_afterwards(
         assert (run.returncode, len(run.stdout.splitlines()) > 3) == (0, True), run.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C"),
+        pytest.param(signal.SIGKILL, -9, id="kill -9", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_demo_leaves_no_process(
     tmp_path: Path, orphans_come_to_us: None, start: Start, number: signal.Signals, code: int
 ) -> None:

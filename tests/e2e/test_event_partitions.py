@@ -109,6 +109,7 @@ def logged(daemon: Daemon) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_in_the_partition_of_their_time_from_snapshot_to_reader(tmp_path: Path, database: str) -> None:
     tell_the_story(tmp_path, database, ())
 

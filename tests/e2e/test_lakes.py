@@ -75,6 +75,7 @@ def storage_classes(store: S3Store, prefix: str) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_table_lives_in_its_own_lake_and_one_that_moves_is_read_anew_there(tmp_path: Path, tables: str) -> None:
     eu = tmp_path / "eu"
     with regional(tmp_path, tables) as daemon:

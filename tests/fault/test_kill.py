@@ -119,6 +119,7 @@ def test_nothing_is_lost_or_doubled_by_kills_at_one_point(
         assert scene.check() > 100
 
 
+@pytest.mark.slow
 def test_a_transaction_too_big_to_wait_for_lands_once_however_often_we_die_in_it(tmp_path: Path, database: str) -> None:
     execute(database, "create table big (id int primary key, text text)", "create table small (id int primary key)")
     with Daemon(tmp_path, database) as daemon:

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.daemon import SOURCE, Daemon, execute
+from tests.support.store_proxy import StoreProxy
 from tests.support.waiting import wait_until
 from tests.support.witness import changelog
 
@@ -74,3 +76,25 @@ def test_a_daemon_that_wakes_up_behind_its_successor_writes_nothing(daemon: Daem
         assert "another daemon" in daemon.log_tail()
         other.settled().verified()
         assert ids(daemon) == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_daemon_that_has_lost_only_its_store_lets_the_reserve_have_the_source(tmp_path: Path, database: str) -> None:
+    """Its own way to the store is cut; that to the source is not, so nothing else would make it let go."""
+    execute(database, "create table orders (id int primary key, amount int)")
+    url, endpoint = f"s3://{new_bucket()}/lake", s3_endpoint()
+    with StoreProxy(endpoint) as proxy:
+        lake = {"url": url, "lease_ttl_s": TTL_S}
+        first = Daemon(tmp_path / "first", database, lake={**lake, "endpoint_url": proxy.endpoint})
+        reserve = Daemon(tmp_path / "reserve", database, lake={**lake, "endpoint_url": endpoint})
+        with first, reserve:
+            first.start().settled()
+            reserve.start().in_phase("standby")
+            proxy.refuse()
+            proxy.cut()
+            execute(database, "insert into orders select n, n from generate_series(1, 50) n")
+            reserve.streaming(120)
+            reserve.settled().verified()
+            proxy.refuse(False)
+            assert first.ended() == 1
+            reserve.settled().verified()

@@ -28,6 +28,7 @@ from cdc.table import TableId, TableSchema
 from cdc.upkeep import Limits
 from connectors.local.store import LocalStore
 from tests.support.changelogs import batch_of
+from tests.support.waiting import wait_until
 from tests.unit.test_lake_current import SCHEMA
 
 BIG, SMALL = TableId("public", "big"), TableId("public", "small")
@@ -120,6 +121,17 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     made = Shop(tmp_path)
     yield made
     made.state.close()
+
+
+def test_a_wish_that_nobody_repeats_ends(shop: Shop) -> None:
+    """Else one table whose snapshot takes hours would keep every landing merged at once."""
+    shop.update(BIG, 5)
+    shop.merger.ask()
+    assert shop.step() == {BIG}
+    shop.update(BIG, 5)
+    shop.merger._asked_until = time.monotonic() + 0.05
+    wait_until(lambda: time.monotonic() > shop.merger._asked_until)
+    assert shop.step() == set()
 
 
 def test_a_table_waits_until_a_tenth_of_it_has_changed(shop: Shop) -> None:

@@ -104,8 +104,13 @@ def test_small_objects_are_joined_and_every_version_reads_the_same(story: Story)
         version = story.land([{"_op": "c", "id": str(n), "note": f"note {n}"}])
     story.merge()
     before, objects = story.changes(), story.objects()
+    delta = DeltaLog(story.store, story.changelog.path)
+    landed_ms = max(f.added_ms for f in delta.files())
 
     replaced = story.upkeep.compact()
+
+    delta.refresh()
+    assert [f.added_ms for f in delta.files()] == [landed_ms], "its rows are as old as before"
 
     assert (replaced, len(story.objects())) == (len(objects), 1)
     assert story.changes() == before

@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdc import follow
-from cdc.config import FilesConfig, LakeConfig
+from cdc.config import FilesConfig, IcebergConfig, LakeConfig
 from cdc.errors import FormatTooNew, StoreConflict, StoreUnavailable
 from cdc.follow import Followers, followers_fact
 from cdc.lake import spans as spans_module
 from cdc.lake.compaction import FEW
 from cdc.lake.files import PlainFiles
 from cdc.lake.layout import files_path
+from cdc.lake.routing import RoutingStore
 from cdc.lake.spans import Followed, FollowerLost, Span, Spans
 from cdc.ports import ObjectStore, StoredObject
 from cdc.stage import Stage
@@ -328,6 +329,14 @@ def test_a_checkpoint_of_a_newer_release_is_refused(story: Story, tmp_path: Path
         caught_up(stage_of(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "cut": null, "more": 1}'])
+def test_a_broken_checkpoint_stops_the_follower_and_nothing_else(story: Story, tmp_path: Path, text: str) -> None:
+    caught_up(stage_of(tmp_path))
+    (tmp_path / "lake" / FILES / "_checkpoint.json").write_text(text)
+    with pytest.raises(FollowerLost, match="is not as it was written"):
+        caught_up(stage_of(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_any_order_of_landing_joining_removing_and_dying_gives_each_row_once(
@@ -448,6 +457,33 @@ def test_a_vacuum_waits_for_a_follower_but_not_for_ever(
         assert followers.may_vacuum(TABLE, newest, time.time())
         assert followers.may_vacuum(TABLE, newest, time.time())
     assert len([r for r in caplog.records if "gets no further" in r.message]) == 1
+
+
+def test_no_iceberg_table_takes_bounds_of_keys_out_of_another_lake(scene: Scene, tmp_path: Path) -> None:
+    main, eu = scene.story.store, LocalStore(tmp_path / "eu")
+    store = RoutingStore(main, {"eu": eu}, lambda source, table: "eu" if table == TABLE else "")
+    followers = Followers(
+        "shop",
+        LakeConfig(
+            url="file:///lake",
+            files=FilesConfig(tables=("shop.public.*",)),
+            iceberg=IcebergConfig(tables=("shop.public.*",), catalog={"type": "in-memory"}),
+        ),
+        scene.state, store, tmp_path / "scratch", lambda: None,
+    )  # fmt: skip
+    assert followers._forms(TABLE) == ["files"]
+    assert followers._forms(TableId("public", "other")) == ["files", "iceberg"]
+
+
+def test_one_that_looks_once_a_day_is_not_late_between_its_looks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.story.land(changes(1))
+    scene.finish()
+    (follower,) = [f for f in scene.followers._followers.values() if f.table == TABLE]
+    follower.progress_at, follower.due_at = time.monotonic() - 80_000, time.monotonic() + 6_400
+    newest = scene.story.land(changes(2))
+    assert not scene.followers.may_vacuum(TABLE, newest, time.time())
+    follower.due_at = time.monotonic() - 80_000
+    assert scene.followers.may_vacuum(TABLE, newest, time.time())
 
 
 def test_what_is_read_and_not_written_yet_is_still_needed(story: Story) -> None:

@@ -346,7 +346,7 @@ def test_a_former_holder_that_wakes_up_behind_the_reclaim_of_its_objects_cannot_
         return before(self, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DeltaLog, "commit", slept)
-    with pytest.raises(InvariantBroken):
+    with pytest.raises(LeaseLost):
         late.commit(Boundary(1, 100, 108))
     assert ids(store) == [500]
 

@@ -331,7 +331,11 @@ def test_vacuum_deletes_removed_files_only(store: LocalStore, tmp_path: Path) ->
     assert log.vacuum(3600) == 0
     time_ago = time.time() - 90_000
     os.utime(tmp_path / log.prefix / x.path, (time_ago, time_ago))
+    version = log.version()
     assert log.vacuum(0) == 1
+    assert (log.vacuum(0), log.refresh()) == (0, version), (
+        "what is gone is not deleted again, and no commit tells of it"
+    )
     assert not (tmp_path / log.prefix / x.path).exists()
     assert [f.path for f in DeltaLog(store, log.prefix).files()] == [y.path]
 

@@ -264,11 +264,17 @@ def test_old_snapshots_go_with_what_they_alone_have_named(
     for n in range(6):
         story.land(changes(n))
         caught_up(stage)
+    first = table(tmp_path).snapshots()[0].snapshot_id
+    table(tmp_path).manage_snapshots().create_tag(first, "audit").commit()
     assert len(table(tmp_path).snapshots()) == 6
     downstream: Any = stage._downstream
     downstream._keep_s = -1.0
     story.merge()
     story.upkeep.compact(everything=True)
+    caught_up(stage)
+    assert {s.snapshot_id for s in table(tmp_path).snapshots()} == {first, table(tmp_path).metadata.current_snapshot_id}
+    table(tmp_path).manage_snapshots().remove_tag("audit").commit()
+    story.land(changes(7))
     caught_up(stage)
     assert len(table(tmp_path).snapshots()) == 1
     newest = table(tmp_path).current_snapshot()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cdc.errors import FormatTooNew, LeaseExpired, LeaseLost, Standby, StoreUnavailable, Verdict
+from cdc.lake import lease as lease_module
 from cdc.lake.layout import lease_key
 from cdc.lake.lease import Lease
 from connectors.local.store import LocalStore
@@ -163,9 +164,38 @@ def test_a_process_id_used_again_is_not_the_holder(store: LocalStore) -> None:
 
 def test_a_holder_elsewhere_is_succeeded_when_its_time_is_over(store: LocalStore) -> None:
     taken(store, "a")
-    held = document(store) | {"place": "another machine", "expires_at": time.time() - 3600}
+    held = document(store) | {"place": "another machine", "expires_at": time.time() - 3600, "ttl_s": 1.0}
     store.put(KEY, json.dumps(held).encode())
-    assert taken(store, "b").fence == 2
+    second = Lease(store, "shop", "b")
+    second.acquire(wait_s=20)
+    assert second.fence == 2
+
+
+def test_a_clock_that_is_ahead_takes_the_lease_from_nobody_who_renews_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = taken(store, "a", ttl_s=1.5)
+    held = document(store) | {"place": "another machine"}
+    store.put(KEY, json.dumps(held).encode())
+    first.acquire()
+    monkeypatch.setattr(lease_module, "_place", lambda: "here")
+    now = time.time
+    monkeypatch.setattr(lease_module.time, "time", lambda: now() + 3600)
+    second = Lease(store, "shop", "b")
+    until = time.monotonic() + 2.5
+    while time.monotonic() < until:
+        first.keep()
+        with pytest.raises(Standby):
+            second.acquire()
+    first.check()
+
+
+def test_a_process_that_proc_does_not_show_may_live(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid, as systemd's ProtectProc makes it, a daemon does not see its neighbour."""
+    taken(store, "a")
+    monkeypatch.setattr(lease_module, "_started", lambda pid: None)
+    with pytest.raises(Standby):
+        taken(store, "b")
 
 
 def test_a_holder_whose_clock_is_wrong_is_succeeded_after_a_term_without_renewal(store: LocalStore) -> None:
@@ -221,9 +251,10 @@ def test_a_renewal_without_an_answer_is_renewed_and_what_others_see_holds_as_lon
 
 def test_a_former_holder_notices_when_it_renews(store: LocalStore) -> None:
     first = taken(store, "a")
-    held = document(store) | {"place": "", "expires_at": 0.0}
+    held = document(store) | {"place": "", "expires_at": 0.0, "ttl_s": 0.2}
     store.put(KEY, json.dumps(held).encode())
-    second = taken(store, "b")
+    second = Lease(store, "shop", "b")
+    second.acquire(wait_s=20)
     with pytest.raises(LeaseLost):
         first.renew()
     assert not first.held()

@@ -166,6 +166,18 @@ def test_a_row_that_was_deleted_does_not_come_back_with_a_joined_object(story: K
         story.merge()
 
 
+def test_what_a_follower_has_not_read_stays(story: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    story.land(rows_of(1, 2))
+    story.merge()
+    asked: list[float] = []
+    monkeypatch.setattr(story.upkeep, "_may_vacuum", lambda version, since: asked.append(since) or False)
+    assert story.later(30) == 0
+    assert asked
+    assert max(asked) <= time.time(), "since when the follower must have had everything: when the object landed"
+    monkeypatch.setattr(story.upkeep, "_may_vacuum", lambda version, since: True)
+    assert story.later(30) > 0
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_a_merge_whose_commits_were_cleaned_away_goes_on_by_itself(story: Kept, trimmed: bool) -> None:
     """It stood still, and landing did not, for longer than the log keeps its commits."""
