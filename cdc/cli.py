@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     args.config = getattr(args, "config", None)
     console = Console(as_json=getattr(args, "json", False))
+    if args.verb not in ("run", "demo"):
+        _clean_up_when_ended()
     try:
         code = _verb(args.target)(Call(args, console))
         sys.stdout.flush()
@@ -86,6 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes standard output once more at exit: give it a place.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+def _clean_up_when_ended() -> None:
+    """SIGTERM and SIGHUP end the process by SystemExit, so that temporary files go with it: copies of rows, perhaps."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # One that is ignored (nohup), or that our caller handles, stays as it is.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _fail(console: Console, error: CdcError, code: int) -> int:

@@ -22,12 +22,16 @@ class Told:
 
     shape: TableSchema | None
     position: tuple[int, int] | None = None
+    why_apart: str = ""
 
     def schema(self, source: str, table: TableId) -> TableSchema | None:
         return self.shape
 
     def landed(self, source: str) -> tuple[int, int] | None:
         return self.position
+
+    def apart(self, source: str, table: TableId) -> str:
+        return self.why_apart
 
 
 def fresh_view(store: LocalStore, source: str, schema: TableSchema, scratch: Path) -> Shown:
@@ -36,7 +40,8 @@ def fresh_view(store: LocalStore, source: str, schema: TableSchema, scratch: Pat
     def place(key: str) -> str:
         return store.location(key)[0]
 
-    return fresh_views(store, source, [schema.table], Told(schema), place, place, temp_dir=scratch)[schema.table]
+    instant = fresh_views(store, source, [schema.table], Told(schema), place, place, temp_dir=scratch)
+    return instant.tables[schema.table]
 
 
 def rows_of(view: Shown) -> pa.Table:
