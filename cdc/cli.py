@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from cdc.console import Console, parse_lsn
 from cdc.errors import CdcError, ConfigError, TimedOut
@@ -71,11 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     args.config = getattr(args, "config", None)
     console = Console(as_json=getattr(args, "json", False))
-    if args.verb not in ("run", "demo"):
-        _clean_up_when_ended()
     try:
-        code = _verb(args.target)(Call(args, console))
-        sys.stdout.flush()
+        with _cleaned_up(args.verb):
+            code = _verb(args.target)(Call(args, console))
+            sys.stdout.flush()
         return code
     except (ConfigError, UsageError) as error:
         return _fail(console, error, USAGE)
@@ -92,14 +92,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
 
 
-def _clean_up_when_ended() -> None:
-    """SIGTERM and SIGHUP end the process by SystemExit, so that temporary files go with it: copies of rows, perhaps."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # One that is ignored (nohup), or that our caller handles, stays as it is.
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+@contextmanager
+def _cleaned_up(verb: str) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the verb by SystemExit, so that temporary files go with it: copies of rows, perhaps. The
+    daemon and the demo have handlers of their own."""
+    before: dict[signal.Signals, Any] = {}
+    if verb not in ("run", "demo") and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # One that is ignored (nohup), or that our caller handles, stays as it is.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _fail(console: Console, error: CdcError, code: int) -> int:

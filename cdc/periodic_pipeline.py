@@ -23,6 +23,7 @@ from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict
 from cdc.evolution import Evolution
 from cdc.follow import Followers
+from cdc.instant import in_part_fact
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_landed
@@ -351,6 +352,8 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        # For who reads what has landed without us.
+        self._state.set(in_part_fact(name), doubtful_lsn or None)
         self._places.settle()
         adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)
