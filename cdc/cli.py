@@ -227,7 +227,7 @@ def _query(p: argparse.ArgumentParser) -> None:
     p.add_argument("--format", choices=("table", "json", "csv"), default="table", help="of the result")
     p.add_argument("--limit", type=_count, metavar="N", help="rows at most (default: 1000 as a table, else 1000000)")
     p.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="exit 1 after this long (default 600)")
-    p.add_argument("--merged", action="store_true", help="tables as they are merged, without what has landed since")
+    p.add_argument("--merged", action="store_true", help="tables at the last cut at which all were merged")
 
 
 def _lake_sql(p: argparse.ArgumentParser) -> None:

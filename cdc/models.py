@@ -151,7 +151,7 @@ def query(
         except (StoreUnavailable, HistoryGone):
             if attempt + 1 == _ATTEMPTS:
                 raise
-            if fresh is None and cut is not None and attempt:
+            if fresh is None and attempt and any((cut or {}).values()):
                 cut = None
                 note("the recorded cut is not there any more: every table is shown as it was merged last")
         else:

@@ -467,6 +467,16 @@ def test_the_lake_is_read_without_a_state_that_cannot_be(
     assert (code, "without the daemon's state" in told) == (0, True)
 
 
+def test_merged_tables_are_read_at_the_recorded_cut(
+    config: Config, state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_row(config)
+    state.save_cut("shop", 7, {ORDERS: 1})
+    SmallLake(config.path.parent / "lake").write_current("shop", "orders", pa.table({"id": [2]}))
+    sql = "select max(id), count(*) from shop.orders"
+    assert run(capsys, config, "query", "--merged", sql)[1]["rows"] == [[1, 1]]
+
+
 def test_a_verb_that_is_ended_cleans_up(config: Config, tmp_path: Path) -> None:
     """Copies of rows in a temporary folder go when a terminal is closed, too."""
     one_row(config)
