@@ -64,8 +64,8 @@ class Instant(NamedTuple):
 class Known(Protocol):
     """What is known of the tables beside their objects."""
 
-    def schema(self, source: str, table: TableId) -> TableSchema | None:
-        """The shape that the lake has taken up to where it has landed; None if nobody knows."""
+    def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
+        """The shape that the lake has taken up to where it has landed, or a newer one; None if nobody knows."""
 
     def landed(self, source: str) -> Position | None:
         """The newest position at which all changelogs of the source stand; None if nobody knows."""
@@ -82,12 +82,11 @@ def in_part_fact(source: str) -> str:
 class KnownByState:
     """By the daemon's state, or if there is none (None) by what the changelogs themselves say."""
 
-    def __init__(self, store: ObjectStore, state: State | None) -> None:
-        self._store = store
+    def __init__(self, state: State | None) -> None:
         self._state = state
 
-    def schema(self, source: str, table: TableId) -> TableSchema | None:
-        announced = ChangelogTable(self._store, source, table).shape()
+    def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
+        announced, table = changelog.shape(), changelog.table
         if self._state is not None:
             book = SchemaBook(self._state, source)
             found = book.held(table) or book.latest(table)
@@ -151,7 +150,7 @@ def fresh_views(
             until = known.landed(source)
             if until is not None:
                 until = max(until, *positions)
-            seen = {view.table: view.look(known.schema(source, view.table), until) for view in views}
+            seen = {view.table: view.look(known, until) for view in views}
             # A merge of a later cut came between, and its table cannot be shown but as it is merged.
             if until is not None and any(found.position > until for found in seen.values()):
                 continue
@@ -214,19 +213,22 @@ class _View:
         self._where = where
         self._local = local
 
-    def look(self, schema: TableSchema | None, until: Position | None) -> _Seen:
+    def look(self, known: Known, until: Position | None) -> _Seen:
         """The table up to a position, or as it is merged, which may be behind it."""
         try:
-            return self._fresh(schema, until)
+            return self._fresh(known, until)
         except (Inexact, KeyChanged, IdentityMissing, SchemaConflict, HistoryGone) as e:
             return self._merged(e)
 
-    def _fresh(self, schema: TableSchema | None, until: Position | None) -> _Seen:
-        if not self._changes.exists():
+    def _fresh(self, known: Known, until: Position | None) -> _Seen:
+        newest = self._changes.refresh()
+        if newest < 0:
             return self._merged()
+        # A shape is announced before its rows: none up to this version has a newer one.
+        schema = known.schema(self._source, self._changes)
         if schema is None:
             raise Inexact("nobody has noted its columns")
-        through = None if until is None else self.current.landed_until(until)
+        through = newest if until is None else self.current.landed_until(until)
         outlook = self.current.outlook(schema, through=through, open_changelog=self._open)
         if outlook is None:
             return self._merged()

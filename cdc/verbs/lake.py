@@ -181,4 +181,4 @@ def known_tables(call: Call) -> Iterator[KnownByState]:
         except CdcError as e:
             state = None
             call.console.note(f"without the daemon's state, each table is as new as it is by itself: {e}")
-        yield KnownByState(call.store, state)
+        yield KnownByState(state)

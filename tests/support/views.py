@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from cdc.instant import Shown, fresh_views
+from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.table import TableId, TableSchema
 from connectors.local.store import LocalStore
@@ -24,7 +25,7 @@ class Told:
     position: tuple[int, int] | None = None
     why_apart: str = ""
 
-    def schema(self, source: str, table: TableId) -> TableSchema | None:
+    def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
         return self.shape
 
     def landed(self, source: str) -> tuple[int, int] | None:

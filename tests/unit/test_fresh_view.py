@@ -340,7 +340,7 @@ def test_what_keeps_changing_is_given_up_once(tmp_path: Path) -> None:
     asked = 0
 
     class Overtaken(Landing):
-        def schema(self, source: str, table: TableId) -> TableSchema | None:
+        def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
             nonlocal asked
             asked += 1
             story.land([story.row("u", id="1", note=str(asked))])
@@ -365,8 +365,8 @@ def test_a_state_of_before_does_not_decide_on_the_shape(tmp_path: Path) -> None:
     newer = replace(SCHEMA, columns=(ID, replace(NOTE, name="remark")), version=2)
     changelog = ChangelogTable(story.changelog.store, "shop", TABLE)
     changelog.note_shape(SCHEMA, 0)
-    known = KnownByState(story.changelog.store, state)
-    assert known.schema("shop", TABLE) == old
+    known = KnownByState(state)
+    assert known.schema("shop", changelog) == old
     story.land([story.row("u", id="1", remark="renamed")], newer)
     changelog.note_shape(newer, 1)
 
@@ -426,7 +426,7 @@ def test_tables_that_are_not_of_one_instant_are_named(tmp_path: Path) -> None:
 
 def test_the_state_tells_which_tables_stand_apart(tmp_path: Path) -> None:
     state = open_state(tmp_path / "state")
-    known = KnownByState(LocalStore(tmp_path), state)
+    known = KnownByState(state)
     assert known.apart("shop", TABLE) == ""
     state.update_table("shop", TABLE, state="stopped", reason="no key")
     assert "is stopped, and stands where it did then: no key" in known.apart("shop", TABLE)
@@ -479,3 +479,25 @@ def test_history_that_is_gone_is_asked_for_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(CurrentTable, "outlook", outlook)
     assert story.view().note == "is shown as it is merged: it has gone"
     assert len(asked) == 1
+
+
+def test_without_a_state_no_row_is_shown_in_an_older_shape(tmp_path: Path) -> None:
+    """Another shape lands between the look at the shape and the look at the changes."""
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a")])
+    changelog = ChangelogTable(story.changelog.store, "shop", TABLE)
+    changelog.note_shape(SCHEMA, 0)
+    story.land([story.row("u", id="1", note="b")])
+    newer = replace(SCHEMA, columns=(ID, replace(NOTE, name="remark")), version=2)
+
+    class Overtaken(KnownByState):
+        def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
+            found = super().schema(source, changelog)
+            ChangelogTable(story.changelog.store, "shop", TABLE).note_shape(newer, 1)
+            story.land([story.row("u", id="1", remark="c")], newer)
+            return found
+
+    sql = "select * exclude (_epoch, _lsn, _seq, _committed_at, _origin, _raw) from shop.orders"
+    sources, store = {"shop": [TABLE]}, story.changelog.store
+    assert models.query(store, sources, sql, fresh=Overtaken(None)).to_pylist() == [{"id": 1, "note": "b"}]
+    assert models.query(store, sources, sql, fresh=KnownByState(None)).to_pylist() == [{"id": 1, "remark": "c"}]
