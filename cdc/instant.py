@@ -75,7 +75,7 @@ class Known(Protocol):
 
 
 def in_part_fact(source: str) -> str:
-    """Name of the fact that holds the position up to which a run may have landed in part only."""
+    """Name of the fact that holds the position (epoch, LSN) up to which a periodic run may have landed in part only."""
     return f"in_part:{source}"
 
 
@@ -109,7 +109,7 @@ class KnownByState:
         if self._state.is_paused("table", f"{source}/{table}"):
             return "is paused, and stands where it did then"
         landed, in_part = self.landed(source), self._state.get(in_part_fact(source))
-        if landed is not None and in_part is not None and landed[1] <= in_part:
+        if landed is not None and in_part is not None and landed <= tuple(in_part):
             return "is in the middle of a run, which may have landed in part only"
         return ""
 

@@ -352,8 +352,9 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
-        # For who reads what has landed without us.
-        self._state.set(in_part_fact(name), doubtful_lsn or None)
+        if doubtful_lsn:
+            # For who reads what has landed, daemon or not.
+            self._state.set(in_part_fact(name), [self._epoch, doubtful_lsn])
         self._places.settle()
         adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)

@@ -435,7 +435,7 @@ def test_the_state_tells_which_tables_stand_apart(tmp_path: Path) -> None:
     assert "paused" in known.apart("shop", TABLE)
     state.resume("table", f"shop/{TABLE}")
     state.save_checkpoint("land", "shop", {"offset": 1, "epoch": 1, "lsn": 5, "end_lsn": 6})
-    state.set(in_part_fact("shop"), 5)
+    state.set(in_part_fact("shop"), [1, 5])
     assert "in part" in known.apart("shop", TABLE)
     state.save_checkpoint("land", "shop", {"offset": 2, "epoch": 1, "lsn": 6, "end_lsn": 7})
     assert known.apart("shop", TABLE) == ""
