@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from cdc.console import Console, parse_lsn
 from cdc.errors import CdcError, ConfigError, TimedOut
@@ -70,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.config = getattr(args, "config", None)
     console = Console(as_json=getattr(args, "json", False))
     try:
-        code = _verb(args.target)(Call(args, console))
-        sys.stdout.flush()
+        with _cleaned_up(args.verb):
+            code = _verb(args.target)(Call(args, console))
+            sys.stdout.flush()
         return code
     except (ConfigError, UsageError) as error:
         return _fail(console, error, USAGE)
@@ -86,6 +90,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes standard output once more at exit: give it a place.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+@contextmanager
+def _cleaned_up(verb: str) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the verb by SystemExit, so that temporary files go with it: copies of rows, perhaps. The
+    daemon and the demo have handlers of their own."""
+    before: dict[signal.Signals, Any] = {}
+    if verb not in ("run", "demo") and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # One that is ignored (nohup), or that our caller handles, stays as it is.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _fail(console: Console, error: CdcError, code: int) -> int:
@@ -202,7 +227,7 @@ def _query(p: argparse.ArgumentParser) -> None:
     p.add_argument("--format", choices=("table", "json", "csv"), default="table", help="of the result")
     p.add_argument("--limit", type=_count, metavar="N", help="rows at most (default: 1000 as a table, else 1000000)")
     p.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="exit 1 after this long (default 600)")
-    p.add_argument("--merged", action="store_true", help="tables as they are merged, without what has landed since")
+    p.add_argument("--merged", action="store_true", help="tables at the last cut at which all were merged")
 
 
 def _lake_sql(p: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from cdc.lake.changelog import ChangelogTable
 from cdc.lake.notes import SCHEMA_CHANGES, SCHEMA_CHANGES_COLUMNS, Note, NotesTable
 from cdc.ports import ObjectStore
 from cdc.runs import Run
-from cdc.schema import SchemaBook
+from cdc.schema import SchemaBook, shape_fact
 from cdc.state import State
 from cdc.table import TableId, TableSchema
 
@@ -282,7 +282,7 @@ class Evolution:
         return self._shapes[table]
 
     def _shape_key(self, table: TableId) -> str:
-        return f"landed_shape:{self._source}/{table}"
+        return shape_fact(self._source, table)
 
     def _accepted(self, table: TableId) -> str:
         return f"accepted:{self._source}/{table}"

@@ -9,9 +9,10 @@ Which model runs when is not decided here.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ import pyarrow.parquet as pq
 
 from cdc.errors import ModelFailed, StoreUnavailable
 from cdc.fresh import UNKNOWN
-from cdc.instant import Known
+from cdc.instant import Known, NoInstant
+from cdc.lake.commits import HistoryGone
 from cdc.metrics import MODEL_SECONDS
 from cdc.ports import ObjectStore
 from cdc.relations import (
@@ -124,8 +126,9 @@ def query(
 ) -> pa.Table:
     """Result of one SELECT over the lake, cut off after `rows_max` rows. For operators: errors may quote values.
 
-    `fresh`: with the changes that have landed and are not merged, as `open_views` shows them; `note` takes a sentence
-    for each table that cannot be shown so. Begins again, a few times, where a merge and a vacuum took objects away.
+    `fresh`: with the changes that have landed and are not merged, as `open_views` shows them, and `cut` is for where
+    that fails; `note` takes a sentence for each table that cannot be shown so. Begins again, a few times, where a merge
+    and a vacuum took objects away; without the cut where its own are gone.
     """
     relations, unknown = resolve(named_relations(sql), sources)
     known = {source.lower() for source in sources}
@@ -133,16 +136,24 @@ def query(
         raise _unknown(missing, sources)
     for attempt in range(_ATTEMPTS):
         notes: list[str] = []
-        options = {"temp_dir": temp_dir, "memory_limit": memory_limit, "threads": threads}
+        paths: set[str] = set()
         try:
-            with open_views(store, relations, cut, fresh=fresh, note=notes.append, **options) as connection:  # type: ignore[arg-type]
-                found = _run_query(connection, store, sql, rows_max, timeout_s)
+            with open_views(
+                store, relations, cut, fresh=fresh, note=notes.append, paths=paths,
+                temp_dir=temp_dir, memory_limit=memory_limit, threads=threads,
+            ) as connection:  # fmt: skip
+                found = _run_query(connection, paths, sql, rows_max, timeout_s)
         except _NotKnown:
             fresh = None
             note(f"every table is shown as it is merged: {UNKNOWN.removeprefix('cdc: ')}")
-        except StoreUnavailable:
+        except NoInstant:
+            raise
+        except (StoreUnavailable, HistoryGone):
             if attempt + 1 == _ATTEMPTS:
                 raise
+            if fresh is None and attempt and any((cut or {}).values()):
+                cut = None
+                note("the recorded cut is not there any more: every table is shown as it was merged last")
         else:
             for text in notes:
                 note(text)
@@ -155,7 +166,7 @@ class _NotKnown(Exception):
 
 
 def _run_query(
-    connection: duckdb.DuckDBPyConnection, store: ObjectStore, sql: str, rows_max: int, timeout_s: float
+    connection: duckdb.DuckDBPyConnection, paths: Collection[str], sql: str, rows_max: int, timeout_s: float
 ) -> pa.Table:
     import duckdb
 
@@ -170,10 +181,14 @@ def _run_query(
         if UNKNOWN in text:
             raise _NotKnown from error
         # A path that is not there is looked for as a pattern, which the wall forbids.
-        gone = "Permission Error" in text and f'"{store.location("")[0]}/' in text and "/**/" in text
-        if gone or "IO Error" in text:
+        if ("IO Error" in text or ("Permission Error" in text and "/**/" in text)) and any(p in text for p in paths):
             raise StoreUnavailable(
                 "an object of the lake cannot be read", hint="a vacuum may have come between; ask again"
+            ) from error
+        if "IO Error" in text:
+            raise ModelFailed(
+                f"the query cannot use its temporary files: {first_line(error)}",
+                hint=f"make room in {tempfile.gettempdir()} (TMPDIR names another place), or aggregate earlier",
             ) from error
         raise ModelFailed(first_line(error)) from error
 

@@ -24,6 +24,7 @@ from cdc.config import Config, SourceConfig
 from cdc.errors import CdcError, LeaseLost, SourceUnavailable, Standby, StoreConflict
 from cdc.evolution import Evolution
 from cdc.follow import Followers
+from cdc.instant import in_part_fact
 from cdc.ladder import Ladder, count_tables, operator_error
 from cdc.lake.anchor import Anchor, AnchorState
 from cdc.lake.changelog import ChangelogTable, highest_epoch, highest_fence, highest_landed
@@ -354,6 +355,9 @@ class PeriodicPipeline:
             self.lander.abandon()
         lake, name = self._config.lake, self.name
         self._epoch = anchor.epoch
+        if doubtful_lsn:
+            # For who reads what has landed, daemon or not.
+            self._state.set(in_part_fact(name), [self._epoch, doubtful_lsn])
         self._places.settle()
         adopt_tables(name, self._state, self._book, self._store, self._epoch)
         (self._temp / "land").mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdc.errors import CdcError, ModelFailed, StoreUnavailable
 from cdc.instant import Known, Shown, Where, fresh_views, merged_view
+from cdc.lake.current import MERGED, CurrentTable
 from cdc.lake.delta import DeltaLog
 from cdc.lake.layout import changelog_path, current_path
 from cdc.ports import ObjectStore
@@ -143,6 +144,7 @@ def open_views(
     *,
     fresh: Known | None = None,
     note: Callable[[str], None] = lambda _: None,
+    paths: set[str] | None = None,
     temp_dir: Path | None = None,
     memory_limit: str = MEMORY_LIMIT,
     threads: int = THREADS,
@@ -151,34 +153,26 @@ def open_views(
 
     `versions`: the `current` versions of a cut; tables that it does not name, or None: the newest. A changelog is read
     as of the version that its `current` has merged, so that both tell of one position. `fresh`: instead of that, tables
-    are shown with the changes that have landed and are not merged, all of a source at one instant (cdc.instant), their
-    changelogs too, and `note` takes a sentence for each that cannot be shown so. DuckDB spills to `temp_dir` (its own
-    folder there), or fails at the memory limit if that is None. Objects of a store that is no local directory are
-    copied there first, for as long as the connection is open: the wall has no door to the network.
+    are shown with the changes that have landed and are not merged, all of a source at one instant (cdc.instant), its
+    changelogs too; a changelog that no table stands beside is read to its newest version. `note` takes a sentence for
+    each table that is not of one instant with the others; `paths` takes the files that the views read. DuckDB spills to
+    `temp_dir` (its own folder there), or fails at the memory limit if that is None. Objects of a store that is no local
+    directory are copied there first, for as long as the connection is open: the wall has no door to the network.
     """
-    views: list[tuple[Relation, str]] = []
     # Made where there is something to copy.
     copies = (temp_dir or Path(tempfile.gettempdir())) / f"objects-{uuid.uuid4().hex}"
-    paths: list[str] = []
+    paths = set() if paths is None else paths
 
     def where(key: str) -> str:
-        paths.append(local_path(store, key, copies))
-        return paths[-1]
+        path = local_path(store, key, copies)
+        paths.add(path)
+        return path
 
     try:
-        instants = _instants(store, relations, fresh, where, copies) if fresh is not None else {}
-        for relation in sorted(relations):
-            version = (versions or {}).get(relation.source, {}).get(relation.table)
-            shown = instants.get((relation.source, relation.table))
-            if relation.changelog:
-                behind = _merged(store, relation, version) if shown is None else shown.changelog
-                views.append((relation, _changelog(store, relation, behind, where)))
-                continue
-            if shown is None:
-                shown = merged_view(store, relation.source, relation.table, where, version)
-            elif shown.note:
-                note(f"{relation} is shown as it is merged: {shown.note}")
-            views.append((relation, shown.sql))
+        if fresh is not None:
+            views = _fresh(store, relations, fresh, where, copies, note)
+        else:
+            views = _as_merged(store, relations, versions, where, note)
         with open_files(paths, temp_dir, memory_limit, threads) as connection:
             for relation, body in views:
                 _create_view(connection, relation, body)
@@ -239,16 +233,75 @@ def _create_view(connection: duckdb.DuckDBPyConnection, relation: Relation, body
         raise ModelFailed(f"{relation} cannot be shown: {first_line(error)}") from error
 
 
-def _instants(
-    store: ObjectStore, relations: Collection[Relation], known: Known, where: Where, temp_dir: Path
-) -> dict[tuple[str, TableId], Shown]:
-    """The fresh views of the tables whose rows are asked for."""
-    found: dict[tuple[str, TableId], Shown] = {}
-    asked = {(r.source, r.table) for r in relations if not r.changelog}
-    for source in sorted({source for source, _ in asked}):
-        tables = sorted(table for of, table in asked if of == source)
-        views = fresh_views(store, source, tables, known, where, where, temp_dir=temp_dir)
-        found |= {(source, table): shown for table, shown in views.items()}
+def _as_merged(
+    store: ObjectStore,
+    relations: Collection[Relation],
+    versions: Versions | None,
+    where: Where,
+    note: Callable[[str], None],
+) -> list[tuple[Relation, str]]:
+    """The views of tables as they are merged, at these versions or the newest."""
+    for source, tables in sorted(_by_source(relations).items()):
+        named = (versions or {}).get(source, {})
+        if len(tables) > 1 and (unnamed := sorted(str(table) for table in tables if table not in named)):
+            note(f"{', '.join(unnamed)} of {source}: as merged last, not at one recorded cut with the other tables")
+    views: list[tuple[Relation, str]] = []
+    merged: dict[tuple[str, TableId], Shown] = {}
+    for relation in sorted(relations):
+        version = (versions or {}).get(relation.source, {}).get(relation.table)
+        named_table = (relation.source, relation.table)
+        if not relation.changelog:
+            merged[named_table] = merged_view(store, *named_table, where, version)
+            views.append((relation, merged[named_table].sql))
+            continue
+        beside = merged.get(named_table)
+        behind = _merged(store, relation, version) if beside is None else beside.changelog
+        views.append((relation, _changelog(store, relation, behind, where)))
+    return views
+
+
+def _fresh(
+    store: ObjectStore,
+    relations: Collection[Relation],
+    known: Known,
+    where: Where,
+    temp_dir: Path,
+    note: Callable[[str], None],
+) -> list[tuple[Relation, str]]:
+    """The views of tables with what has landed, each source at one instant."""
+    views: list[tuple[Relation, str]] = []
+    rows = _by_source(r for r in relations if not r.changelog)
+    instants = {
+        source: fresh_views(store, source, sorted(tables), known, where, where, temp_dir=temp_dir)
+        for source, tables in sorted(rows.items())
+    }
+    for source, tables in sorted(_by_source(relations).items()):
+        if source in instants and instants[source].until is None and len(tables) > 1:
+            note(f"tables of {source} are not of one instant: nobody knows up to where all of them have landed")
+    for relation in sorted(relations):
+        instant = instants.get(relation.source)
+        shown = None if instant is None else instant.tables.get(relation.table)
+        if not relation.changelog:
+            assert shown is not None
+            if shown.note:
+                note(f"{relation} {shown.note}")
+            views.append((relation, shown.sql))
+            continue
+        if shown is not None:
+            behind = shown.changelog
+        elif instant is not None and instant.until is not None:
+            current = CurrentTable(store, relation.source, relation.table, temp_dir=temp_dir)
+            behind = current.landed_until(instant.until, least=-1)
+        else:
+            behind = None
+        views.append((relation, _changelog(store, relation, behind, where)))
+    return views
+
+
+def _by_source(relations: Iterable[Relation]) -> dict[str, set[TableId]]:
+    found: dict[str, set[TableId]] = {}
+    for relation in relations:
+        found.setdefault(relation.source, set()).add(relation.table)
     return found
 
 
@@ -262,10 +315,10 @@ def _changelog(store: ObjectStore, relation: Relation, version: int | None, wher
 
 
 def _merged(store: ObjectStore, relation: Relation, current_version: int | None) -> int | None:
-    """The changelog's version that a version of `current` stands for; None (the newest) if nothing is merged."""
-    if current_version is None:
-        return None
-    return DeltaLog(store, current_path(relation.source, relation.table)).token("changelog", current_version)
+    """The changelog's version that a version of `current` (None: the newest) stands for; None (the newest) if nothing
+    is merged."""
+    delta = DeltaLog(store, current_path(relation.source, relation.table))
+    return delta.token(MERGED, current_version) if delta.exists() else None
 
 
 def local_path(store: ObjectStore, key: str, copies: Path) -> str:

@@ -22,6 +22,16 @@ def _content(schema: TableSchema) -> str:
     return json.dumps(replace(schema, version=0).to_json(), sort_keys=True, separators=(",", ":"))
 
 
+def same_shape(one: TableSchema, other: TableSchema) -> bool:
+    """Whether they differ in nothing but their numbers."""
+    return _content(one) == _content(other)
+
+
+def shape_fact(source: str, table: TableId) -> str:
+    """Name of the fact that holds a table's shape as far as it has landed (cdc.evolution.Shape, as a list)."""
+    return f"landed_shape:{source}/{table}"
+
+
 def inherited(schema: TableSchema, before: Iterable[TableSchema]) -> TableSchema:
     """The schema with the missing values that only versions before it know: a rewrite puts them into the rows and
     forgets them, but the lake's older rows still need them."""
@@ -41,7 +51,7 @@ def inherited(schema: TableSchema, before: Iterable[TableSchema]) -> TableSchema
 
 
 class SchemaBook:
-    """Schemas of one source; thread-safe, cached. On a read-only state only `get` and `latest` work."""
+    """Schemas of one source; thread-safe, cached. On a read-only state nothing that registers or notes works."""
 
     def __init__(self, state: State, source: str) -> None:
         self._state = state
@@ -108,6 +118,12 @@ class SchemaBook:
         """The version that the lake has taken up to where it has landed; None if none was noted."""
         number = self._state.get(self._held_key(table))
         return None if number is None else self.get(table, int(number))
+
+    def announced(self, table: TableId) -> int | None:
+        """How many changes of the table's shape had been announced in the lake where it has landed; None if that was
+        not noted."""
+        saved = self._state.get(shape_fact(self._source, table))
+        return None if saved is None else int((*saved, 0)[4])
 
     def is_doubtful(self, table: TableId, version: int) -> bool:
         """Whether some columns of a version may be others of the same name."""

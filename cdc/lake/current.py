@@ -146,17 +146,22 @@ class CurrentTable:
         found = self._log.token(MERGED)
         return -1 if found is None else found
 
-    def position(self) -> tuple[int, int]:
-        """Epoch and commit LSN up to which `current` holds the stream; (0, -1) if that is not known."""
-        merged = self.merged()
-        return (0, -1) if merged < 0 else self._position(merged)
+    def position(self, through: int | None = None) -> tuple[int, int]:
+        """Epoch and commit LSN up to which version `through` of the changelog (None: the one that `current` holds) has
+        the stream; (0, -1) if that is not known."""
+        through = self.merged() if through is None else through
+        if through < 0 or not self._changes.exists():
+            return 0, -1
+        if through > self._changes.version():
+            self._changes.refresh()
+        return self._position(through)
 
-    def landed_until(self, position: tuple[int, int]) -> int:
-        """The newest version of the changelog that has landed nothing of the stream behind a position, at least the one
-        that is merged; -1 if there is none."""
-        merged = self.merged()
+    def landed_until(self, position: tuple[int, int], *, least: int | None = None) -> int:
+        """The newest version of the changelog that has landed nothing of the stream behind a position, at least `least`
+        (None: the one that is merged); -1 if there is none."""
+        least = self.merged() if least is None else least
         version = self._changes.refresh() if self._changes.exists() else -1
-        while version > merged and self._position(version) > position:
+        while version > least and self._position(version) > position:
             version -= 1
         return version
 

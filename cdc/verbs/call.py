@@ -59,10 +59,15 @@ class Call:
 
     @property
     def has_state(self) -> bool:
-        """Whether a daemon has ever worked on this state directory."""
+        """Whether a daemon has ever worked on this state directory; CdcError if we may not look."""
         path = self.config.state_path
-        # A daemon that is just starting for the first time has made the file and not yet its tables.
-        return path.is_file() and path.stat().st_size > 0
+        try:
+            # A daemon that is just starting for the first time has made the file and not yet its tables.
+            return path.stat().st_size > 0 and path.is_file()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as e:
+            raise CdcError(f"{path} cannot be looked at: {e.strerror}", hint="run as the daemon's user") from e
 
     @contextmanager
     def state(self, *, readonly: bool = False) -> Iterator[State]:

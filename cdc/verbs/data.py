@@ -6,7 +6,6 @@ import csv
 import io
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,13 +66,13 @@ def query(call: Call) -> int:
     notes: list[str] = []
     form = "json" if call.console.as_json else call.args.format
     limit = call.args.limit or (SHOWN_ROWS if form == "table" else WRITTEN_ROWS)
-    looked_up = nullcontext() if call.args.merged else known_tables(call)
-    with looked_up as known, tempfile.TemporaryDirectory(prefix="cdc-query-") as folder:
+    with known_tables(call) as known, tempfile.TemporaryDirectory(prefix="cdc-query-") as folder:
         result = models.query(
             call.store,
             lake_tables(call),
             call.args.sql,
-            fresh=known,
+            cut={source: known.cut(source) for source in call.sources()},
+            fresh=None if call.args.merged else known,
             note=notes.append,
             temp_dir=Path(folder),
             memory_limit=MEMORY_LIMIT,

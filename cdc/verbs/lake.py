@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +112,10 @@ def sql(call: Call) -> int:
             def local(key: str) -> str:
                 return local_path(call.store, key, copies)
 
-            views = fresh_views(call.store, source, [table], told, where, local, temp_dir=copies)
-            shown = views[table]
+            instant = fresh_views(call.store, source, [table], told, where, local, temp_dir=copies)
+            shown = instant.tables[table]
     if shown.note:
-        call.console.note(f"{source}.{table} is shown as it is merged: {shown.note}")
+        call.console.note(f"{source}.{table} {shown.note}")
     document = {"source": source, "table": str(table), **shown._asdict()}
     call.console.document(document)
     call.console.line(shown.sql)
@@ -173,8 +173,18 @@ def _cells(part: dict[str, Any]) -> tuple[Any, ...]:
 
 @contextmanager
 def known_tables(call: Call) -> Iterator[KnownByState]:
-    """What is known of tables beside their objects: by the daemon's state, where there is one."""
+    """What is known of tables beside their objects: by the daemon's state, where there is one that we may read. It says
+    on standard error if there is one that we may not."""
     from cdc.instant import KnownByState
 
-    with call.state(readonly=True) if call.has_state else nullcontext() as state:
-        yield KnownByState(call.store, state)
+    with ExitStack() as opened:
+        state = None
+        try:
+            if call.has_state:
+                state = opened.enter_context(call.state(readonly=True))
+                # What is damaged, or of an older release, opens all the same.
+                state.tables()
+        except CdcError as e:
+            state = None
+            call.console.note(f"without the daemon's state, each table is as new as it is by itself: {e}")
+        yield KnownByState(state)

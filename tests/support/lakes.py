@@ -40,7 +40,7 @@ class SmallLake:
         slices = [stamped.slice(start, size) for start in range(0, stamped.num_rows, size)] if size else []
         adds = [self._write(delta, part, "") for part in slices]
         merged = DeltaLog(self.store, changelog_path(source, table_id(table)))
-        tokens = {"changelog": merged.version()} if merged.exists() else {}
+        tokens = {"changelog": max(merged.version(), 0)}
         return delta.commit(adds=adds, removes=old, tokens=tokens)
 
     def append_changelog(self, source: str, table: str, rows: pa.Table, *, date: str = "2026-01-02") -> int:

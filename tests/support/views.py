@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from cdc.instant import Shown, fresh_views
+from cdc.lake.changelog import ChangelogTable
 from cdc.lake.current import CurrentTable, MergeResult, open_current
 from cdc.table import TableId, TableSchema
 from connectors.local.store import LocalStore
@@ -22,12 +23,16 @@ class Told:
 
     shape: TableSchema | None
     position: tuple[int, int] | None = None
+    why_apart: str = ""
 
-    def schema(self, source: str, table: TableId) -> TableSchema | None:
+    def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
         return self.shape
 
     def landed(self, source: str) -> tuple[int, int] | None:
         return self.position
+
+    def apart(self, source: str, table: TableId) -> str:
+        return self.why_apart
 
 
 def fresh_view(store: LocalStore, source: str, schema: TableSchema, scratch: Path) -> Shown:
@@ -36,7 +41,8 @@ def fresh_view(store: LocalStore, source: str, schema: TableSchema, scratch: Pat
     def place(key: str) -> str:
         return store.location(key)[0]
 
-    return fresh_views(store, source, [schema.table], Told(schema), place, place, temp_dir=scratch)[schema.table]
+    instant = fresh_views(store, source, [schema.table], Told(schema), place, place, temp_dir=scratch)
+    return instant.tables[schema.table]
 
 
 def rows_of(view: Shown) -> pa.Table:

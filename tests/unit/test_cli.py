@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cdc import control
@@ -31,6 +35,8 @@ from cdc.state import SourceState, State, open_state
 from cdc.status import ladder, progress_fact
 from cdc.table import TableId
 from cdc.verbs.call import UsageError, resolve_tables
+from tests.support.lakes import SmallLake
+from tests.support.waiting import wait_until
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 ORDERS = TableId("public", "orders")
@@ -426,6 +432,66 @@ def test_sync_history_and_an_empty_log_and_lake(
     assert run(capsys, config, "log", "ls")[:2] == (0, {"records": []})
     assert run(capsys, config, "log", "tail", "--timeout", "0.1")[:2] == (0, {"records": []})
     assert run(capsys, config, "lake", "ls")[:2] == (0, {"lake": config.lake.url, "tables": []})
+
+
+def one_row(config: Config) -> None:
+    """A lake with one table of one row."""
+    lake = SmallLake(config.path.parent / "lake")
+    lake.append_changelog("shop", "orders", pa.table({"_op": ["c"], "id": [1]}))
+    lake.write_current("shop", "orders", pa.table({"id": [1]}))
+
+
+@pytest.mark.parametrize("fault", ["broken", "newer", "closed"])
+def test_the_lake_is_read_without_a_state_that_cannot_be(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    one_row(config)
+    with closing(open_state(config.state_dir)) as opened:
+        if fault == "newer":
+            opened._connection.execute("pragma user_version=99")
+    if fault == "broken":
+        config.state_path.write_bytes(b"no database" * 1000)
+    if fault == "closed":
+        stat = Path.stat
+
+        def refused(path: Path, **options: Any) -> os.stat_result:
+            if path == config.state_path:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", refused)
+    code, document, told = run(capsys, config, "query", "select id from shop.orders")
+    assert (code, document.get("rows")) == (0, [[1]]), document
+    assert "without the daemon's state" in told
+    code, document, told = run(capsys, config, "lake", "sql", "orders")
+    assert (code, "without the daemon's state" in told) == (0, True)
+
+
+def test_merged_tables_are_read_at_the_recorded_cut(
+    config: Config, state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_row(config)
+    state.save_cut("shop", 7, {ORDERS: 1})
+    SmallLake(config.path.parent / "lake").write_current("shop", "orders", pa.table({"id": [2]}))
+    sql = "select max(id), count(*) from shop.orders"
+    assert run(capsys, config, "query", "--merged", sql)[1]["rows"] == [[1, 1]]
+
+
+def test_a_verb_that_is_ended_cleans_up(config: Config, tmp_path: Path) -> None:
+    """Copies of rows in a temporary folder go when a terminal is closed, too."""
+    one_row(config)
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    (tmp_path / "tmp").mkdir()
+    sql = "select count(*) from shop.orders, range(100000000000) a"
+    words = [sys.executable, "-m", "cdc", "--config", str(config.path), "query", sql]
+    with subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE) as child:
+        try:
+            wait_until(lambda: list((tmp_path / "tmp").glob("cdc-query-*")))
+            child.send_signal(signal.SIGHUP)
+            assert child.wait(20) == 128 + signal.SIGHUP
+        finally:
+            child.kill()
+    assert list((tmp_path / "tmp").glob("cdc-query-*")) == []
 
 
 def test_the_ladder_invents_nothing() -> None:

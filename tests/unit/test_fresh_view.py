@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cdc import models
 from cdc.batch import SNAPSHOT_SEQ
-from cdc.instant import Shown
-from cdc.lake.current import open_current
-from cdc.table import Column, TableSchema
+from cdc.errors import ModelFailed, StoreUnavailable
+from cdc.instant import KnownByState, Shown, in_part_fact
+from cdc.lake.changelog import ChangelogTable
+from cdc.lake.commits import HistoryGone
+from cdc.lake.current import CurrentTable, open_current
+from cdc.lake.delta import DeltaLog
+from cdc.lake.layout import current_path
+from cdc.schema import SchemaBook, shape_fact
+from cdc.state import open_state
+from cdc.table import Column, TableId, TableSchema
+from connectors.local.store import LocalStore
+from tests.support.lakes import SmallLake
 from tests.support.views import Told, cells, fresh_view, rows_of
 from tests.unit.test_lake_current import ID, NOTE, SCHEMA, TABLE, Story
 
@@ -268,3 +278,226 @@ def test_a_query_outlives_merges_and_vacuums(tmp_path: Path) -> None:
         asked += 1
     thread.join()
     assert asked > 1
+
+
+class Elsewhere:
+    """A store whose objects are no local files, so that they are copied; `copied` has the keys of those of `current`,
+    and `before_copy` is called before each."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self.copied: list[str] = []
+        self.before_copy: Callable[[], None] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get(self, key: str, *, into: Path | None = None) -> tuple[bytes, str] | None:
+        if into is not None and "/current/" in key:
+            self.copied.append(key)
+            self.before_copy()
+        return self._store.get(key, into=into)
+
+    def location(self, key: str) -> tuple[str, dict[str, str]]:
+        url, options = self._store.location(key)
+        return (f"file://{url}", options) if key.endswith(".parquet") else (url, options)
+
+
+class Landing(Told):
+    """What a table's changelog says of its position, at each look."""
+
+    def __init__(self, story: FreshStory, schema: TableSchema = SCHEMA) -> None:
+        super().__init__(schema)
+        object.__setattr__(self, "story", story)
+
+    def landed(self, source: str) -> tuple[int, int] | None:
+        return 0, self.story.lsn - 1  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_merge_while_objects_are_copied_begins_nothing_anew(tmp_path: Path) -> None:
+    """Each copy sees a landing and a merge: the view that was made stands all the same, and nothing is copied twice."""
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id=str(n), note="old") for n in range(12)])
+    story.land([story.row("u", id="1", note="new")])
+    store = Elsewhere(story.changelog.store)
+    live = [f"{current_path('shop', TABLE)}/{path}" for path in story.files()]
+
+    def merge() -> None:
+        story.land([story.row("u", id=str(story.lsn % 12), note="later")])
+        story.merge()
+
+    store.before_copy = merge
+    sql = "select id, note from shop.orders where note <> 'old'"
+    found = models.query(store, {"shop": [TABLE]}, sql, fresh=Landing(story), temp_dir=tmp_path)  # type: ignore[arg-type]
+    assert found.to_pylist() == [{"id": 1, "note": "new"}]
+    assert len(live) > 2
+    assert sorted(store.copied) == sorted(live)
+
+
+def test_what_keeps_changing_is_given_up_once(tmp_path: Path) -> None:
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a")])
+    asked = 0
+
+    class Overtaken(Landing):
+        def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
+            nonlocal asked
+            asked += 1
+            story.land([story.row("u", id="1", note=str(asked))])
+            story.merge()
+            return SCHEMA
+
+    with pytest.raises(StoreUnavailable, match="change faster"):
+        models.query(story.changelog.store, {"shop": [TABLE]}, "select 1 from shop.orders", fresh=Overtaken(story))
+    assert asked == 5
+
+
+def test_a_state_of_before_does_not_decide_on_the_shape(tmp_path: Path) -> None:
+    """A column was renamed, as another daemon has seen: the state that is left here knows the old name only."""
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a"), story.row("c", id="2", note="b")])
+    state = open_state(tmp_path / "state")
+    book = SchemaBook(state, "shop")
+    old = book.register(SCHEMA)
+    with state.transaction() as tx:
+        book.hold(TABLE, old.version, tx)
+        state.set(shape_fact("shop", TABLE), [old.version, old.version, 0, 0, 0, False], tx=tx)
+    newer = replace(SCHEMA, columns=(ID, replace(NOTE, name="remark")), version=2)
+    changelog = ChangelogTable(story.changelog.store, "shop", TABLE)
+    changelog.note_shape(SCHEMA, 0)
+    known = KnownByState(state)
+    assert known.schema("shop", changelog) == old
+    story.land([story.row("u", id="1", remark="renamed")], newer)
+    changelog.note_shape(newer, 1)
+
+    def ask(name: str) -> list[dict[str, Any]]:
+        sql = f"select id, {name} as v from shop.orders order by id"
+        rows: list[dict[str, Any]] = models.query(
+            story.changelog.store, {"shop": [TABLE]}, sql, fresh=known
+        ).to_pylist()
+        return rows
+
+    assert ask("remark") == [{"id": 1, "v": "renamed"}, {"id": 2, "v": "b"}]
+    # Known by name, but not yet where this state has landed.
+    book.register(newer)
+    assert ask("remark") == [{"id": 1, "v": "renamed"}, {"id": 2, "v": "b"}]
+    state.close()
+
+
+def test_what_is_shown_as_merged_is_of_the_recorded_cut_with_its_changelog(tmp_path: Path) -> None:
+    story = FreshStory(tmp_path, WIDE)
+    story.begin([story.row("c", id="1", note="a", body="x")])
+    cut = {"shop": {TABLE: story.current.version() or 0}}
+    story.land([story.row("u", id="1", note="b", body="x")])
+    story.merge()
+    story.land([story.row("u", id="2", note="c", _unchanged=["body"])])
+    both = "select max(note) as n, (select count(*) from shop.orders_changelog) as c, max(body) as b from shop.orders"
+    sources, store = {"shop": [TABLE]}, story.changelog.store
+    for options, shown in (
+        ({}, {"n": "b", "c": 4, "b": "x"}),
+        ({"cut": cut}, {"n": "a", "c": 3, "b": "x"}),
+        ({"cut": cut, "fresh": Told(WIDE)}, {"n": "a", "c": 3, "b": "x"}),
+    ):
+        assert models.query(store, sources, both, **options).to_pylist() == [shown], options  # type: ignore[arg-type]
+    alone = "select count(*) as c from shop.orders_changelog"
+    assert models.query(store, sources, alone).to_pylist() == [{"c": 4}]
+
+
+def test_tables_that_are_not_of_one_instant_are_named(tmp_path: Path) -> None:
+    story, other = FreshStory(tmp_path), TableId("public", "people")
+    story.begin([story.row("c", id="1", note="a")])
+    people = SmallLake(tmp_path / "lake")
+    people.write_current("shop", "people", pa.table({"id": [1]}))
+    sources, sql = {"shop": [TABLE, other]}, "select 1 from shop.orders, shop.people"
+
+    def noted(sql: str = sql, **options: Any) -> list[str]:
+        notes: list[str] = []
+        models.query(story.changelog.store, sources, sql, note=notes.append, **options)
+        return notes
+
+    assert "not at one recorded cut" in noted()[0]
+    assert "public.people of shop" in noted(cut={"shop": {TABLE: story.current.version() or 0}})[0]
+    assert "not of one instant" in noted(fresh=Told(SCHEMA))[0]
+    assert noted(fresh=Told(SCHEMA, (0, 0))) == []
+    assert noted("select 1 from shop.orders") == []
+    stopped = Told(SCHEMA, (0, 0), "is stopped: no key")
+    assert noted("select 1 from shop.orders", fresh=stopped) == ["shop.orders is stopped: no key"]
+
+
+def test_the_state_tells_which_tables_stand_apart(tmp_path: Path) -> None:
+    state = open_state(tmp_path / "state")
+    known = KnownByState(state)
+    assert known.apart("shop", TABLE) == ""
+    state.update_table("shop", TABLE, state="stopped", reason="no key")
+    assert "is stopped, and stands where it did then: no key" in known.apart("shop", TABLE)
+    state.update_table("shop", TABLE, state="streaming")
+    state.pause("table", f"shop/{TABLE}")
+    assert "paused" in known.apart("shop", TABLE)
+    state.resume("table", f"shop/{TABLE}")
+    state.save_checkpoint("land", "shop", {"offset": 1, "epoch": 1, "lsn": 5, "end_lsn": 6})
+    state.set(in_part_fact("shop"), [1, 5])
+    assert "in part" in known.apart("shop", TABLE)
+    state.save_checkpoint("land", "shop", {"offset": 2, "epoch": 1, "lsn": 6, "end_lsn": 7})
+    assert known.apart("shop", TABLE) == ""
+    state.close()
+
+
+def test_a_changelog_beside_another_table_is_of_its_instant(tmp_path: Path) -> None:
+    story, other = FreshStory(tmp_path), TableId("public", "people")
+    story.begin([story.row("c", id="1", note="a")])
+    SmallLake(tmp_path / "lake").write_current("shop", "people", pa.table({"id": [1]}))
+    story.land([story.row("u", id="1", note="b")])
+    until = (0, story.lsn - 1)
+    story.land([story.row("u", id="1", note="c")])
+    story.merge()
+    sql = "select count(*) as n from shop.orders_changelog"
+    for asked, rows in ((sql, 5), (f"{sql}, shop.people", 4)):
+        found = models.query(story.changelog.store, {"shop": [TABLE, other]}, asked, fresh=Told(SCHEMA, until))
+        assert found.to_pylist() == [{"n": rows}]
+
+
+def test_what_shows_nothing_yet_is_no_empty_table(tmp_path: Path) -> None:
+    story = FreshStory(tmp_path)
+    store = story.changelog.store
+    story.land([story.control("begin"), story.row("c", id="1")])
+    DeltaLog(store, current_path("shop", TABLE)).open_or_create(pa.schema([("id", pa.int64())]))
+    with pytest.raises(ModelFailed, match="shows nothing yet"):
+        models.query(store, {"shop": [TABLE]}, "select 1 from shop.orders")
+    with pytest.raises(ModelFailed, match="shows nothing yet: nobody has noted its columns"):
+        models.query(store, {"shop": [TABLE]}, "select 1 from shop.orders", fresh=Told(None))
+
+
+def test_history_that_is_gone_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a")])
+    asked = []
+
+    def outlook(*args: object, **options: object) -> None:
+        asked.append(args)
+        raise HistoryGone("it has gone", hint="resync it")
+
+    monkeypatch.setattr(CurrentTable, "outlook", outlook)
+    assert story.view().note == "is shown as it is merged: it has gone"
+    assert len(asked) == 1
+
+
+def test_without_a_state_no_row_is_shown_in_an_older_shape(tmp_path: Path) -> None:
+    """Another shape lands between the look at the shape and the look at the changes."""
+    story = FreshStory(tmp_path)
+    story.begin([story.row("c", id="1", note="a")])
+    changelog = ChangelogTable(story.changelog.store, "shop", TABLE)
+    changelog.note_shape(SCHEMA, 0)
+    story.land([story.row("u", id="1", note="b")])
+    newer = replace(SCHEMA, columns=(ID, replace(NOTE, name="remark")), version=2)
+
+    class Overtaken(KnownByState):
+        def schema(self, source: str, changelog: ChangelogTable) -> TableSchema | None:
+            found = super().schema(source, changelog)
+            ChangelogTable(story.changelog.store, "shop", TABLE).note_shape(newer, 1)
+            story.land([story.row("u", id="1", remark="c")], newer)
+            return found
+
+    sql = "select * exclude (_epoch, _lsn, _seq, _committed_at, _origin, _raw) from shop.orders"
+    sources, store = {"shop": [TABLE]}, story.changelog.store
+    assert models.query(store, sources, sql, fresh=Overtaken(None)).to_pylist() == [{"id": 1, "note": "b"}]
+    assert models.query(store, sources, sql, fresh=KnownByState(None)).to_pylist() == [{"id": 1, "remark": "c"}]

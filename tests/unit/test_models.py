@@ -14,8 +14,10 @@ import pytest
 
 from cdc import models
 from cdc.errors import CdcError, ModelFailed, StoreUnavailable
+from cdc.lake.routing import RoutingStore
 from cdc.table import TableId
 from tests.support.lakes import SmallLake, table_id
+from tests.support.views import Told
 
 ORDERS = pa.table({"id": pa.array([1, 2, 3], pa.int64()), "customer_id": [7, 7, 8], "amount": [1.5, 2.5, 4.0]})
 
@@ -123,7 +125,9 @@ def test_a_changelog_is_read_as_far_as_its_current_table_has_merged_it(lake: Sma
     lake.append_changelog("shop", "orders", later, date="2026-01-03")
     cut = {"shop": {table_id("orders"): merged}}
     assert rows(lake, tables("orders"), "select _op, id from shop.orders_changelog", cut=cut) == [("c", 1)]
-    newest = rows(lake, tables("orders"), "select _op, id, added, _date from shop.orders_changelog order by id")
+    assert rows(lake, tables("orders"), "select _op, id from shop.orders_changelog") == [("c", 1)]
+    sql = "select _op, id, added, _date from shop.orders_changelog order by id"
+    newest = rows(lake, tables("orders"), sql, fresh=Told(None))
     assert newest == [("c", 1, None, "2026-01-02"), ("u", 2, "new", "2026-01-03")]
 
 
@@ -274,6 +278,51 @@ def test_objects_that_were_vacuumed_away_are_for_the_next_run(lake: SmallLake, t
         file.unlink()
     with pytest.raises(StoreUnavailable):
         run(lake, "select customer_id from shop.orders", tmp_path / "r.parquet")
+
+
+def test_a_query_begins_again_where_objects_of_another_lake_go_away(
+    lake: SmallLake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = SmallLake(tmp_path / "far")
+    store = RoutingStore(lake.store, {"far": far.store}, lambda source, table: "far")
+    far.write_current("shop", "orders", ORDERS)
+    run_query, asked = models._run_query, []
+
+    def overtaken(*args: object) -> pa.Table:
+        asked.append(args)
+        if len(asked) == 1:
+            old = list((far.root / "shop" / "public.orders" / "current").glob("*.parquet"))
+            far.write_current("shop", "orders", ORDERS.slice(0, 1))
+            for file in old:
+                file.unlink()
+        return run_query(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(models, "_run_query", overtaken)
+    assert models.query(store, tables("orders"), "select id from shop.orders").to_pylist() == [{"id": 1}]
+    assert len(asked) == 2
+
+
+def test_a_disk_that_is_full_is_no_vacuum(lake: SmallLake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake.write_current("shop", "orders", ORDERS)
+    run_query, asked = models._run_query, []
+    monkeypatch.setattr(models, "_run_query", lambda *args: asked.append(args) or run_query(*args))
+    (tmp_path / f"duckdb-{os.getpid()}").write_text("no folder can be made here")
+    sql = "select count(*) from (select distinct i, i::varchar from shop.orders, range(2000000) t(i))"
+    with pytest.raises(ModelFailed, match="temporary files") as raised:
+        rows(lake, tables("orders"), sql, temp_dir=tmp_path, memory_limit="48MB")
+    assert "make room" in raised.value.hint
+    assert len(asked) == 1
+
+
+def test_a_cut_that_is_gone_is_said(lake: SmallLake) -> None:
+    first = lake.write_current("shop", "orders", ORDERS)
+    for file in (lake.root / "shop" / "public.orders" / "current").glob("*.parquet"):
+        file.unlink()
+    lake.write_current("shop", "orders", ORDERS.slice(0, 1))
+    notes: list[str] = []
+    cut = {"shop": {table_id("orders"): first}}
+    assert rows(lake, tables("orders"), "select id from shop.orders", cut=cut, note=notes.append) == [(1,)]
+    assert "the recorded cut is not there any more" in notes[0]
 
 
 def test_times_are_read_in_utc(lake: SmallLake) -> None:
