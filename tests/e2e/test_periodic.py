@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cdc.instant import in_part_fact
+from cdc.state import open_state
 from tests.support.daemon import Daemon, execute
 from tests.support.periodic import Workload, periodic
 from tests.support.waiting import wait_until
@@ -113,6 +116,31 @@ def test_a_few_rounds_of_random_work(database: str, tmp_path: Path, rng: random.
 def test_many_rounds_with_deaths_and_lost_disks(database: str, tmp_path: Path, strategy: str, number: int,
                                                 rng: random.Random) -> None:  # fmt: skip
     tell(tmp_path, database, random.Random(rng.random() + number), strategy, 15, deaths=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_landed_in_part_is_known_after_the_disk_is_lost(database: str, tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    execute(database, *(f"create table {name} (id int primary key)" for name in names))
+    with periodic(tmp_path, database) as daemon:
+        daemon.start().settled()
+        assert daemon.stop() == 0
+        execute(database, *(f"insert into {name} values (1)" for name in names))
+        daemon.start(failpoints="land.between_tables=kill:1")
+        wait_until(lambda: not daemon.alive or is_up(daemon), 60)
+        daemon.begin("wait", "--timeout", "20")()
+        wait_until(lambda: not daemon.alive, 20)
+        shutil.rmtree(daemon.state_dir)
+        daemon.start()
+
+        def noted() -> object:
+            state = open_state(daemon.state_dir, create=False, readonly=True)
+            with closing(state):
+                return state.get(in_part_fact("shop"))
+
+        wait_until(lambda: is_up(daemon) and noted() is not None, message=daemon.log_tail)
+        daemon.settled()
+        assert daemon.ask("query", "select count(*) from shop.a, shop.b").document["notes"] == [], "a run came after it"
 
 
 @pytest.mark.slow
