@@ -99,9 +99,9 @@ def give_up(anchor: Anchor, why: str = "cdc teardown") -> None:
 
 def epoch_before(landed: int, logged: Boundary | None) -> int:
     """The epoch that a history begins behind which no anchor tells of: none of what a lake holds by then counts, for
-    nobody knows which server it came from, or what happened since. `landed`: the lake's highest epoch, -1 if it holds
-    nothing; a lake like that begins with the first."""
-    return max(landed, logged.epoch if logged is not None else 0) if landed > 0 else 0
+    nobody knows which server it came from, or what happened since; nor what a log holds, whose lake was another one.
+    `landed`: the lake's highest epoch, -1 if it holds nothing."""
+    return max(landed, logged.epoch if logged is not None else 0, 0)
 
 
 def anew(source: str) -> str:

@@ -84,6 +84,15 @@ def test_a_lake_with_data_and_no_anchor_begins_an_epoch_that_neither_lake_nor_lo
     assert start.log.position("shop") == Boundary(5, confirmed - 1, confirmed)
 
 
+def test_another_lake_that_is_empty_is_filled_anew_whatever_the_log_holds(start: Start) -> None:
+    """A new `lake.url` beside the old `state_dir`: what the log tells is in the old lake."""
+    assert start.start().epoch == 1
+    start.store = LocalStore(start.root / "another lake")
+    state = start.start()
+    assert (state.epoch, start.log.position("shop")[0]) == (2, 2)  # type: ignore[index]
+    assert start.start() == state
+
+
 def test_a_start_on_an_empty_disk_goes_on_where_the_slot_stands(start: Start) -> None:
     start.start()
     start.lose_disk()
