@@ -170,6 +170,7 @@ def test_pause_and_resume_a_source_and_a_table(daemon: Daemon) -> None:
         daemon.settled().verified()
 
 
+@pytest.mark.slow
 def test_a_resync_under_load_is_followed_to_its_end(tmp_path: Path, database: str, rng: random.Random) -> None:
     execute(database, *SCHEMA.split(";\n"))
     with Daemon(tmp_path, database, source={"chunk_rows": 300}) as daemon:

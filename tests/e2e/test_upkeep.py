@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from deltalake import DeltaTable
 
 from tests.support.daemon import Daemon, execute
@@ -19,6 +20,7 @@ def on_disk(daemon: Daemon, table: str) -> int:
     return len(list((daemon.lake / "shop" / table / "changelog").glob("_date=*/*.parquet")))
 
 
+@pytest.mark.slow
 def test_small_objects_are_joined_while_changes_come_and_no_reader_misses_a_row(tmp_path: Path, database: str) -> None:
     execute(
         database,

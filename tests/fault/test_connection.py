@@ -85,6 +85,7 @@ def test_a_server_that_crashes_and_recovers_is_taken_up_again(tmp_path: Path, rn
             assert assert_exactly_once(witness, daemon.lake, TABLES) > 100
 
 
+@pytest.mark.slow
 def test_a_dropped_slot_is_told_and_a_teardown_begins_anew(tmp_path: Path, tables: str) -> None:
     with Daemon(tmp_path, tables) as daemon:
         daemon.start().settled()
@@ -123,6 +124,7 @@ def test_a_dropped_slot_is_told_and_a_teardown_begins_anew(tmp_path: Path, table
         assert daemon.source()["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_slot_that_somebody_moved_ahead_is_told(tmp_path: Path, tables: str) -> None:
     with Daemon(tmp_path, tables) as daemon:
         daemon.start().settled()

@@ -42,17 +42,15 @@ PAUSE_S = 0.05
 
 
 @pytest.mark.parametrize("s3_server", ["moto", pytest.param("ceph", marks=pytest.mark.stores)])
-def test_a_lake_in_a_bucket_survives_kills_and_a_lost_disk(
+def test_a_lake_in_a_bucket_survives_a_kill_and_a_lost_disk(
     s3_server: str, tmp_path: Path, database: str, rng: random.Random
 ) -> None:
     scene = Scene(tmp_path, database, bucket=True, endpoint=endpoint_of(s3_server))
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30), pause_s=PAUSE_S) as workload:
-        first, second = rng.sample([p for p in POINTS if p.startswith(("land", "merge"))], 2)
-        scene.kill_at(first)
-        scene.kill_at(second, disk_lost=True)
+        scene.kill_at(rng.choice([p for p in POINTS if p.startswith(("land", "merge"))]), disk_lost=True)
         daemon.start().streaming()
         at = workload.committed
-        wait_until(lambda: workload.committed > at + 20, 60, "some transactions after the last kill")
+        wait_until(lambda: workload.committed > at + 20, 60, "some transactions after the kill")
         workload.stop()
         assert scene.check() > 50
 
@@ -66,7 +64,7 @@ def test_a_lake_survives_kills_at_one_point(
 ) -> None:
     scene = Scene(tmp_path, database, bucket=bucket, lake=UPKEEP)
     with scene.daemon as daemon, Workload(database, rng.randrange(1 << 30), pause_s=PAUSE_S) as workload:
-        for _ in range(3):
+        for _ in range(2):
             scene.kill_at(point, disk_lost=disk_lost)
         daemon.start().streaming()
         workload.stop()

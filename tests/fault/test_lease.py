@@ -56,6 +56,7 @@ def test_a_daemon_that_slept_longer_than_its_lease_goes_on_if_nobody_came(daemon
         assert ids(daemon) == list(range(1, 51))
 
 
+@pytest.mark.slow
 def test_a_daemon_that_wakes_up_behind_its_successor_writes_nothing(daemon: Daemon, tmp_path: Path) -> None:
     other = Daemon(tmp_path / "other", daemon.dsn, lake={"url": str(daemon.lake), "lease_ttl_s": TTL_S})
     with daemon, other:
