@@ -22,6 +22,7 @@ from typing import Any
 
 from cdc import __version__, control, metrics
 from cdc.alerts import Alerts
+from cdc.aside import Aside
 from cdc.audit import Audit, Stopping
 from cdc.config import Config
 from cdc.control import Control, Pending
@@ -58,6 +59,7 @@ class Daemon:
         self._stop = threading.Event()
         self._signals = 0
         self._fatal: BaseException | None = None
+        self._aside = Aside()
         self._pipelines: dict[str, Pipeline | PeriodicPipeline] = {}
 
     def run(self, *, once: bool = False) -> int:
@@ -318,16 +320,24 @@ class Daemon:
 
         return cancel() or cancel
 
-    def _pause(self, state: State, args: Mapping[str, Any], pause: bool) -> dict[str, Any]:
+    def _pause(self, state: State, args: Mapping[str, Any], pause: bool) -> dict[str, Any] | Pending:
         kind, name = str(args["kind"]), str(args["name"])
+        answer = {"kind": kind, "name": name, "paused": pause}
         if kind == "table":
-            source, _, table = name.partition("/")
-            self._pipeline({"source": source}).pause_table(_table(table), pause)
-        elif pause:
+            source, _, text = name.partition("/")
+            pipeline, table = self._pipeline({"source": source}), _table(text)
+
+            def pause_table() -> dict[str, Any]:
+                pipeline.pause_table(table, pause)
+                return answer
+
+            # It tells the lake, which may not answer.
+            return self._aside.do(pause_table)
+        if pause:
             state.pause(kind, name)
         else:
             state.resume(kind, name)
-        return {"kind": kind, "name": name, "paused": pause}
+        return answer
 
     def _land(self, args: dict[str, Any]) -> Pending:
         pipeline = self._pipeline(args)

@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "process": (
         "cdc.daemon", "cdc.heads", "cdc.ladder", "cdc.pipeline", "cdc.periodic_pipeline", "cdc.serving", "cdc.control",
-        "cdc.preflight", "cdc.status", "cdc.demo.*",
+        "cdc.aside", "cdc.preflight", "cdc.status", "cdc.demo.*",
     ),
     "command line": ("cdc.verbs.*", "cdc.cli", "cdc.__main__"),
 }  # fmt: skip
