@@ -25,6 +25,7 @@ from cdc.config import IcebergConfig, LakeConfig
 from cdc.errors import CdcError, ConfigError, LeaseExpired, LeaseLost, Verdict
 from cdc.lake.files import PlainFiles
 from cdc.lake.layout import changelog_path
+from cdc.lake.lease import Lease
 from cdc.lake.routing import RoutingStore
 from cdc.lake.spans import Followed, Span, Spans
 from cdc.ports import ObjectStore
@@ -77,50 +78,62 @@ class Follower:
         }
 
 
+@dataclass(slots=True)
+class _Turn:
+    """How far the thread of one form is: when it looks for tables, and with what was asked."""
+
+    look_at: float = 0.0
+    rounds: int = 0
+    round: int | None = None
+
+
 class Followers:
-    """All followers of one source. `step` belongs to one thread; the rest may be called from any."""
+    """All followers of one source. `step` belongs to one thread for each form; the rest may be called from any."""
 
     def __init__(
-        self, source: str, config: LakeConfig, state: State, store: ObjectStore, temp_dir: Path,
-        check_lease: Callable[[], None],
-    ) -> None:  # fmt: skip
+        self, source: str, config: LakeConfig, state: State, store: ObjectStore, temp_dir: Path, lease: Lease
+    ) -> None:
         self._source = source
         self._config = config
         self._state = state
         self._store = store
         self._temp_dir = temp_dir
-        self._check_lease = check_lease
+        self._lease = lease
+        self.forms = tuple(form for form in ("files", "iceberg") if getattr(config, form) is not None)
+        """Each wants a thread of its own: a catalog that does not answer is none of the files' business."""
+        self._turns = {form: _Turn() for form in self.forms}
         self._followers: dict[tuple[TableId, str], Follower] = {}
         self._elsewhere: set[TableId] = set()
         self._lock = threading.Lock()
         self._began_at, self._began_unix = time.monotonic(), time.time()
-        self._look_at = 0.0
-        self._asked = self._rounds = 0
-        self._round: int | None = None
+        self._asked = 0
         self._told: list[dict[str, Any]] | None = None
         if config.iceberg is not None:
             self._register = self._opened(config.iceberg)
 
-    def step(self) -> bool:
-        """One bounded piece of work of each follower that is due; whether there may be more. Blocks for the store.
-        Errors are those of the lease; those of one follower are kept, and told."""
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._look()
+    def step(self, form: str) -> bool:
+        """One bounded piece of work of each follower of a form that is due; whether there may be more. Nothing while
+        the lease is not held. Blocks for the store. Errors are those of the lease; those of one follower are kept, and
+        told."""
+        if not self._lease.held():
+            return False
+        now, turn = time.monotonic(), self._turns[form]
+        if now >= turn.look_at:
+            turn.look_at = now + LOOK_S
+            self._look(form)
             self._tell()
-        if self._round is None and self._asked > self._rounds:
-            self._round = self._asked
-            self._look()
-            for follower in self._followers.values():
+        if turn.round is None and self._asked > turn.rounds:
+            turn.round = self._asked
+            self._look(form)
+            for follower in self._of(form):
                 if follower.error is None:
                     follower.due_at = 0.0
         more = False
-        for follower in list(self._followers.values()):
+        for follower in self._of(form):
             if now >= follower.due_at:
                 more |= self._advance(follower)
-        if self._round is not None and not more:
-            self._rounds, self._round = self._round, None
+        if turn.round is not None and not more:
+            turn.rounds, turn.round = turn.round, None
             self._tell()
         return more
 
@@ -131,7 +144,7 @@ class Followers:
 
         def finished() -> bool:
             nonlocal asked
-            if self._rounds < asked:
+            if any(turn.rounds < asked for turn in self._turns.values()):
                 return False
             errors = [f.error for f in list(self._followers.values()) if f.error is not None]
             for error in errors:
@@ -197,11 +210,13 @@ class Followers:
             )
         return False
 
-    def _look(self) -> None:
+    def _of(self, form: str) -> list[Follower]:
+        return [f for f in list(self._followers.values()) if f.form == form]
+
+    def _look(self, form: str) -> None:
         for known in self._state.tables(self._source):
-            for form in self._forms(known.table):
-                if (known.table, form) not in self._followers:
-                    self._followers[known.table, form] = self._made(known.table, form)
+            if (known.table, form) not in self._followers and form in self._forms(known.table):
+                self._followers[known.table, form] = self._made(known.table, form)
 
     def _made(self, table: TableId, form: str) -> Follower:
         def wrote(rows: int) -> None:
@@ -218,7 +233,7 @@ class Followers:
             every_s = files.every_s
             target = PlainFiles(
                 self._store, self._source, table, spans, temp_dir=self._temp_dir, form=files.format,
-                object_bytes=files.object_bytes_target, go_on=self._check_lease, wrote=wrote,
+                object_bytes=files.object_bytes_target, go_on=self._lease.check, wrote=wrote,
             )  # fmt: skip
         # Reckoned when it is asked for: also while another follower is long at work.
         lag = metrics.FOLLOWER_LAG_SECONDS.labels(self._source, form, metrics.table_label(self._source, table))
@@ -236,7 +251,7 @@ class Followers:
         def register(table: TableId, spans: Spans, wrote: Callable[[int], None]) -> RegisteredTable:
             return RegisteredTable(
                 self._store, self._source, table, spans, catalog, keep_s=self._config.vacuum_after_s,
-                go_on=self._check_lease, wrote=wrote,
+                go_on=self._lease.check, wrote=wrote,
             )  # fmt: skip
 
         return register
@@ -250,7 +265,7 @@ class Followers:
     def _advance(self, follower: Follower) -> bool:
         """One step of one follower; whether there may be more at once."""
         try:
-            self._check_lease()
+            self._lease.check()
             if not follower.spans.changelog.exists():
                 follower.due_at = time.monotonic() + follower.every_s
                 return False
@@ -279,10 +294,11 @@ class Followers:
                 log.error(error.args[0], extra={**where, "error": type(error).__name__, "hint": error.hint})
 
     def _tell(self) -> None:
-        told = [f.facts() for f in self._followers.values()]
-        if told != self._told:
-            self._state.set(followers_fact(self._source), told)
-            self._told = told
+        with self._lock:
+            told = [f.facts() for f in list(self._followers.values())]
+            if told != self._told:
+                self._state.set(followers_fact(self._source), told)
+                self._told = told
 
 
 __all__ = ["Followers", "followers_fact"]

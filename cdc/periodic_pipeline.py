@@ -95,7 +95,7 @@ class PeriodicPipeline:
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s, floor=floor)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
-        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease)
         self._stopped: set[TableId] = set()
         self._prepared = threading.Event()
         self._epoch = 0
@@ -111,17 +111,19 @@ class PeriodicPipeline:
         self._not_before = 0.0
         self._pause_s = PAUSE_S
         self._waiting = ""
+        worker = partial(Worker, stop=stop, on_error=self._note_error, on_fatal=on_fatal)
         self.workers = [
-            Worker(
-                f"{part}:{source.name}", step, stop=stop, on_error=self._note_error, on_fatal=on_fatal, idle_s=idle_s
-            )
+            worker(f"{part}:{self.name}", step, idle_s=idle_s)
             for part, step, idle_s in (
                 ("run", self._run_step, 0.1),
                 ("land", lambda: self._in_turn("land", lambda: self._land.step(LAND_S).read), 0.2),
                 ("merge", lambda: self._in_turn("merge", lambda: self.merger.step()), 0.1),
                 ("lease", self._lease.keep, 0.2),
-                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
+        ]
+        self.workers += [
+            worker(f"follow-{form}:{self.name}", partial(self.followers.step, form), idle_s=0.05)
+            for form in self.followers.forms
         ]
 
     # ---- life ----

@@ -105,7 +105,7 @@ class Pipeline:
         self._lease = Lease(store, source.name, owner, ttl_s=config.lake.lease_ttl_s, floor=floor)
         self._anchor = Anchor(store, source.name)
         self._places = Places(source, config.lake, store, state, event_log, self._anchor)
-        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease.check)
+        self.followers = Followers(self.name, config.lake, state, store, self._temp / "follow", self._lease)
         self._prepared = threading.Event()
         self._built = self._settled = False
         self._let_go = self._reopen = ""
@@ -133,12 +133,11 @@ class Pipeline:
                 ("backfill", lambda: self._in_turn("backfill", self._backfill_step), 0.05),
                 ("guard", lambda: self._in_turn("guard", lambda: self.guard.step()), 0.2),
                 ("lease", self._lease.keep, 0.2),
-                ("follow", lambda: self._prepared.is_set() and self.followers.step(), 0.2),
             )
         ]
-        self.workers += [
-            worker(f"backfill:{self.name}:{lane}", partial(self._lane_step, lane), idle_s=0.05) for lane in lanes
-        ]
+        more = {f"backfill:{self.name}:{lane}": partial(self._lane_step, lane) for lane in lanes}
+        more |= {f"follow-{form}:{self.name}": partial(self.followers.step, form) for form in self.followers.forms}
+        self.workers += [worker(name, step, idle_s=0.05) for name, step in more.items()]
 
     # ---- life ----
 

@@ -233,6 +233,7 @@ def test_an_answer_that_was_under_way_when_the_disk_was_lost_is_not_forgotten(da
         assert anchor["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_table_dropped_and_made_again_is_not_lost_with_all_signals_green(daemon: Daemon) -> None:
     dsn, publication = daemon.dsn, daemon.slot
 

@@ -51,6 +51,7 @@ def walsender(dsn: str, slot: str) -> int:
     return row[0] if row else 0
 
 
+@pytest.mark.slow
 def test_a_terminated_walsender_costs_nothing(tmp_path: Path, tables: str, rng: random.Random) -> None:
     with Daemon(tmp_path, tables) as daemon, watched(daemon, tables, rng.randrange(1 << 30)):
         pid, before = daemon.pid, 0

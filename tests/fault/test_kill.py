@@ -86,7 +86,9 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
     assert named == set(EVERY) | LAKE | LAKES | RETENTION | elsewhere
 
 
-@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize(
+    "area", [pytest.param(a, marks=[pytest.mark.slow] if a in ("confirm", "upkeep") else []) for a in AREAS]
+)
 def test_nothing_is_lost_or_doubled_by_a_kill_in_one_area(
     area: str, tmp_path: Path, database: str, rng: random.Random
 ) -> None:

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -374,6 +375,9 @@ def test_any_order_of_landing_joining_removing_and_dying_gives_each_row_once(
 
 # ---- all followers of a source ----
 
+HELD: Any = SimpleNamespace(check=lambda: None, held=lambda: True)
+"""A lease."""
+
 
 class Scene:
     """Followers of a source with two tables, of which one has a changelog."""
@@ -389,14 +393,14 @@ class Scene:
         files = FilesConfig(tables=("shop.public.*",), every_s=0.001)
         return Followers(
             "shop", LakeConfig(url="file:///lake", files=files), self.state, store or self.story.store,
-            self.root / "scratch", lambda: None,
+            self.root / "scratch", HELD,
         )  # fmt: skip
 
     def finish(self, followers: Followers | None = None) -> None:
         followers = followers or self.followers
         finished = followers.finishing()
         while not finished():
-            followers.step()
+            followers.step("files")
 
     @property
     def told(self) -> dict[str, dict[str, Any]]:
@@ -459,6 +463,19 @@ def test_a_vacuum_waits_for_a_follower_but_not_for_ever(
     assert len([r for r in caplog.records if "gets no further" in r.message]) == 1
 
 
+def test_a_catalog_that_does_not_answer_does_not_hold_the_files(scene: Scene) -> None:
+    """Each form has a thread of its own."""
+    scene.story.land(changes(1))
+    followers = scene.followers
+    followers._turns["iceberg"] = follow._Turn()  # as if it were configured, and its thread stood still in a request
+    finished = followers.finishing()
+    followers.step("files")
+    while followers.step("files"):
+        pass
+    assert in_files(scene.root) == in_changelog(scene.story)
+    assert not finished(), "who waits for all waits for that one too"
+
+
 def test_no_iceberg_table_takes_bounds_of_keys_out_of_another_lake(scene: Scene, tmp_path: Path) -> None:
     main, eu = scene.story.store, LocalStore(tmp_path / "eu")
     store = RoutingStore(main, {"eu": eu}, lambda source, table: "eu" if table == TABLE else "")
@@ -469,7 +486,7 @@ def test_no_iceberg_table_takes_bounds_of_keys_out_of_another_lake(scene: Scene,
             files=FilesConfig(tables=("shop.public.*",)),
             iceberg=IcebergConfig(tables=("shop.public.*",), catalog={"type": "in-memory"}),
         ),
-        scene.state, store, tmp_path / "scratch", lambda: None,
+        scene.state, store, tmp_path / "scratch", HELD,
     )  # fmt: skip
     assert followers._forms(TABLE) == ["files"]
     assert followers._forms(TableId("public", "other")) == ["files", "iceberg"]
