@@ -38,7 +38,7 @@ Where = Callable[[str], str]
 
 def fresh_sql(outlook: Outlook, tail: Tail, where_current: Where, where_changelog: Where) -> str:
     """The SELECT, with the columns that `current` will have. Pure; Inexact if it cannot be written."""
-    kind = _Fresh if outlook.layout.key_index else _Added
+    kind: type[_Fresh | _Added] = _Fresh if outlook.layout.key_index else _Added
     view = kind(outlook, tail, where_current, where_changelog)
     # Commits may bring no rows, but another shape.
     return view.sql() if tail.groups else view.merged()
@@ -131,10 +131,6 @@ class _View:
             places = [quoted(shape.system[name]) for name in ("_epoch", "_lsn", "_seq")]
             rows += f" AND NOT {_older(places, truncated)}"
         return rows
-
-    def sql(self) -> str:
-        """The whole SELECT."""
-        raise NotImplementedError
 
     def _op(self, group: Group) -> str:
         return f"{quoted(group.shape.system['_op'])} AS {self._own('op')}"

@@ -202,12 +202,11 @@ class Upkeep:
         delta = self._changelog.delta
         gone = cooled = 0
         if math.isfinite(self._retain_s):
-            before_s = now_s - self._retain_s
-            old = expired(delta.files(newest), held, commit_date(delta), before_s)
+            old = expired(delta.files(newest), held, commit_date(delta), now_s - self._retain_s)
             # A follower that has had everything since an object landed has had it.
-            unread = {f.path for f in old if not self._may_vacuum(newest, f.added_ms / 1000)}
+            read = [f for f in old if self._may_vacuum(newest, f.added_ms / 1000)]
             try:
-                gone = let_go(delta, newest, held | unread, before_s, fence=self._fence)
+                gone = let_go(delta, newest, read, fence=self._fence)
             except StoreConflict:
                 log.info("objects were taken by another writer", extra={"delta_table": self._changelog.path})
         if gone:

@@ -31,9 +31,10 @@ from typing import IO, Any, Final, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from cdc.errors import CdcError, FormatTooNew, SchemaConflict, StoreConflict, StoreUnavailable
+from cdc.errors import CdcError, FormatTooNew, SchemaConflict, StoreUnavailable
 from cdc.failpoints import failpoint
 from cdc.lake.commits import HistoryGone
+from cdc.lake.document import Document
 from cdc.lake.jsonl import json_lines
 from cdc.lake.layout import files_path
 from cdc.lake.rewriting import SameRows
@@ -100,19 +101,19 @@ class PlainFiles:
         self._object_bytes = object_bytes
         self._go_on = go_on
         self._wrote = wrote
-        self._etag: str | None = None
+        self._document = Document(store, f"{self.path}/{_CHECKPOINT}")
         self._checkpoint: Checkpoint | None = None
 
     def resume(self) -> Followed:
         """Read the checkpoint, and finish the cut that was begun. FollowerLost if the changelog does not have any more
         what that takes."""
-        found = self._store.get(f"{self.path}/{_CHECKPOINT}")
+        found = self._document.read()
         self._spans.changelog.refresh()
         changelog = self._spans.changelog.delta.id()
         if found is None:
-            self._etag, self._checkpoint = None, Checkpoint(changelog=changelog)
+            self._checkpoint = Checkpoint(changelog=changelog)
             return Followed()
-        self._checkpoint, self._etag = _parse(found[0], self.path), found[1]
+        self._checkpoint = _parse(found, self.path)
         if self._checkpoint.changelog != changelog:
             raise self._lost("the changelog has been made anew")
         if self._checkpoint.cut is not None:
@@ -204,16 +205,7 @@ class PlainFiles:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._go_on()
-        data = json.dumps(asdict(checkpoint), indent=1).encode()
-        key = f"{self.path}/{_CHECKPOINT}"
-        try:
-            self._etag = self._store.put(key, data, if_absent=self._etag is None, if_match=self._etag)
-        except StoreConflict:
-            # A store may repeat a PUT whose answer was lost, and then conflict with itself.
-            found = self._store.get(key)
-            if found is None or found[0] != data:
-                raise
-            self._etag = found[1]
+        self._document.write(json.dumps(asdict(checkpoint), indent=1).encode())
         self._checkpoint = checkpoint
 
     def _lost(self, why: str) -> FollowerLost:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cdc.lake.cooling import COLD_BYTES_MAX, COLD_BYTES_MIN
 from cdc.lake.delta import DeltaLog, LiveFile
-from cdc.lake.layout import DATE
+from cdc.lake.layout import date_column
 from cdc.lake.retention import commit_date, newest_s
 from cdc.ports import ObjectStore
 
@@ -77,7 +77,7 @@ def _next(files: list[LiveFile], date: str | None, after_s: float) -> dict[str, 
 
 def _ages(table: DeltaLog, files: list[LiveFile]) -> dict[str, str | None]:
     """The first and last of the partitions (`_date`) of a table that has some."""
-    column = next((c for c in table.partition_columns() if "_" + c.lstrip("_") == DATE), DATE)
+    column = date_column(table.partition_columns()) or ""
     dates = [str(f.partition[column]) for f in files if f.partition.get(column) is not None]
     return {"oldest_date": min(dates, default=None), "newest_date": max(dates, default=None)}
 

@@ -99,6 +99,11 @@ def fingerprints_key(source: str) -> str:
     return f"{source_path(source)}/_cdc/fingerprints.json"
 
 
+def date_column(columns: Iterable[str]) -> str | None:
+    """Which of a changelog's partition columns is its `_date`, whatever prefix its system columns have; None: none."""
+    return next((c for c in columns if "_" + c.lstrip("_") == DATE), None)
+
+
 def table_of_path(path: str) -> TableId | None:
     """The table whose directory `path` (`<source>/<schema>.<table>` or a key below) names; None if it names none."""
     parts = path.split("/")

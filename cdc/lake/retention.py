@@ -20,7 +20,7 @@ from typing import Final
 from cdc.failpoints import failpoint
 from cdc.lake.commits import LEASE, TRIMMED
 from cdc.lake.delta import DeltaLog, LiveFile
-from cdc.lake.layout import DATE, PARTITION_KEY
+from cdc.lake.layout import PARTITION_KEY, date_column
 
 _DAY_S: Final = 86_400.0
 
@@ -30,7 +30,7 @@ def commit_date(delta: DeltaLog) -> str | None:
     a row that is late by years has been committed today."""
     if PARTITION_KEY in delta.configuration():
         return None
-    return next((c for c in delta.partition_columns() if "_" + c.lstrip("_") == DATE), None)
+    return date_column(delta.partition_columns())
 
 
 def newest_s(file: LiveFile, date: str | None) -> float:
@@ -50,18 +50,17 @@ def expired(files: Sequence[LiveFile], held: Collection[str], date: str | None, 
     return [f for f in files if f.path not in held and newest_s(f, date) < before_s]
 
 
-def let_go(delta: DeltaLog, version: int, held: Collection[str], before_s: float, *, fence: int = 0) -> int:
-    """Take the objects of a version out of the table that have expired; how many. Blocking; durable on return.
+def let_go(delta: DeltaLog, version: int, files: Sequence[LiveFile], *, fence: int = 0) -> int:
+    """Take objects of a version out of the table (`expired`); how many. Blocking; durable on return.
 
     `fence`: of the lease, 0 without one. StoreConflict if another writer took one of them away meanwhile.
     """
-    gone = [f.path for f in expired(delta.files(version), held, commit_date(delta), before_s)]
-    if not gone:
+    if not files:
         return 0
     failpoint("retain.before_commit")
-    delta.commit(removes=gone, tokens={TRIMMED: version, **({LEASE: fence} if fence else {})})
+    delta.commit(removes=[f.path for f in files], tokens={TRIMMED: version, **({LEASE: fence} if fence else {})})
     failpoint("retain.after_commit")
-    return len(gone)
+    return len(files)
 
 
 __all__ = ["commit_date", "expired", "let_go", "newest_s"]

@@ -7,8 +7,6 @@ by a glob in DuckDB.
 from __future__ import annotations
 
 import random
-import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import duckdb
 import pytest
 
 from tests.support.daemon import Daemon, execute
-from tests.support.waiting import wait_until
 from tests.support.witness import Changes, Witness, changelog
 from tests.support.workload import SCHEMA, TABLES, Workload
 
@@ -44,10 +41,7 @@ class Scene:
 
     def kill_at(self, point: str, nth: int, *, disk_lost: bool) -> None:
         self.daemon.start(failpoints=f"{point}=kill:{nth}")
-        wait_until(lambda: not self.daemon.alive, 60, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
-        assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
-        if disk_lost:
-            shutil.rmtree(self.daemon.state_dir)
+        self.daemon.died_at(point, disk_lost=disk_lost)
 
     def check(self) -> None:
         """After everything has landed and was followed: each change stands once in the files, and nothing else."""

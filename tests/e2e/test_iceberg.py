@@ -6,8 +6,6 @@ What pyiceberg reads there is compared with Postgres' own test_decoding, in a di
 from __future__ import annotations
 
 import random
-import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from pyiceberg.catalog import load_catalog
 
 from tests.support.buckets import new_bucket, s3_endpoint
 from tests.support.daemon import Daemon, execute
-from tests.support.waiting import wait_until
 from tests.support.witness import Changes, Witness
 from tests.support.workload import SCHEMA, TABLES, Workload
 
@@ -49,10 +46,7 @@ class Scene:
 
     def kill_at(self, point: str, nth: int, *, disk_lost: bool) -> None:
         self.daemon.start(failpoints=f"{point}=kill:{nth}")
-        wait_until(lambda: not self.daemon.alive, 60, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
-        assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
-        if disk_lost:
-            shutil.rmtree(self.daemon.state_dir)
+        self.daemon.died_at(point, disk_lost=disk_lost)
 
     def check(self) -> None:
         """After everything has landed and was followed: each change stands once in the Iceberg tables."""

@@ -94,7 +94,7 @@ def test_a_lake_survives_a_hundred_random_rounds(
                     assert daemon.alive, daemon.log_tail()
                     daemon.kill()
                     if disk_lost:
-                        scene.lose_disk()
+                        daemon.lose_disk()
                 daemon.start().streaming()
                 workload.stop()
             now = scene.check()

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,18 @@ class Daemon:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the daemon did not end within {timeout_s:g} s\n{self.log_tail()}") from None
+
+    def died_at(self, point: str, *, disk_lost: bool = False, timeout_s: float = 180.0) -> None:
+        """Wait until it has killed itself at a failpoint that it was started with; `disk_lost`: and its state with
+        it."""
+        wait_until(lambda: not self.alive, timeout_s, lambda: f"to die at {point}\n{self.log_tail()}")
+        assert self.ended() == -signal.SIGKILL, f"{point}\n{self.log_tail()}"
+        if disk_lost:
+            self.lose_disk()
+
+    def lose_disk(self) -> None:
+        """Of one that does not run: everything that it has beside the lake."""
+        shutil.rmtree(self.state_dir)
 
     def log_tail(self, lines: int = 40) -> str:
         """The end of its log, for messages of failed assertions."""

@@ -7,8 +7,6 @@ what is there.
 
 from __future__ import annotations
 
-import shutil
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,14 +75,7 @@ class Scene:
             execute(
                 self.dsn, "insert into events (text) select repeat(md5(g::text), 10) from generate_series(1, 9000) g"
             )
-        wait_until(lambda: not self.daemon.alive, 180, lambda: f"to die at {point}\n{self.daemon.log_tail()}")
-        assert self.daemon.ended() == -signal.SIGKILL, f"{point}\n{self.daemon.log_tail()}"
-        if disk_lost:
-            self.lose_disk()
-
-    def lose_disk(self) -> None:
-        """Of a daemon that does not run: everything that it has beside the lake."""
-        shutil.rmtree(self.daemon.state_dir)
+        self.daemon.died_at(point, disk_lost=disk_lost)
 
     def check(self) -> int:
         """Nothing lost, nothing doubled, every table equal; the number of changes. The daemon runs."""
