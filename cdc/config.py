@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.table import PartitionBy
 from cdc.units import duration_s
@@ -272,47 +273,6 @@ class LakeConfig:
     def all(self) -> dict[str, LakeConfig | NamedLakeConfig]:
         """Every lake by its section's name, this one first."""
         return {"lake": self, **{f"lake.{name}": lake for name, lake in self.named.items()}}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """`[model.NAME]`: SQL over current tables, its result keyed."""
-
-    name: str
-    sql: str
-    key: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetConfig:
-    """`[target.NAME]`: a production system that results are pushed to."""
-
-    name: str
-    type: str
-    dsn: str = field(default="", repr=False)
-    password_file: Path | None = None
-    password_env: str | None = None
-    connect_timeout_s: float = 10.0
-    statement_timeout_s: float = 60.0
-    origin: str = ""
-    """Replication origin of our writes; default `cdc_<target name>`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncConfig:
-    """`[sync.NAME]`: pushes a model's (or a query's) result into a target's table."""
-
-    name: str
-    target: str
-    table: str
-    key: tuple[str, ...]
-    model: str = ""
-    sql: str = ""
-    mode: str = "upsert"
-    every_s: float | None = None
-    """None: when the model's inputs have been changed by others."""
-    debounce_s: float = 2.0
-    batch_rows: int = 5_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

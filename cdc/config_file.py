@@ -6,7 +6,6 @@ connection is made and no secret is read here.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from cdc.config import (
-    FOREVER,
     MAIN_LAKE,
     AlertsConfig,
     ChangelogConfig,
@@ -26,16 +24,23 @@ from cdc.config import (
     FilesConfig,
     IcebergConfig,
     LakeConfig,
-    ModelConfig,
     NamedLakeConfig,
     SourceConfig,
-    SyncConfig,
     TableConfig,
-    TargetConfig,
     VerifyConfig,
-    age_s,
     has_inline_password,
 )
+from cdc.config_serving import (
+    MODES,
+    GuardConfig,
+    ModelConfig,
+    RequestConfig,
+    SyncConfig,
+    TargetConfig,
+    sync_problems,
+    target_problems,
+)
+from cdc.config_text import check_age, kind_of, nearest, strings
 from cdc.errors import ConfigError
 from cdc.table import PartitionBy
 from cdc.units import size_bytes, wal_threshold
@@ -45,13 +50,10 @@ T = TypeVar("T")
 SEARCH_PATH = (Path("cdc.toml"), Path("/etc/cdc/cdc.toml"))
 
 # Keys and values that the contract names and that a later version reads: refused, because ignoring one would be a lie.
-_LATER_KEYS: dict[str, frozenset[str]] = {
-    "sync": frozenset({"where", "approve", "deletes"}),
-}
+_LATER_KEYS: dict[str, frozenset[str]] = {}
 _LATER_VALUES: dict[tuple[str, str], frozenset[str]] = {
     ("source", "type"): frozenset({"kafka"}),
-    ("target", "type"): frozenset({"http", "kafka"}),
-    ("sync", "mode"): frozenset({"insert", "update", "mirror", "append"}),
+    ("target", "type"): frozenset({"kafka"}),
 }
 _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("source", "mode"): ("stream", "snapshot"),
@@ -61,7 +63,8 @@ _CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("table", "on_schema_change"): ("evolve", "freeze", "stop"),
     ("source", "on_slot_lost"): ("stop", "resync"),
     ("source", "streaming"): ("on", "off"),
-    ("sync", "mode"): ("upsert",),
+    ("sync", "mode"): MODES,
+    ("request", "method"): ("GET", "POST", "PUT", "PATCH", "DELETE"),
     ("files", "format"): ("jsonl", "parquet"),
     ("", "log_format"): ("auto", "text", "json"),
     ("", "log_level"): ("debug", "info", "warning", "error"),
@@ -85,6 +88,13 @@ _LEAST: dict[tuple[str, str], float] = {
     ("lake", "vacuum_after_s"): 0,
     ("sync", "batch_rows"): 1,
     ("sync", "debounce_s"): 0,
+    ("sync", "max_lag_s"): 0,
+    ("sync", "rows_per_s"): 0,
+    ("target", "requests_per_s"): 0,
+    ("guard", "max_delete_rows"): 0,
+    ("guard", "max_delete_share"): 0,
+    ("guard", "max_change_share"): 0,
+    ("guard", "max_reject_share"): 0,
     ("", "log_bytes_max"): 8 << 20,
     ("", "log_segment_bytes"): 1 << 20,
 }
@@ -96,8 +106,6 @@ _STREAMING = (
 """Keys that say something of a slot or a stream."""
 _UNREADABLE = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 """Classes of S3 whose objects have to be brought back before anybody reads them."""
-_AGE_LEAST_S = 86_400.0
-"""Of what is kept: longer than any comparison of `verify` takes, which reads what has changed meanwhile."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _LAKE_SECTIONS = frozenset({"options", "current", "changelog", "files", "iceberg", MAIN_LAKE})
 """Words behind `lake.` that are no lake's name."""
@@ -177,7 +185,7 @@ class _Reader:
         for model in models.values():
             self._check_model(model)
         for sync in syncs.values():
-            self._check_sync(sync, document)
+            self._check_sync(sync, document, targets)
         if given is None or lake is None or alerts is None or verify is None:
             return None
         for source in sources.values():
@@ -220,7 +228,7 @@ class _Reader:
             if key in _LATER_KEYS.get(section, ()):
                 self.problems.append(f"{at}: not supported yet")
             elif key not in known:
-                self.problems.append(f"{at}: unknown key{_nearest(key, [*known, *(() if where else _SECTIONS)])}")
+                self.problems.append(f"{at}: unknown key{nearest(key, [*known, *(() if where else _SECTIONS)])}")
             else:
                 try:
                     values[key] = self._value(section, key, hints[key], value, at)
@@ -234,7 +242,7 @@ class _Reader:
     def _value(self, section: str, key: str, kind: Any, value: Any, at: str) -> Any:
         if kind is bool:
             if not isinstance(value, bool):
-                raise ValueError(f"true or false is expected, not {_kind(value)}")
+                raise ValueError(f"true or false is expected, not {kind_of(value)}")
             return value
         if kind is int:
             return self._int(section, key, value)
@@ -249,7 +257,7 @@ class _Reader:
         if kind == IcebergConfig | None:
             return self._follower(IcebergConfig, "iceberg", at, value)
         if kind == tuple[str, ...]:
-            return _strings(value, single=key == "publication" or key.endswith("_at"))
+            return strings(value, single=key == "publication" or key.endswith("_at"))
         if section == "table" and key == "columns":
             from cdc.types import declared_types  # loads Arrow, which hardly any configuration needs
 
@@ -261,12 +269,18 @@ class _Reader:
             return str(PartitionBy.of(value))
         if kind is CurrentConfig:
             return self._current(value)
+        if kind is GuardConfig:
+            return self._section(GuardConfig, "guard", at, value) or GuardConfig()
+        if kind == RequestConfig | None:
+            return self._section(RequestConfig, "request", at, value)
+        if kind is Any:
+            return value
         if kind == dict[str, str]:
             if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
                 raise ValueError("a table of texts is expected")
             return dict(value)
         if not isinstance(value, str):
-            raise ValueError(f"a text is expected, not {_kind(value)}")
+            raise ValueError(f"a text is expected, not {kind_of(value)}")
         if "\0" in value:
             raise ValueError("a zero byte is not allowed")
         if kind is Path or kind == Path | None:
@@ -274,18 +288,18 @@ class _Reader:
                 raise ValueError("a path is expected, not an empty text")
             return self.folder / Path(value).expanduser()
         if value and key in ("retain", "cold_after"):
-            _check_age(value, forever=key == "retain")
+            check_age(value, forever=key == "retain")
         if value in _LATER_VALUES.get((section, key), ()):
             raise ValueError(f'"{value}" is not supported yet')
         choices = _CHOICES.get((section, key))
         if choices and value not in choices:
-            raise ValueError(f'"{value}" is none of {", ".join(choices)}{_nearest(value, choices)}')
+            raise ValueError(f'"{value}" is none of {", ".join(choices)}{nearest(value, choices)}')
         return value
 
     def _int(self, section: str, key: str, value: Any) -> int:
         sized = "bytes" in key
         if isinstance(value, bool) or not isinstance(value, (int, str) if sized else int):
-            raise ValueError(f"a {'size' if sized else 'whole number'} is expected, not {_kind(value)}")
+            raise ValueError(f"a {'size' if sized else 'whole number'} is expected, not {kind_of(value)}")
         number = size_bytes(value)
         least = _LEAST.get((section, key), 1)
         if number < least:
@@ -295,7 +309,7 @@ class _Reader:
     def _seconds_or_share(self, section: str, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             unit = "seconds as a number" if key.endswith("_s") else "a number"
-            raise ValueError(f"{unit} expected, not {_kind(value)}")
+            raise ValueError(f"{unit} expected, not {kind_of(value)}")
         least = _LEAST.get((section, key))
         if value < least if least is not None else value <= 0:
             raise ValueError(f"must be at least {least:g}" if least is not None else "must be greater than 0")
@@ -352,6 +366,13 @@ class _Reader:
                     f"{where}.catalog.{key}: a secret stands in the environment: see docs/operations.md"
                 )
         return cls(**values)
+
+    def _section(self, cls: Callable[..., T], section: str, where: str, value: Any) -> T | None:
+        """A section within another; None if it is wrong."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"write a [{where}] section")
+        values = self._values(cls, section, where, value, hidden=())
+        return None if values is None else cls(**values)
 
     def _alerts(self, table: Any) -> AlertsConfig | None:
         if not isinstance(table, Mapping):
@@ -415,7 +436,7 @@ class _Reader:
             self.problems.append(f"{at}: {_NO_NAME}")
             return None
         if "url" not in table:
-            near = _nearest(name, [*sections, *_LAKE_SECTIONS])
+            near = nearest(name, [*sections, *_LAKE_SECTIONS])
             self.problems.append(f"{at}: no section of [lake], and without a url no lake of its own{near}")
             return None
         if not _NAME.fullmatch(name):
@@ -445,7 +466,7 @@ class _Reader:
         named += [(f'{at}.table."{t.name}".lake', t.lake) for t in source.table.values() if t.lake]
         for where, name in named:
             if name not in known:
-                self.problems.append(f"{where}: there is no [lake.{name}]{_nearest(name, known)}")
+                self.problems.append(f"{where}: there is no [lake.{name}]{nearest(name, known)}")
         for glob in source.lakes:
             if "." not in glob:
                 self.problems.append(f'{at}.lakes: "{glob}" names no schema; write "{glob}.*" or "public.{glob}"')
@@ -501,7 +522,9 @@ class _Reader:
                 self.problems.append(f"{at}.{key}: {error}")
 
     def _finish_target(self, target: TargetConfig) -> TargetConfig:
-        self._check_connection(f"target.{target.name}", target)
+        at = f"target.{target.name}"
+        self._check_connection(at, target)
+        self.problems += [f"{at}.{problem}" for problem in target_problems(target)]
         return replace(target, origin=target.origin or f"cdc_{target.name}")
 
     def _check_connection(self, at: str, config: SourceConfig | TargetConfig) -> None:
@@ -540,17 +563,14 @@ class _Reader:
         elif len(set(key)) != len(key):
             self.problems.append(f"{at}: a column stands there twice")
 
-    def _check_sync(self, sync: SyncConfig, document: Mapping[str, Any]) -> None:
+    def _check_sync(self, sync: SyncConfig, document: Mapping[str, Any], targets: Mapping[str, TargetConfig]) -> None:
         at = f"sync.{sync.name}"
         self._check_key(f"{at}.key", sync.key)
-        if not sync.table:
-            self.problems.append(f"{at}.table: is empty")
-        if bool(sync.model) == bool(sync.sql.strip()):
-            self.problems.append(f"{at}: set exactly one of model and sql")
+        self.problems += [f"{at}.{p}" if ": " in p else f"{at}: {p}" for p in sync_problems(sync, targets)]
         for kind, name in (("model", sync.model), ("target", sync.target)):
             known = list(document.get(kind, {}))
             if (name or kind == "target") and name not in known:
-                self.problems.append(f"{at}.{kind}: there is no [{kind}.{name}]{_nearest(name, known)}")
+                self.problems.append(f"{at}.{kind}: there is no [{kind}.{name}]{nearest(name, known)}")
 
     def _check_top(self, config: Config) -> None:
         if config.metrics_listen:
@@ -559,40 +579,3 @@ class _Reader:
                 self.problems.append('metrics_listen: write "host:port", or "" for none')
         if config.log_bytes_max < 2 * config.log_segment_bytes:
             self.problems.append("log_bytes_max: must hold at least two segments (log_segment_bytes)")
-
-
-def _check_age(text: str, *, forever: bool) -> None:
-    """ValueError if a text is no age that objects are kept to."""
-    if text == FOREVER and not forever:
-        raise ValueError("leave it out for never")
-    if age_s(text) < _AGE_LEAST_S:
-        raise ValueError('must be at least a day, "1d"')
-
-
-def _strings(value: Any, *, single: bool) -> tuple[str, ...]:
-    if single and isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"a list of texts is expected, not {_kind(value)}")
-    return tuple(value)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    names = list(known)
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if match:
-        return f"; did you mean {match[0]}?"
-    return f"; known: {', '.join(sorted(names))}" if names else ""
-
-
-def _kind(value: Any) -> str:
-    """The TOML word for a value's type; values themselves may be secrets and are not quoted."""
-    names: list[tuple[type, str]] = [
-        (bool, "a boolean"),
-        (int, "a whole number"),
-        (float, "a number"),
-        (str, "a text"),
-        (list, "a list"),
-        (dict, "a table"),
-    ]
-    return next((name for kind, name in names if isinstance(value, kind)), "a date or time")

@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cdc import registry
-from cdc.config import Config, SourceConfig, TargetConfig, has_inline_password
+from cdc.config import Config, SourceConfig, has_inline_password
+from cdc.config_serving import TargetConfig
 from cdc.errors import CdcError
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.lake.routing import open_lake

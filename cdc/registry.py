@@ -14,7 +14,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig, TargetConfig
+from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig
+from cdc.config_serving import TargetConfig
 from cdc.errors import ConfigError
 from cdc.inspection import SourceInspector
 from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cdc import control, registry
-from cdc.config import Config, SourceConfig, SyncConfig
+from cdc.config import Config, SourceConfig
+from cdc.config_serving import SyncConfig
 from cdc.console import lsn_text, time_text
 from cdc.discovery import finding_fact, unpublished_fact
 from cdc.errors import CdcError

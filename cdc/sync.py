@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from cdc import registry
-from cdc.config import Config, ModelConfig, SyncConfig
+from cdc.config import Config
+from cdc.config_serving import ModelConfig, SyncConfig
 from cdc.errors import CdcError, ConfigError, ModelFailed, Verdict
 from cdc.metrics import SYNC_ROWS, SYNC_RUNS, SYNC_SECONDS
 from cdc.models import run_model

@@ -26,7 +26,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pyarrow import csv
 
-from cdc.config import TargetConfig, password_of
+from cdc.config import password_of
+from cdc.config_serving import TargetConfig
 from cdc.errors import CdcError, FormatTooNew, TargetRejected, TargetUnavailable
 from cdc.failpoints import failpoint
 from cdc.ports import Finding, PushResult

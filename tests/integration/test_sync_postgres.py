@@ -19,7 +19,8 @@ import psycopg
 import pyarrow as pa
 import pytest
 
-from cdc.config import Config, LakeConfig, ModelConfig, SourceConfig, SyncConfig, TargetConfig
+from cdc.config import Config, LakeConfig, SourceConfig
+from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
 from cdc.errors import ModelFailed
 from cdc.state import State
 from cdc.sync import SyncJob, plan_now

@@ -19,7 +19,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.config import TargetConfig
+from cdc.config_serving import TargetConfig
 from cdc.errors import FormatTooNew, TargetRejected, TargetUnavailable
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.target import ALL_REFUSED_ROWS, PostgresTarget

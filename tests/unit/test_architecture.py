@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": (
         "cdc", "cdc.errors", "cdc.table", "cdc.fingerprint", "cdc.pgtext", "cdc.casts", "cdc.types", "cdc.batch",
-        "cdc.ports", "cdc.inspection", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file", "cdc.failpoints",
+        "cdc.ports", "cdc.inspection", "cdc.units", "cdc.rowhash", "cdc.config", "cdc.config_file",
+        "cdc.config_serving", "cdc.config_text", "cdc.sink", "cdc.failpoints",
         "cdc.metrics", "cdc.registry", "cdc.memory", "cdc.notify", "cdc.logs", "cdc.console", "cdc.alerts",
         "cdc.schedule", "cdc.sqltext",
     ),

@@ -18,17 +18,15 @@ from cdc.config import (
     FilesConfig,
     IcebergConfig,
     LakeConfig,
-    ModelConfig,
     NamedLakeConfig,
     SourceConfig,
-    SyncConfig,
     TableConfig,
-    TargetConfig,
     VerifyConfig,
     has_inline_password,
     password_of,
 )
 from cdc.config_file import load, parse
+from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
 from cdc.errors import ConfigError
 from cdc.lake.routing import open_lake
 from cdc.table import TableId

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cdc.config import ModelConfig, SyncConfig
+from cdc.config_serving import ModelConfig, SyncConfig
 from cdc.errors import ConfigError, ModelFailed
 from cdc.plan import DIGEST, KEY, Plan, make_plan
 from cdc.sync import definition
