@@ -275,8 +275,32 @@ def _applied(kind: str) -> Declare:
     return declare
 
 
+def _planned(p: argparse.ArgumentParser) -> None:
+    _named("sync")(p)
+    p.add_argument("--show-values", action="store_true", help="show the new values of the sample rows too")
+
+
+def _approved(p: argparse.ArgumentParser) -> None:
+    _applied("sync")(p)
+    p.add_argument("plan", metavar="PLAN_ID", help="the plan, as `sync plan`, `status` and the alert name it")
+
+
+def _resent(p: argparse.ArgumentParser) -> None:
+    _applied("sync")(p)
+    p.add_argument("--yes", action="store_true", help="also if it deletes")
+
+
+def _reconciled(p: argparse.ArgumentParser) -> None:
+    _resent(p)
+    p.add_argument(
+        "--policy", choices=("report", "source", "target"), default="report",
+        help="report: only compare (default); source: send again what differs; target: let it stand, as if sent",
+    )  # fmt: skip
+
+
 def _history(p: argparse.ArgumentParser) -> None:
     _named("sync")(p)
+    p.add_argument("run", metavar="RUN", nargs="?", default="", help="a run, for what became of its rows")
     p.add_argument("--limit", type=_count, default=20, metavar="N", help="runs shown (default 20)")
 
 
@@ -370,9 +394,25 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
     "sync": (
         "reverse ETL",
         {
-            "plan": ("what an apply would write", "cdc sync plan customer_value", _named("sync"), "data:sync_plan"),
-            "apply": ("push now", "cdc sync apply customer_value", _applied("sync"), "data:sync_apply"),
-            "history": ("its runs", "cdc sync history customer_value", _history, "data:sync_history"),
+            "plan": ("what an apply would write", "cdc sync plan customer_value", _planned, "syncs:plan"),
+            "apply": ("push now", "cdc sync apply customer_value", _applied("sync"), "syncs:apply"),
+            "approve": (
+                "let a held plan through", "cdc sync approve customer_value 1f0c5d77a0b1c2d3", _approved,
+                "syncs:approve",
+            ),
+            "retry": ("send rejected rows again", "cdc sync retry customer_value", _applied("sync"), "syncs:retry"),
+            "resync": ("send every row again", "cdc sync resync customer_value", _resent, "syncs:resync"),
+            "reset-state": (
+                "forget what was sent, send nothing", "cdc sync reset-state customer_value", _resent,
+                "syncs:reset_state",
+            ),
+            "reconcile": (
+                "compare the target's rows with the result, and mend what differs",
+                "cdc sync reconcile customer_value --policy source", _reconciled, "syncs:reconcile",
+            ),
+            "history": (
+                "its runs, or the rows of one run", "cdc sync history customer_value", _history, "syncs:history",
+            ),
         },
     ),
     "model": (

@@ -103,7 +103,7 @@ class Daemon:
         config = self._config
         store = open_lake(config)
         owner = f"{socket.gethostname()} pid {os.getpid()}"
-        self._serving = Serving(config, state, store, self._changed_by_others)
+        self._serving = Serving(config, state, store, self._changed_by_others, self._alerts.tell)
         for name, source in config.sources.items():
             made = PeriodicPipeline if source.is_periodic else Pipeline
             self._pipelines[name] = made(
@@ -122,16 +122,19 @@ class Daemon:
                 "land": self._land,
                 "upkeep": self._upkeep,
                 "model_run": self._serving.model_run,
-                "sync_apply": self._serving.sync_apply,
+                "sync_order": self._serving.sync_order,
+                "sync_forget": self._serving.sync_forget,
             }
         )
-        self._serving_worker = Worker(
-            "serving", self._serving.step, stop=self._stop, idle_s=0.2, on_fatal=self._on_fatal
-        )
+        self._serving_workers = [
+            Worker(name, step, stop=self._stop, idle_s=0.2, on_fatal=self._on_fatal)
+            for name, step in self._serving.steps().items()
+        ]
         self._audit_worker = Worker("verify", self._audit(state, store).step, stop=self._stop, idle_s=1.0)
         for pipeline in self._pipelines.values():
             pipeline.start()
-        self._serving_worker.start()
+        for worker in self._serving_workers:
+            worker.start()
         self._audit_worker.start()
 
     def _audit(self, state: State, store: ObjectStore) -> Audit:
@@ -169,7 +172,7 @@ class Daemon:
         deadline = time.monotonic() + self._config.shutdown_timeout_s
         for pipeline in self._pipelines.values():
             pipeline.close(deadline)
-        for worker in (self._serving_worker, self._audit_worker):
+        for worker in (*self._serving_workers, self._audit_worker):
             worker.join(max(0.1, deadline - time.monotonic()))
         self._serving.close()
         self._alerts.close()

@@ -336,35 +336,6 @@ class SourceAdmin(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PushResult:
-    """What a target did with one batch of a plan."""
-
-    written: int
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Key and the target's reason (never values other than the key)."""
-
-
-class Sink(Protocol):
-    """A target of reverse ETL that keeps, with the data, what it has acknowledged."""
-
-    def check(self, sync: str, table: str, columns: Sequence[str], key: Sequence[str]) -> list[Finding]:
-        """Whether the target can take these columns by this key; no side effects."""
-
-    def acknowledged(self, sync: str) -> pa.Table:
-        """Columns `key` (string: JSON array of the key's texts) and `digest` (string) of every row that the target has
-        acknowledged for the sync; empty if none."""
-
-    def upsert(self, sync: str, table: str, key: Sequence[str], rows: pa.Table, acks: pa.Table) -> PushResult:
-        """Write `rows` by `key` and remember `acks` in the same transaction; idempotent; durable on return."""
-
-    def origin(self) -> str:
-        """Name of the replication origin under which it writes, empty if it cannot mark its writes."""
-
-    def close(self) -> None:
-        """Close the connection; idempotent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
     key: str
     size: int

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from cdc import registry
 from cdc.config import Config, SourceConfig, has_inline_password
 from cdc.config_serving import TargetConfig
 from cdc.errors import CdcError
+from cdc.lake.ledger import LakeLedger
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.lake.routing import open_lake
 from cdc.places import left_behind
@@ -224,12 +226,12 @@ def _check_target(config: Config, target: TargetConfig) -> list[Finding]:
     if not syncs:
         return [Finding(name="unused", severity="info", message="no sync pushes to this target", object=at)]
     findings: list[Finding] = []
-    sink = registry.sink_kind(target.type)(target)
+    sink = registry.sink_kind(target.type)(target, partial(LakeLedger, open_lake(config)))
     try:
         for sync in syncs:
-            found = sink.check(sync.name, sync.table, sync.key, sync.key)
+            found = sink.check(assignment_of(sync, list(sync.columns) or sync.key))
             findings += found or [
-                Finding(name="target", severity="ok", message=f"{sync.table} can take sync {sync.name}", object=at)
+                Finding(name="target", severity="ok", message=f"{sync.place} can take sync {sync.name}", object=at)
             ]
     finally:
         sink.close()

@@ -18,7 +18,8 @@ from cdc.config import LakeConfig, NamedLakeConfig, SourceConfig
 from cdc.config_serving import TargetConfig
 from cdc.errors import ConfigError
 from cdc.inspection import SourceInspector
-from cdc.ports import ChecksumReader, ObjectStore, RunReader, Sink, SnapshotReader, Source, SourceAdmin
+from cdc.ports import ChecksumReader, ObjectStore, RunReader, SnapshotReader, Source, SourceAdmin
+from cdc.sink import Ledgers, Sink
 
 SOURCES, SINKS, STORES, DEMOS = "cdc.sources", "cdc.sinks", "cdc.stores", "cdc.demos"
 
@@ -50,8 +51,8 @@ class SourceKind(Protocol):
 class SinkKind(Protocol):
     """What an entry point of `cdc.sinks` names."""
 
-    def __call__(self, config: TargetConfig) -> Sink:
-        """The target; connects at first use."""
+    def __call__(self, config: TargetConfig, ledgers: Ledgers) -> Sink:
+        """The target; connects at first use. `ledgers`: where acknowledgements go that it cannot keep itself."""
 
 
 def source_kind(name: str) -> SourceKind:

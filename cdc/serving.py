@@ -1,24 +1,31 @@
-"""Models and syncs inside the daemon: one thread that runs what is due or ordered, one after the other.
+"""Models and syncs inside the daemon: a thread per target that runs what is due or ordered, one after the other.
 
-Inputs are read at recorded cuts only (cdc.sync, cdc.models), so nothing here waits for a source. Orders of the
-operator come from the main loop as promises and are worked off before what is due. A target that fails does not
-stop the others.
+Inputs are read at recorded cuts only (cdc.planning, cdc.models), so nothing here waits for a source; a target that is
+slow or away does not stop the others. One result at a time is computed, whichever thread asks, for that is what takes
+memory. Orders of the operator come from the main loop as promises and are worked off before what is due.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cdc import metrics, registry
+from cdc.condition import Alert
 from cdc.config import Config
+from cdc.due import known_tables
 from cdc.errors import CdcError, ConfigError
+from cdc.lake.ledger import LakeLedger
 from cdc.models import run_model
-from cdc.ports import ObjectStore, Sink
+from cdc.planning import cut_versions
+from cdc.ports import ObjectStore
+from cdc.sink import Sink
 from cdc.state import State
-from cdc.sync import SyncJob, SyncRun, cut_versions
+from cdc.sync import Order, SyncJob
 from cdc.table import TableId
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ ChangesOf = Callable[[], Mapping[tuple[str, TableId], int]]
 
 
 class Promise:
-    """An order and, later, its answer or error; filled by the serving thread, polled by the main loop."""
+    """An order and, later, its answer or error; filled by a serving thread, polled by the main loop."""
 
     def __init__(self, work: Callable[[], Answer]) -> None:
         self._work = work
@@ -50,105 +57,134 @@ class Promise:
         return self._answer
 
 
-class Serving:
-    """`step` belongs to one thread; `model_run` and `sync_apply` may be called from another."""
+class _Desk:
+    """What one thread works off: orders, and the jobs of one target."""
 
-    def __init__(self, config: Config, state: State, store: ObjectStore, changes: ChangesOf) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
+        self.orders: queue.SimpleQueue[Promise] = queue.SimpleQueue()
+        self.sink = sink
+        self.jobs: list[SyncJob] = []
+
+    def step(self, changes: ChangesOf, should_stop: Callable[[], bool]) -> bool:
+        """Work off orders, then run each job that is due; whether anything was done."""
+        worked = False
+        while not self.orders.empty():
+            self.orders.get().keep()
+            worked = True
+        for job in self.jobs:
+            worked |= bool(job.step(changes(), should_stop=should_stop))
+        return worked
+
+
+class Serving:
+    """`steps` are for a thread each; `model_run`, `sync_order` and `settled` may be called from another."""
+
+    def __init__(
+        self, config: Config, state: State, store: ObjectStore, changes: ChangesOf, alert: Alert = lambda _: None
+    ) -> None:
         self._config = config
         self._state = state
         self._store = store
         self._changes = changes
+        self._alert = alert
         self._directory = config.state_dir / "serving"
-        self._orders: queue.SimpleQueue[Promise] = queue.SimpleQueue()
-        self._sinks: dict[str, Sink] = {}
-        self._jobs: dict[str, SyncJob] = {}
         self._stopping = False
+        self._turn = threading.Lock()
+        self._models = _Desk()
+        self._desks: dict[str, _Desk] = {}
+        self._jobs: dict[str, tuple[_Desk, SyncJob]] = {}
         self.origins = tuple(t.origin or f"cdc_{name}" for name, t in config.targets.items())
         """Replication origins that our own writes carry."""
+        self._make_jobs()
 
-    def step(self) -> bool:
-        """Work off orders, then run each sync that is due; whether anything was done."""
-        worked = False
-        while not self._orders.empty():
-            self._orders.get().keep()
-            worked = True
-        for name in self._config.syncs:
-            worked |= self._job(name).step(self._changes(), should_stop=lambda: self._stopping) is not None
-        return worked
+    def _make_jobs(self) -> None:
+        config = self._config
+        units: dict[tuple[str, str], list[str]] = {}
+        for name, sync in config.syncs.items():
+            units.setdefault((sync.target, f"group {sync.group}" if sync.group else f"sync {name}"), []).append(name)
+        for (target, _), names in units.items():
+            desk = self._desks.get(target)
+            if desk is None:
+                section = config.targets[target]
+                desk = _Desk(registry.sink_kind(section.type)(section, partial(LakeLedger, self._store)))
+                self._desks[target] = desk
+            assert desk.sink is not None
+            job = SyncJob(
+                [config.syncs[name] for name in names], config.models, desk.sink, self._state, self._store,
+                self._directory, alert=self._alert, turn=self._turn,
+            )  # fmt: skip
+            desk.jobs.append(job)
+            self._jobs.update(dict.fromkeys(names, (desk, job)))
+
+    def steps(self) -> dict[str, Callable[[], bool]]:
+        """What threads are to repeat, by the threads' names: one for models, and one per target."""
+        desks = {"models": self._models, **{f"target {name}": desk for name, desk in self._desks.items()}}
+        return {name: self._step_of(desk) for name, desk in desks.items()}
+
+    def _step_of(self, desk: _Desk) -> Callable[[], bool]:
+        return lambda: desk.step(self._changes, lambda: self._stopping)
 
     def model_run(self, args: Mapping[str, Any]) -> Pending:
         """Have a model run now."""
         name = str(args["name"])
         if name not in self._config.models:
             raise ConfigError(f"the running daemon has no model {name!r}", hint="restart it with this configuration")
-        return self._order(lambda: self._run_model(name))
+        return _ordered(self._models, lambda: self._run_model(name))
 
-    def sync_apply(self, args: Mapping[str, Any]) -> Pending:
-        """Have a sync run now."""
+    def sync_order(self, args: Mapping[str, Any]) -> Pending:
+        """Have a sync do what is ordered (`name`, `kind`, `plan`, `yes`, `policy`: cdc.sync.Order)."""
+        desk, job = self._job(args)
+        order = Order(
+            sync=str(args["name"]), kind=str(args["kind"]), plan=str(args.get("plan", "")),
+            yes=bool(args.get("yes")), policy=str(args.get("policy", "report")),
+        )  # fmt: skip
+        return _ordered(
+            desk, lambda: job.obey(order, self._changes(), should_stop=lambda: self._stopping).to_json()
+        )
+
+    def sync_forget(self, args: Mapping[str, Any]) -> Pending:
+        """Have a sync forget what was sent; nothing is sent."""
+        desk, job = self._job(args)
+        return _ordered(desk, lambda: {"forgotten": job.forget(str(args["name"]))})
+
+    def _job(self, args: Mapping[str, Any]) -> tuple[_Desk, SyncJob]:
         name = str(args["name"])
-        if name not in self._config.syncs:
+        if name not in self._jobs:
             raise ConfigError(f"the running daemon has no sync {name!r}", hint="restart it with this configuration")
-
-        def apply() -> Answer:
-            run = self._job(name).step(self._changes(), force="ordered", should_stop=lambda: self._stopping)
-            assert isinstance(run, SyncRun)
-            return run.to_json()
-
-        return self._order(apply)
+        return self._jobs[name]
 
     def settled(self) -> bool:
         """Whether no sync is due on the cuts as they are."""
         changes = self._changes()
-        return self._orders.empty() and all(self._job(n).is_settled(changes) for n in self._config.syncs)
+        desks = [self._models, *self._desks.values()]
+        return all(d.orders.empty() and all(job.is_settled(changes) for job in d.jobs) for d in desks)
 
     def stop(self) -> None:
-        """Let a running sync end between two batches. Thread-safe."""
+        """Let running syncs end between two batches. Thread-safe."""
         self._stopping = True
 
     def close(self) -> None:
-        """Close the targets' connections; after the thread has ended."""
-        for sink in self._sinks.values():
-            sink.close()
-
-    def _order(self, work: Callable[[], Answer]) -> Pending:
-        promise = Promise(work)
-        self._orders.put(promise)
-        return promise
-
-    def _job(self, name: str) -> SyncJob:
-        if name not in self._jobs:
-            sync = self._config.syncs[name]
-            if sync.target not in self._sinks:
-                target = self._config.targets[sync.target]
-                self._sinks[sync.target] = registry.sink_kind(target.type)(target)
-            self._jobs[name] = SyncJob(
-                sync,
-                self._sinks[sync.target],
-                self._state,
-                self._store,
-                self._directory,
-                model=self._config.models.get(sync.model),
-            )
-        return self._jobs[name]
+        """Close the targets' connections; after the threads have ended."""
+        for desk in self._desks.values():
+            if desk.sink is not None:
+                desk.sink.close()
 
     def _run_model(self, name: str) -> Answer:
         model = self._config.models[name]
-        known: dict[str, list[TableId]] = {}
-        for table in self._state.tables():
-            if table.state != "removed":
-                known.setdefault(table.source, []).append(table.table)
+        known = known_tables(self._state)
         history = self._state.start_history("model", name, "ordered")
         began = time.monotonic()
         try:
-            result = run_model(
-                self._store,
-                known,
-                model.sql,
-                model.key,
-                self._directory / "models" / f"{name}.parquet",
-                name=name,
-                cut=cut_versions(self._state, set(known)),
-            )
+            with self._turn:
+                result = run_model(
+                    self._store,
+                    known,
+                    model.sql,
+                    model.key,
+                    self._directory / "models" / f"{name}.parquet",
+                    name=name,
+                    cut=cut_versions(self._state, set(known)),
+                )
         except CdcError as e:
             self._state.finish_history(history, "failed", error=str(e))
             metrics.MODEL_RUNS.labels(name, "failed").inc()
@@ -163,3 +199,9 @@ class Serving:
             "seconds": round(time.monotonic() - began, 3),
             "result": str(result.path),
         }
+
+
+def _ordered(desk: _Desk, work: Callable[[], Answer]) -> Pending:
+    promise = Promise(work)
+    desk.orders.put(promise)
+    return promise

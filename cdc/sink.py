@@ -59,6 +59,10 @@ class Batch:
     rows: pa.Table
     acks: pa.Table
     run: str = ""
+    label: str = ""
+    """What the plan calls the action, if not so; for the row log."""
+    differs: pa.Array | None = None
+    """Per row the columns that differ from what was acknowledged (list of strings); for the row log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,9 @@ class Acknowledged:
     """ACKS."""
     shape: str = ""
     """A fingerprint of the columns that are written to, as the target has them now; empty: it cannot say."""
-    last_run: str = ""
-    """The newest run among the acknowledgements that the target itself keeps; empty: none, or it keeps none."""
+    last_run: str | None = None
+    """The newest run among the acknowledgements that the target itself keeps (empty: there is none yet); None: it keeps
+    none itself, so nothing can be said of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Close connections; idempotent."""
+
+
+@runtime_checkable
+class Ordering(Protocol):
+    """A sink whose target knows which tables depend on which."""
+
+    def order(self, assignments: Sequence[Assignment]) -> list[Assignment]:
+        """The same, those first that others refer to. Blocks; TargetUnavailable, TargetRejected."""
 
 
 @runtime_checkable

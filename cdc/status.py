@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cdc import control, registry
+from cdc.condition import FINE, condition_fact, held_fact
 from cdc.config import Config, SourceConfig
 from cdc.config_serving import SyncConfig
 from cdc.console import lsn_text, time_text
@@ -314,13 +315,24 @@ def snapshot_progress(run: Run, estimated: int | None, now: float) -> dict[str, 
 
 
 def _sync(sync: SyncConfig, state: State | None) -> dict[str, Any]:
+    fact = (state.get(condition_fact(sync.name)) if state else None) or {}
+    held = state.get(held_fact(sync.name)) if state else None
     return {
         "name": sync.name,
         "target": sync.target,
-        "table": sync.table,
+        "table": sync.place,
+        "mode": sync.mode,
         "paused": bool(state and (state.is_paused("sync", sync.name) or state.is_paused("sink", sync.target))),
+        "condition": fact.get("condition", FINE),
+        "since": time_text(fact["since"]) if fact else None,
+        "why": fact.get("text", ""),
+        "hint": fact.get("hint", ""),
+        "held": None if held is None else {
+            "plan": held["plan"], "since": time_text(held["since"]), "counts": held["counts"],
+            "held_by": held["held_by"],
+        },
         "last_run": _last(state, "sync", sync.name),
-    }
+    }  # fmt: skip
 
 
 def _last(state: State | None, kind: str, name: str) -> dict[str, Any] | None:

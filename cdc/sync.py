@@ -1,407 +1,549 @@
 """A sync: a model's result pushed into a target, as the difference to what the target has acknowledged.
 
-One run: read the inputs at one recorded cut → freeze the result → plan → write in batches, each acknowledged in the
-target's own transaction. State moves only by those acknowledgements, so a run that dies anywhere is continued by the
-next: what was acknowledged is unchanged then, the rest is planned again. A run changes nothing in the lake.
+One run: read the inputs at one recorded cut → freeze the result → plan → guard → write in batches, each acknowledged
+with its effect. State moves only by those acknowledgements, so a run that dies anywhere is continued by the next: what
+was acknowledged is unchanged then, the rest is planned again. A run changes nothing in the lake's tables.
 
-When: on `every_s`, or when others have changed an input. Changes under our own replication origin do not count, so a
-sync that writes into a table that its own model reads comes to rest: its write is captured, merged, and starts
-nothing. An unchanged result writes nothing, whatever started the run.
+A plan over a limit of the guard is held: its files stay as they are until it is approved, and exactly they are then
+sent. Runs go on meanwhile; one whose plan is within the limits replaces what is held. Syncs of one group are one job:
+planned at the same cuts, held together, written in one transaction.
 
-Deliberately not here: deletes, guards and approvals; rows of the target that others changed are not looked at.
+When a run is due is in cdc.due; what is planned in cdc.plan; how it is sent in cdc.applying. Rows of the target that
+others changed are looked at by `reconcile` only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cdc import registry
-from cdc.config import Config
+import pyarrow as pa
+
+from cdc import rowlog
+from cdc.applying import Work, apply, apply_together
+from cdc.condition import BLOCKED, FINE, HELD, PARTIAL, Alert, Condition, held_fact
 from cdc.config_serving import ModelConfig, SyncConfig
+from cdc.due import CHANGED, RESTART, ChangedByOthers, Due, known_tables, last_fact, require_complete
 from cdc.errors import CdcError, ConfigError, ModelFailed, Verdict
+from cdc.guarding import Trip, trips
 from cdc.metrics import SYNC_ROWS, SYNC_RUNS, SYNC_SECONDS
-from cdc.models import run_model
-from cdc.plan import Plan, make_plan
-from cdc.ports import ObjectStore, Sink
-from cdc.relations import MEMORY_LIMIT, THREADS, Sources, Versions, named_relations, resolve
+from cdc.plan import Asked, Plan, load
+from cdc.planning import Planner, assignment_of, cut_versions, definition, generation_fact, remembered
+from cdc.ports import ObjectStore
+from cdc.sink import Rejected, Sink
 from cdc.state import State
-from cdc.table import TableId
+from cdc.units import duration_s
 
 _log = logging.getLogger(__name__)
 
-FIRST, CHANGED, SCHEDULE, RESTART, REDEFINED = "first run", "data", "schedule", "restart", "new definition"
-DONE, PARTIAL, FAILED, STOPPED, INTERRUPTED = "done", "partial", "failed", "stopped", "interrupted"
-"""Outcomes. partial: rows were held or rejected, the others went through. stopped: between two batches, on shutdown.
-interrupted: the daemon died in it. Whatever was acknowledged stays, and the next run does the rest."""
+DONE, STOPPED, INTERRUPTED, FAILED = "done", "stopped", "interrupted", "failed"
+REPORTED, UNCONFIRMED = "reported", "unconfirmed"
+"""Outcomes beside `partial` and `held`, which are conditions too. partial: rows were held or rejected, the others went
+through. held: a guard holds the plan, nothing was sent. stopped: between two batches, on shutdown. interrupted: the
+daemon died in it. reported: a reconcile that only looked. unconfirmed: it would delete, and nobody said --yes."""
+APPLY, APPROVE, RETRY, RESYNC, RECONCILE = "apply", "approve", "retry", "resync", "reconcile"
+REPORT, SOURCE, TARGET = "report", "source", "target"
+"""Policies of a reconcile: look only; the source wins; the target wins."""
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 1.0, 60.0
 _REASONS_SHOWN, _KEYS_SHOWN = 3, 3
+_TIDY_EVERY_S = 3_600.0
 
-Input = tuple[str, TableId]
-"""A source's name and one of its tables."""
-ChangedByOthers = Mapping[Input, int]
-"""Per input, the commit LSN of the last merged change that did not come from one of our own origins; tables that
-others have not changed since the daemon started may be missing. It may run ahead of the recorded cut."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What an operator wants of a sync."""
+
+    kind: str = APPLY
+    sync: str
+    plan: str = ""
+    """Of an approval."""
+    yes: bool = False
+    policy: str = REPORT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncRun:
-    """What one run did. `counts`: inserts, updates, unchanged, held, gone, written, rejected."""
+    """What one run did. `counts`: those of the plan, and written, deleted, rejected, absent."""
 
     sync: str
     cause: str
     outcome: str
+    run: str = ""
     plan: str = ""
     counts: dict[str, int] = field(default_factory=dict)
-    rejected: tuple[tuple[str, str], ...] = ()
+    trips: tuple[Trip, ...] = ()
+    drift: dict[str, Any] = field(default_factory=dict)
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For operators: counts, keys and reasons; never values."""
         return {
-            "sync": self.sync,
-            "cause": self.cause,
-            "outcome": self.outcome,
-            "plan": self.plan,
-            "counts": self.counts,
-            "error": self.error,
-        }
+            "sync": self.sync, "run": self.run, "cause": self.cause, "outcome": self.outcome, "plan": self.plan,
+            "counts": self.counts, "held_by": [{"limit": t.limit, "text": t.text} for t in self.trips],
+            "drift": self.drift, "error": self.error,
+        }  # fmt: skip
+
+
+class _Member:
+    """One sync of a job."""
+
+    def __init__(self, config: SyncConfig, planner: Planner, due: Due, condition: Condition, folder: Path) -> None:
+        self.config, self.planner, self.due, self.condition = config, planner, due, condition
+        self.name = config.name
+        self.held, self.rows = folder / "held", folder / "rows"
+
+
+@dataclass(slots=True)
+class _Step:
+    """A member's part of one run."""
+
+    member: _Member
+    run: str
+    history: int
+    plan: Plan | None = None
+    trips: list[Trip] = field(default_factory=list)
+    work: Work | None = None
 
 
 class SyncJob:
-    """One configured sync inside the daemon; used by one thread. `sink` may be shared with other syncs of its target.
+    """One configured sync inside the daemon, or the syncs of one group; used by one thread. `sink` may be shared with
+    other jobs of its target.
 
-    `directory` is for frozen results and plans, which may be lost; leftovers of a killed run are removed.
+    `directory` is for frozen results, plans and row logs; but for held plans it may be lost; leftovers of a killed run
+    are removed.
     """
 
     def __init__(
         self,
-        config: SyncConfig,
+        configs: Sequence[SyncConfig],
+        models: Mapping[str, ModelConfig],
         sink: Sink,
         state: State,
         store: ObjectStore,
         directory: Path,
         *,
-        model: ModelConfig | None = None,
-        memory_limit: str = MEMORY_LIMIT,
-        threads: int = THREADS,
+        alert: Alert = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        **limits: Any,
     ) -> None:
-        self.config = config
-        self.name = config.name
-        self._sql = definition(config, model)
         self._sink = sink
         self._state = state
         self._store = store
-        self._directory = directory / config.name
-        self._limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads}
         self._clock = clock
-        self._inputs: frozenset[Input] | None = None
-        self._seen: dict[str, int] | None = None
-        self._due_since: float | None = None
+        self._alert = alert
+        self._members: list[_Member] = []
+        for config in configs:
+            sql = definition(config, models.get(config.model))
+            folder = directory / config.name
+            planner = Planner(config, sql, sink, store, folder, **limits)
+            due = Due(config, sql, state, clock)
+            self._members.append(_Member(config, planner, due, Condition(config.name, state, alert), folder))
         self._retry_at = 0.0
         self._retry_s = _RETRY_FIRST_S
+        self._tidied: dict[str, float] = {}
         self.blocked = ""
         """Why it does not run by itself any more: an error that only the operator can mend."""
-        for file in self._directory.glob("*.parquet*"):
-            file.unlink()
-        for entry in state.history("sync", self.name, limit=1):
+        for member in self._members:
+            self._recover(member)
+
+    def _recover(self, member: _Member) -> None:
+        """After a start: what a killed run left."""
+        member.planner.clear()
+        if not member.held.is_dir():
+            self._state.set(held_fact(member.name), None)
+        rowlog.upload(self._store, member.name, member.rows)
+        for entry in self._state.history("sync", member.name, limit=1):
             if entry.outcome == "running":
-                state.finish_history(entry.id, INTERRUPTED, error="the daemon died in this run")
-
-    def step(
-        self,
-        changed_by_others: ChangedByOthers,
-        *,
-        force: str = "",
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> SyncRun | None:
-        """Run if it is due, or for the cause `force` if its inputs are complete; None if there was nothing to do.
-
-        Blocks for the whole run; `should_stop` is asked between batches. An error of the model or the target is the
-        run's outcome, not raised: RETRY is tried again after a growing pause, OPERATOR blocks the sync until it is
-        forced or the daemon starts anew. FATAL errors are raised. Forced with incomplete inputs: ModelFailed.
-        """
-        if force:
-            self._require_complete()
-            return self._run(force, changed_by_others, should_stop)
-        if self.blocked or self._is_paused() or self._clock() < self._retry_at:
-            return None
-        try:
-            if self.waiting_for():
-                return None
-            cause = self._cause(changed_by_others)
-        except ModelFailed as error:
-            return self._failed(error, RESTART, None)
-        if cause == CHANGED and not self._debounced():
-            return None
-        return self._run(cause, changed_by_others, should_stop) if cause else None
-
-    def waiting_for(self) -> list[str]:
-        """What is missing before it can run, in words; empty if every input is complete and stands in a cut."""
-        inputs = self.inputs()
-        if inputs is None:
-            names = sorted(f"{schema}.{name}" for schema, name in named_relations(self._sql))
-            return [f"not all of {', '.join(names)} are in the lake yet"]
-        missing = []
-        for source, table in sorted(inputs):
-            state = self._state.table(source, table).state
-            cut = self._state.cut(source)
-            if state != "streaming":
-                missing.append(f"{source}.{table} is {state}")
-            elif cut is None or table not in cut.versions:
-                missing.append(f"{source}.{table} is not merged yet")
-        return missing
-
-    def is_settled(self, changed_by_others: ChangedByOthers) -> bool:
-        """Whether no run is due on the cuts as they are (a blocked, paused or retrying sync is not waited for)."""
-        if self.blocked or self._is_paused() or self._clock() < self._retry_at:
-            return True
-        return bool(self.waiting_for()) or self._cause(changed_by_others) is None
-
-    def inputs(self) -> frozenset[Input] | None:
-        """The tables that its SQL reads; None as long as one of them is unknown. ModelFailed if the SQL is wrong."""
-        if self._inputs is None:
-            relations, unknown = resolve(named_relations(self._sql), self._sources())
-            if unknown:
-                return None
-            self._inputs = frozenset((r.source, r.table) for r in relations)
-        return self._inputs
+                self._state.finish_history(entry.id, INTERRUPTED, error="the daemon died in this run")
 
     # ---- when ----
 
-    def _cause(self, changed_by_others: ChangedByOthers) -> str | None:
-        last = self._state.get(self._fact)
-        if last is None:
-            return FIRST
-        if last["definition"] != self._fingerprint():
-            return REDEFINED
-        if self.config.every_s is not None:
-            # Wall clock, so that it holds over a restart; a clock that was set back must not silence the sync.
-            age_s = time.time() - last["started_at"]
-            return SCHEDULE if age_s >= self.config.every_s or age_s < 0 else None
-        now = self._positions(changed_by_others)
-        if self._seen is None:
-            if last["cuts"] != self._cut_lsns():
-                # What others changed before we started is not known; one run too many writes nothing.
-                return RESTART
-            self._seen = now
-        return CHANGED if self._seen != now else None
+    def step(
+        self, changed_by_others: ChangedByOthers, *, should_stop: Callable[[], bool] = lambda: False
+    ) -> list[SyncRun]:
+        """Run if it is due; empty if there was nothing to do. Blocks for the whole run; `should_stop` is asked between
+        batches. An error of a model or the target is the run's outcome, not raised: RETRY is tried again after a
+        growing pause, OPERATOR blocks the job until it is ordered or the daemon starts anew. FATAL errors are raised.
+        """
+        if self._rests():
+            return []
+        try:
+            if self._is_approved():
+                return self._send_approved(should_stop)
+            if self.waiting_for():
+                return []
+            causes = {m.name: m.due.cause(changed_by_others) for m in self._members}
+        except ModelFailed as error:
+            return self._failed(error, RESTART, [])
+        found = next((c for c in causes.values() if c and c != CHANGED), None)
+        if found is None and any(causes[m.name] and m.due.debounced() for m in self._members):
+            found = CHANGED
+        return self._run(found, changed_by_others, should_stop) if found else []
 
-    def _debounced(self) -> bool:
-        """Whether the change is old enough; a change that follows does not put the run off any further."""
-        now = self._clock()
-        if self._due_since is None:
-            self._due_since = now
-        return now - self._due_since >= self.config.debounce_s
+    def waiting_for(self) -> list[str]:
+        """What is missing before it runs by itself, in words; empty if nothing is."""
+        return [text for m in self._members for text in (*m.due.incomplete(), *m.due.lagging())]
 
-    def _positions(self, changed_by_others: ChangedByOthers) -> dict[str, int]:
-        """What others have changed, as far as the cuts hold it."""
-        cuts = self._cut_lsns()
-        return {
-            f"{source}.{table}": min(changed_by_others[source, table], cuts[source])
-            for source, table in sorted(self.inputs() or ())
-            if (source, table) in changed_by_others
-        }
+    def is_settled(self, changed_by_others: ChangedByOthers) -> bool:
+        """Whether no run is due on the cuts as they are (a blocked, paused or retrying sync is not waited for)."""
+        if self._rests() or self.waiting_for():
+            return True
+        return all(m.due.cause(changed_by_others) is None for m in self._members)
 
-    def _cut_lsns(self) -> dict[str, int]:
-        cuts = {source: self._state.cut(source) for source in sorted({source for source, _ in self.inputs() or ()})}
-        return {source: cut.lsn for source, cut in cuts.items() if cut is not None}
+    def _rests(self) -> bool:
+        paused = any(
+            self._state.is_paused("sync", m.name) or self._state.is_paused("sink", m.config.target)
+            for m in self._members
+        )
+        return bool(self.blocked) or paused or self._clock() < self._retry_at
 
-    def _is_paused(self) -> bool:
-        return self._state.is_paused("sync", self.name) or self._state.is_paused("sink", self.config.target)
+    # ---- orders ----
 
-    def _require_complete(self) -> None:
-        missing = self.waiting_for()
-        if missing:
-            raise ModelFailed(
-                f"sync {self.name} cannot run: {'; '.join(missing)}",
-                hint="`cdc status` shows how far the snapshots are",
+    def obey(
+        self, order: Order, changed_by_others: ChangedByOthers, *, should_stop: Callable[[], bool] = lambda: False
+    ) -> SyncRun:
+        """Do what an operator orders, also while the sync is paused or blocked. ModelFailed if its inputs are not
+        complete; another error is the run's outcome."""
+        member = self._member(order.sync)
+        for each in self._members:
+            require_complete(each.name, each.due)
+        if order.kind == RESYNC and member.config.mode == "insert":
+            raise ConfigError(
+                f"sync {member.name} only inserts, so what the target has cannot be sent to it again",
+                hint=f"`cdc sync reset-state {member.name}` forgets what was sent",
             )
+        if order.kind == APPROVE and self._approve(member, order.plan):
+            runs = self._send_approved(should_stop) if self._is_approved() else [self._still_held(member)]
+        else:
+            cause = "ordered" if order.kind == APPLY else order.kind
+            alone = [member] if order.kind in (RETRY, RESYNC, RECONCILE) else self._members
+            runs = self._run(cause, changed_by_others, should_stop, order, alone)
+        return next(r for r in runs if r.sync == member.name)
+
+    def forget(self, sync: str) -> int:
+        """Forget what was sent, and a held plan with it; how many acknowledgements there were. Sends nothing."""
+        member = self._member(sync)
+        self._drop_held()
+        return self._sink.forget(assignment_of(member.config, list(member.config.columns) or member.config.key))
+
+    def _member(self, sync: str) -> _Member:
+        return next(m for m in self._members if m.name == sync)
 
     # ---- running ----
 
-    def _run(self, cause: str, changed_by_others: ChangedByOthers, should_stop: Callable[[], bool]) -> SyncRun:
+    def _run(
+        self,
+        cause: str,
+        changed_by_others: ChangedByOthers,
+        should_stop: Callable[[], bool],
+        order: Order | None = None,
+        members: Sequence[_Member] | None = None,
+    ) -> list[SyncRun]:
         """One run, recorded in the history from its begin to its end."""
-        self._due_since = None
-        started, began = time.time(), self._clock()
-        history = self._state.start_history("sync", self.name, cause)
-        _log.info("sync run began", extra={"sync": self.name, "cause": cause})
-        cuts = self._cuts()
-        seen = self._positions(changed_by_others)
-        last = {"definition": self._fingerprint(), "started_at": started, "cuts": self._cut_lsns()}
+        steps: list[_Step] = []
+        began = self._clock()
         try:
-            run = self._push(cause, cuts, should_stop)
+            for member in members or self._members:
+                member.due.begins()
+                steps.append(self._begin(member, cause))
+            for step in steps:
+                self._plan(step, cause, changed_by_others, order)
+            early = self._unasked(steps, cause, order) or self._hold(steps, cause, order)
+            return early or self._apply(steps, cause, should_stop, began)
         except CdcError as error:
-            return self._failed(error, cause, history)
+            return self._failed(error, cause, steps)
         finally:
-            for file in self._directory.glob("*.parquet*"):
-                file.unlink(missing_ok=True)
-        if run.outcome != STOPPED:
-            self._state.set(self._fact, last)
-            self._seen = seen
-        self.blocked, self._retry_at, self._retry_s = "", 0.0, _RETRY_FIRST_S
-        counts: dict[str, Any] = {**run.counts, "plan": run.plan}
-        self._state.finish_history(history, run.outcome, counts=counts, error=run.error)
-        self._count(run, self._clock() - began)
-        return run
+            for step in steps:
+                step.member.planner.clear()
 
-    def _push(self, cause: str, cuts: Versions, should_stop: Callable[[], bool]) -> SyncRun:
-        plan = plan_sync(
-            self.config, self._sql, self._sink, self._store, self._sources(), cuts, self._directory, **self._limits
-        )
-        written, stopped = 0, False
-        rejected: list[tuple[str, str]] = []
-        for rows, acks in plan.batches(self.config.batch_rows):
-            if should_stop():
-                stopped = True
-                break
-            pushed = self._sink.upsert(self.name, self.config.table, self.config.key, rows, acks)
-            written += pushed.written
-            rejected += pushed.rejected
-        held = plan.counts.held
-        outcome = STOPPED if stopped else PARTIAL if held or rejected else DONE
+    def _begin(self, member: _Member, cause: str) -> _Step:
+        run = rowlog.new_run_id(time.time())
+        _log.info("sync run began", extra={"sync": member.name, "cause": cause, "run": run})
+        return _Step(member, run, self._state.start_history("sync", member.name, cause))
+
+    def _plan(self, step: _Step, cause: str, changed: ChangedByOthers, order: Order | None) -> None:
+        member, state = step.member, self._state
+        cuts, lsns = cut_versions(state, {s for s, _ in member.due.inputs() or ()}), member.due.cut_lsns()
+        before = state.get(last_fact(member.name)) or {}
+        about: dict[str, Any] = {
+            "sync": member.name, "cause": cause, "model": member.config.model,
+            "definition": member.due.fingerprint(),
+            "inputs": {
+                source: {"lsn": lsns[source], "versions": {str(t): v for t, v in tables.items()}}
+                for source, tables in cuts.items()
+            },
+            "last": {"definition": member.due.fingerprint(), "started_at": time.time(), "cuts": lsns},
+            "positions": member.due.positions(changed),
+        }  # fmt: skip
+        assignment = member.planner.freeze(known_tables(state), cuts)
+        asked = Asked(generation=int(state.get(generation_fact(member.name)) or 0), about=about)
+        if order is not None and order.kind == RESYNC:
+            asked = replace(asked, generation=asked.generation + 1)
+        elif order is not None and order.kind == RETRY:
+            asked = replace(asked, only=self._rejected_keys(member, before))
+        elif order is not None and order.kind == RECONCILE:
+            drift = member.planner.drift(assignment)
+            about["drift"] = drift.to_json()
+            adopts = order.policy == TARGET
+            keys = {REPORT: [], SOURCE: [*drift.missing, *drift.different], TARGET: drift.different}[order.policy]
+            only = pa.chunked_array([pa.array(keys, pa.string())])
+            asked = replace(asked, only=only, again=not adopts, adopt=adopts)
+        about["generation"] = asked.generation
+        step.plan, acknowledged = member.planner.plan(assignment, asked)
+        step.plan.about.update(shape=acknowledged.shape, last_run=acknowledged.last_run)
+        step.trips = trips(member.config.guard, step.plan.counts, remembered(before), acknowledged.shape)
+        if order is not None and order.kind == RETRY:
+            step.trips = [t for t in step.trips if t.limit != "max_reject_share"]
+        self._look_back(member, before.get("acked_run"), acknowledged.last_run)
+
+    def _rejected_keys(self, member: _Member, before: Mapping[str, Any]) -> pa.ChunkedArray:
+        rowlog.upload(self._store, member.name, member.rows)
+        return rowlog.rejected_keys(self._store, member.name, str(before.get("run", "")))
+
+    def _look_back(self, member: _Member, expected: str | None, found: str | None) -> None:
+        """A target that was restored from its backup has the acknowledgements of that backup. The plan is right all the
+        same, but somebody should know why so much is sent."""
+        if found is None or not expected or found == expected:
+            return
+        text = f"the target stands at run {found or 'none'}, not at the last one, {expected}: was it restored?"
+        hint = f"what it lacks is sent again; `cdc sync reconcile {member.name}` compares its rows too"
+        _log.warning(text, extra={"sync": member.name, "hint": hint})
+        self._alert({"alert": "sync", "sync": member.name, "condition": "target went back", "text": text, "hint": hint})
+
+    def _unasked(self, steps: Sequence[_Step], cause: str, order: Order | None) -> list[SyncRun]:
+        """The end of a run that is not to write: a reconcile that only looks, a delete that nobody confirmed, an
+        approval of another plan. Empty if it goes on."""
+        if order is None:
+            return []
+        outcome, text = "", ""
+        for step in steps:
+            assert step.plan is not None
+            if order.kind == RECONCILE and order.policy == REPORT:
+                outcome = REPORTED
+            elif order.kind == RESYNC and step.plan.counts.deletes and not order.yes:
+                outcome = UNCONFIRMED
+                text = f"it deletes {step.plan.counts.deletes} rows too: say --yes"
+            elif order.kind == APPROVE and step.member.name == order.sync and step.plan.id != order.plan:
+                outcome = UNCONFIRMED
+                text = f"the plan is another one by now, {step.plan.id}: look at it with `cdc sync plan {order.sync}`"
+        return [self._ended(s, cause, outcome, error=text) for s in steps] if outcome else []
+
+    # ---- holding ----
+
+    def _hold(self, steps: Sequence[_Step], cause: str, order: Order | None) -> list[SyncRun]:
+        """Keep the plans and send nothing, if one of them is over a limit; empty if they may go."""
+        approved = order.plan if order is not None and order.kind == APPROVE else ""
+        over = [s for s in steps if s.trips and s.plan is not None and s.plan.id != approved]
+        if not over:
+            return []
+        for step in steps:
+            member, plan = step.member, step.plan
+            assert plan is not None
+            before = self._state.get(last_fact(member.name)) or {}
+            member.due.ran(plan.about["positions"], {**before, **plan.about["last"]})
+            kept = self._state.get(held_fact(member.name))
+            if kept is not None and member.held.is_dir() and order is None:
+                # Whoever was called in the night finds the plan that the alert named.
+                continue
+            step.plan = plan.moved(member.held)
+            held = {
+                "plan": plan.id, "since": time.time(), "counts": asdict(plan.counts),
+                "held_by": [asdict(t) for t in step.trips], "approved": not step.trips,
+            }  # fmt: skip
+            self._state.set(held_fact(member.name), held)
+            if step.trips:
+                text = "; ".join(t.text for t in step.trips)
+                hint = f"`cdc sync plan {member.name}` shows it, `cdc sync approve {member.name} {plan.id}` lets it through"
+                member.condition.be(HELD, text, hint, again=kept is not None and kept["plan"] != plan.id)
+        return [self._ended(s, cause, HELD, error="; ".join(t.text for t in s.trips)) for s in steps]
+
+    def _approve(self, member: _Member, plan: str) -> bool:
+        """Whether that plan is the one that is held; it is approved then."""
+        held = self._state.get(held_fact(member.name))
+        if held is None or held["plan"] != plan or not member.held.is_dir():
+            return False
+        self._state.set(held_fact(member.name), {**held, "approved": True})
+        return True
+
+    def _is_approved(self) -> bool:
+        held = [self._state.get(held_fact(m.name)) for m in self._members]
+        return any(held) and all(h is not None and h["approved"] for h in held)
+
+    def _still_held(self, member: _Member) -> SyncRun:
+        waiting = [m.name for m in self._members if not (self._state.get(held_fact(m.name)) or {}).get("approved")]
         return SyncRun(
-            sync=self.name,
+            sync=member.name, cause=APPROVE, outcome=HELD, error=f"its group waits for approval of {', '.join(waiting)}"
+        )
+
+    def _send_approved(self, should_stop: Callable[[], bool]) -> list[SyncRun]:
+        """Send the plans that were held, as they are: what was acknowledged meanwhile is left out."""
+        steps = [self._begin(m, "approved") for m in self._members]
+        began = self._clock()
+        try:
+            for step in steps:
+                config = step.member.config
+                held = load(step.member.held, assignment_of(config, list(config.columns) or config.key))
+                step.plan = held
+                acknowledged = self._sink.acknowledged(held.assignment)
+                step.work = Work(config, held, step.run, self._row_log(step), known=acknowledged.rows)
+            return self._apply(steps, "approved", should_stop, began)
+        except CdcError as error:
+            if isinstance(error, ModelFailed):
+                self._drop_held()
+            return self._failed(error, "approved", steps)
+
+    def _drop_held(self) -> None:
+        for member in self._members:
+            if self._state.get(held_fact(member.name)) is not None:
+                self._state.set(held_fact(member.name), None)
+            shutil.rmtree(member.held, ignore_errors=True)
+
+    # ---- writing ----
+
+    def _apply(
+        self, steps: Sequence[_Step], cause: str, should_stop: Callable[[], bool], began: float
+    ) -> list[SyncRun]:
+        """Send the plans and record what became of them."""
+        works = []
+        for step in steps:
+            assert step.plan is not None
+            self._state.set(generation_fact(step.member.name), step.plan.about["generation"])
+            step.work = step.work or Work(step.member.config, step.plan, step.run, self._row_log(step))
+            works.append(step.work)
+        try:
+            if len(works) == 1:
+                apply(self._sink, works[0], should_stop)
+            else:
+                apply_together(self._sink, works, should_stop)
+        finally:
+            for work in works:
+                work.log.close()
+        runs = [self._applied(step, cause) for step in steps]
+        if not any(r.outcome == STOPPED for r in runs):
+            self._drop_held()
+        self.blocked, self._retry_at, self._retry_s = "", 0.0, _RETRY_FIRST_S
+        for step, run in zip(steps, runs, strict=True):
+            self._count(run, self._clock() - began)
+            self._keep_rows(step.member)
+        return runs
+
+    def _applied(self, step: _Step, cause: str) -> SyncRun:
+        member, plan, work = step.member, step.plan, step.work
+        assert plan is not None
+        assert work is not None
+        done, held = work.applied, plan.counts.held
+        outcome = STOPPED if done.stopped else PARTIAL if held or done.rejects else DONE
+        text = "; ".join(filter(None, [_held_text(held, plan.held), _rejected_text(done.rejected, done.rejects)]))
+        if outcome != STOPPED:
+            wrote = bool(done.written or done.deleted)
+            member.due.ran(
+                plan.about["positions"],
+                {
+                    **plan.about["last"], "run": step.run, "shape": plan.about["shape"], "written": done.written,
+                    "rejected": done.rejects, "acked_run": step.run if wrote else plan.about["last_run"],
+                },
+            )  # fmt: skip
+            hint = f"`cdc sync history {member.name} {step.run}` lists them; `cdc sync retry {member.name}` tries again"
+            member.condition.be(FINE) if outcome == DONE else member.condition.be(PARTIAL, text, hint)
+        return self._ended(step, cause, outcome, error=text)
+
+    def _row_log(self, step: _Step) -> rowlog.RowLog:
+        assert step.plan is not None
+        left_out = ("last", "positions", "drift")
+        about = {k: v for k, v in step.plan.about.items() if k not in left_out}
+        return rowlog.RowLog(step.member.rows, step.run, {"plan": step.plan.id, **about})
+
+    def _keep_rows(self, member: _Member) -> None:
+        """Row logs go into the lake; those that are too old leave it, looked for now and then."""
+        rowlog.upload(self._store, member.name, member.rows)
+        now = self._clock()
+        if now < self._tidied.get(member.name, 0.0):
+            return
+        self._tidied[member.name] = now + _TIDY_EVERY_S
+        try:
+            rowlog.tidy(self._store, member.name, time.time() - duration_s(member.config.history_retain))
+        except CdcError as error:
+            _log.warning("old row logs stay", extra={"sync": member.name, "error": type(error).__name__})
+
+    # ---- ends ----
+
+    def _ended(self, step: _Step, cause: str, outcome: str, *, error: str = "") -> SyncRun:
+        """Record the end of a member's part."""
+        plan, work = step.plan, step.work
+        counts: dict[str, int] = asdict(plan.counts) if plan is not None else {}
+        if work is not None:
+            done = work.applied
+            counts |= {
+                "written": done.written, "deleted": done.deleted, "rejected": done.rejects, "absent": done.absent
+            }  # fmt: skip
+        run = SyncRun(
+            sync=step.member.name,
             cause=cause,
             outcome=outcome,
-            plan=plan.id,
-            counts={**plan.counts.to_json(), "written": written, "rejected": len(rejected)},
-            rejected=tuple(rejected),
-            error="; ".join(filter(None, [_held_text(held, plan.held), _rejected_text(rejected)])),
+            run=step.run,
+            plan=plan.id if plan is not None else "",
+            counts=counts,
+            trips=tuple(step.trips),
+            drift=plan.about.get("drift", {}) if plan is not None else {},
+            error=error,
         )
+        self._state.finish_history(
+            step.history, outcome, counts={**counts, "plan": run.plan, "run": run.run}, error=error
+        )
+        return run
 
-    def _failed(self, error: CdcError, cause: str, history: int | None) -> SyncRun:
+    def _failed(self, error: CdcError, cause: str, steps: Sequence[_Step]) -> list[SyncRun]:
         """Record the failure and decide when it runs again; raises if the error is FATAL."""
-        if history is None:
-            history = self._state.start_history("sync", self.name, cause)
-        self._state.finish_history(history, FAILED, error=str(error))
-        SYNC_RUNS.labels(self.name, FAILED).inc()
-        _log.warning("sync run failed", extra={"sync": self.name, "cause": cause, "error": str(error)})
-        if error.verdict is Verdict.FATAL:
+        runs = [self._ended(s, cause, FAILED, error=str(error)) for s in steps]
+        if not steps:
+            runs = [self._ended(self._begin(m, cause), cause, FAILED, error=str(error)) for m in self._members]
+        for run in runs:
+            SYNC_RUNS.labels(run.sync, FAILED).inc()
+            _log.warning("sync run failed", extra={"sync": run.sync, "cause": cause, "error": str(error)})
+            self._keep_rows(self._member(run.sync))
+        if error.verdict is Verdict.FATAL and not isinstance(error, ConfigError):
             raise error
-        if error.verdict is Verdict.OPERATOR:
+        message, operator = str(error.args[0]), error.verdict is not Verdict.RETRY
+        for run in runs:
+            condition = self._member(run.sync).condition
+            condition.be(BLOCKED, message, error.hint) if operator else condition.failed(message, error.hint)
+        if operator:
             self.blocked = str(error)
         else:
             self._retry_at = self._clock() + self._retry_s
             self._retry_s = min(self._retry_s * 2, _RETRY_MAX_S)
-        return SyncRun(sync=self.name, cause=cause, outcome=FAILED, error=str(error))
+        return runs
 
     def _count(self, run: SyncRun, seconds: float) -> None:
-        SYNC_RUNS.labels(self.name, run.outcome).inc()
-        SYNC_SECONDS.labels(self.name).observe(seconds)
-        for outcome in ("written", "rejected", "held", "unchanged"):
-            SYNC_ROWS.labels(self.name, outcome).inc(run.counts[outcome])
-        extra = {"sync": self.name, "cause": run.cause, "outcome": run.outcome, "plan": run.plan, **run.counts}
-        _log.info("sync run ended", extra=extra)
-
-    # ---- facts ----
-
-    @property
-    def _fact(self) -> str:
-        return f"sync/{self.name}/last"
-
-    def _fingerprint(self) -> str:
-        """Changes when the sync is defined anew."""
-        config = self.config
-        content = [self._sql, config.target, config.table, list(config.key), config.mode]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-    def _sources(self) -> dict[str, list[TableId]]:
-        found: dict[str, list[TableId]] = {}
-        for table in self._state.tables():
-            if table.state != "removed":
-                found.setdefault(table.source, []).append(table.table)
-        return found
-
-    def _cuts(self) -> dict[str, dict[TableId, int]]:
-        return cut_versions(self._state, {source for source, _ in self.inputs() or ()})
+        SYNC_RUNS.labels(run.sync, run.outcome).inc()
+        SYNC_SECONDS.labels(run.sync).observe(seconds)
+        for outcome in ("written", "deleted", "rejected", "absent", "held", "unchanged"):
+            SYNC_ROWS.labels(run.sync, outcome).inc(run.counts[outcome])
+        extra = {"sync": run.sync, "cause": run.cause, "outcome": run.outcome, "plan": run.plan, "run": run.run}
+        _log.info("sync run ended", extra={**extra, **run.counts})
 
 
-def definition(sync: SyncConfig, model: ModelConfig | None) -> str:
-    """The SELECT that a sync pushes; ConfigError if it names a model that is not there, or a mode that is not built."""
-    if sync.mode != "upsert":
-        raise ConfigError(f'sync {sync.name}: mode "{sync.mode}" is not supported yet', hint='mode = "upsert"')
-    if sync.model and model is None:
-        raise ConfigError(f"sync {sync.name}: there is no model {sync.model}", hint=f"write [model.{sync.model}]")
-    return model.sql if model is not None else sync.sql
-
-
-def plan_sync(
-    config: SyncConfig,
-    sql: str,
-    sink: Sink,
-    store: ObjectStore,
-    sources: Sources,
-    cuts: Versions,
-    directory: Path,
-    *,
-    memory_limit: str = MEMORY_LIMIT,
-    threads: int = THREADS,
-) -> Plan:
-    """Freeze the result at `cuts` into `directory` and compare it with what the target has acknowledged.
-
-    Writes nothing but files in `directory`. Blocks; ModelFailed, StoreUnavailable, TargetUnavailable, TargetRejected.
-    """
-    result = directory / "result.parquet"
-    limits: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads, "temp_dir": directory}
-    run_model(store, sources, sql, config.key, result, name=config.model, cut=cuts, **limits)
-    acknowledged = sink.acknowledged(config.name)
-    return make_plan(result, acknowledged, config.key, directory / "plan.parquet", table=config.table, **limits)
-
-
-def plan_now(config: Config, store: ObjectStore, sources: Sources, name: str) -> dict[str, Any]:
-    """What an apply of the sync `name` would write now, for `cdc sync plan`: counts and keys, never values.
-
-    Reads at the last recorded cuts, without them the newest versions; needs no daemon. Changes nothing anywhere.
-    """
-    section = config.syncs[name]
-    sql = definition(section, config.models.get(section.model))
-    target = config.targets[section.target]
-    cuts: dict[str, dict[TableId, int]] = {}
-    if config.state_path.is_file():
-        state = State(config.state_path, create=False, readonly=True)
-        try:
-            cuts = cut_versions(state, set(sources))
-        finally:
-            state.close()
-    sink = registry.sink_kind(target.type)(target)
-    try:
-        with tempfile.TemporaryDirectory(prefix="cdc-plan-") as folder:
-            plan = plan_sync(section, sql, sink, store, sources, cuts, Path(folder))
-            return {"sync": name, "target": section.target, "table": section.table, **plan.to_json()}
-    finally:
-        sink.close()
-
-
-def cut_versions(state: State, sources: Collection[str]) -> dict[str, dict[TableId, int]]:
-    """The recorded cuts of these sources, as `current` versions."""
-    cuts = {source: state.cut(source) for source in sources}
-    return {source: dict(cut.versions) for source, cut in cuts.items() if cut is not None}
-
-
-def _held_text(held: int, samples: tuple[tuple[str, str], ...]) -> str:
+def _held_text(held: int, samples: Sequence[tuple[str, str]]) -> str:
     if not held:
         return ""
     shown = ", ".join(f"{key} ({reason})" for key, reason in samples[:_KEYS_SHOWN])
     return f"{held} rows held: {shown}{', …' if len(samples) > _KEYS_SHOWN else ''}"
 
 
-def _rejected_text(rejected: list[tuple[str, str]]) -> str:
+def _rejected_text(rejected: Sequence[Rejected], count: int) -> str:
     """By reason: how many, and some of their keys."""
     by_reason: dict[str, list[str]] = {}
-    for key, reason in rejected:
-        by_reason.setdefault(reason, []).append(key)
+    for each in rejected:
+        by_reason.setdefault(each.reason, []).append(each.key)
     parts = []
     for reason, keys in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:_REASONS_SHOWN]:
         more = ", …" if len(keys) > _KEYS_SHOWN else ""
-        parts.append(f"{len(keys)} rows rejected by the target: {reason}: {', '.join(keys[:_KEYS_SHOWN])}{more}")
+        number = count if len(by_reason) == 1 else len(keys)
+        parts.append(f"{number} rows rejected by the target: {reason}: {', '.join(keys[:_KEYS_SHOWN])}{more}")
     return "; ".join(parts)

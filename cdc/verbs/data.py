@@ -1,4 +1,4 @@
-"""Verbs over data: verify, query, model run, sync plan, apply and history."""
+"""Verbs over data: verify, query, model run."""
 
 from __future__ import annotations
 
@@ -99,64 +99,12 @@ def model_run(call: Call) -> int:
     """Have the daemon run a model now: its SQL, its key, and what of its rows would be held."""
     name = call.args.name
     pick([name], list(call.config.models), "model")
-    return _ask_run(call, "model_run", name)
-
-
-def sync_apply(call: Call) -> int:
-    """Have the daemon push now; 3 if rows were held or rejected."""
-    name = call.args.name
-    pick([name], list(call.config.syncs), "sync")
-    return _ask_run(call, "sync_apply", name)
-
-
-def sync_plan(call: Call) -> int:
-    """What an apply would write now; 3 if rows are held."""
-    pick([call.args.name], list(call.config.syncs), "sync")
-    from cdc import sync
-
-    plan = sync.plan_now(call.config, call.store, lake_tables(call), call.args.name)
-    call.console.document(plan)
-    call.console.line(f"sync {plan['sync']} → {plan['target']} {plan['table']}, plan {plan['plan']}")
-    for action, keys in plan["samples"].items():
-        count = plan[f"{action}s"]
-        if count:
-            call.console.line(f"  {action}: {count}: {', '.join(keys)}{', …' if count > len(keys) else ''}")
-    call.console.line(f"  unchanged: {plan['unchanged']}, gone from the result (left alone): {plan['gone']}")
-    if plan["held"]:
-        call.console.line(f"  held: {plan['held']} rows whose key is NULL in part, or not unique")
-        for held in plan["held_samples"]:
-            call.console.line(f"    {held['key']}: {held['reason']}")
-    return FOUND if plan["held"] else OK
-
-
-def sync_history(call: Call) -> int:
-    """Runs of a sync, newest first."""
-    from cdc.status import history_entry
-
-    pick([call.args.name], list(call.config.syncs), "sync")
-    with call.state(readonly=True) as state:
-        entries = [history_entry(e) for e in state.history("sync", call.args.name, limit=call.args.limit)]
-    call.console.document({"sync": call.args.name, "runs": entries})
-    call.console.table(
-        ("id", "started", "ended", "cause", "outcome", "counts", "error"),
-        [
-            (e["id"], e["started_at"], e["ended_at"], e["cause"], e["outcome"], _counts(e["counts"]), e["error"])
-            for e in entries
-        ],
-    )
-    return OK
-
-
-def _ask_run(call: Call, verb: str, name: str) -> int:
     with call.state() as state:
-        answer = control.ask(state, verb, {"name": name}, timeout_s=call.args.timeout)
+        answer = control.ask(state, "model_run", {"name": name}, timeout_s=call.args.timeout)
     call.console.document({"name": name, **answer})
     for key, value in answer.items():
-        call.console.line(f"{key}: {_counts(value) if isinstance(value, dict) else value}")
-    if answer.get("outcome") in ("failed", "stopped"):
-        return FAILED
-    counts = answer.get("counts", answer)
-    return FOUND if counts.get("held") or counts.get("rejected") else OK
+        call.console.line(f"{key}: {counts_text(value) if isinstance(value, dict) else value}")
+    return FOUND if answer["counts"].get("held") else OK
 
 
 def _verify_tables(call: Call, state: State, tables: list[Named]) -> tuple[list[TableReport], bool]:
@@ -249,12 +197,13 @@ def _show_report(call: Call, report: TableReport) -> None:
             more = ", …" if report.counts[kind] > len(keys[:20]) else ""
             line(f"  {kind} in the lake: {report.counts[kind]}: {', '.join(keys[:20])}{more}")
     if report.columns:
-        line("  by column: " + _counts(report.columns))
+        line("  by column: " + counts_text(report.columns))
     for entry in report.values:
         line(f"  {entry}")
 
 
-def _counts(counts: dict[str, Any]) -> str:
+def counts_text(counts: dict[str, Any]) -> str:
+    """Names and numbers on one line."""
     return ", ".join(f"{key} {value}" for key, value in counts.items())
 
 

@@ -205,4 +205,7 @@ def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:
     if last is None:
         return (name, sync["target"], "never", "", "")
     counts = ", ".join(f"{key} {value}" for key, value in last["counts"].items())
-    return (name, sync["target"], last["ended_at"] or last["started_at"], last["outcome"], last["error"] or counts)
+    told = "; ".join(filter(None, [sync["why"], sync["hint"]])) if sync["condition"] not in ("fine", "partial") else ""
+    return (
+        name, sync["target"], last["ended_at"] or last["started_at"], last["outcome"], told or last["error"] or counts
+    )  # fmt: skip
