@@ -109,6 +109,10 @@ class StoreConflict(CdcError):
     verdict = Verdict.RETRY
 
 
+class LedgerConflict(CdcError):
+    """Two processes keep account of what one sync's target has acknowledged."""
+
+
 class TargetUnavailable(CdcError):
     """A reverse-ETL target cannot be reached."""
 

@@ -1,15 +1,16 @@
 """Where things stand in the lake, and under which names.
 
 `<source>/<schema>.<table>/changelog/` and `…/current/` are Delta tables, `…/files/` the changelog in plain files, on
-request; `<source>/_cdc/` holds the small objects of the source (lease, anchor, fingerprints). Names are pure functions
-of the catalog's names: two daemons, or two releases, always agree.
+request; `<source>/_cdc/` holds the small objects of the source (lease, anchor, fingerprints), and `_syncs/<sync>/acks/`
+what targets have acknowledged (cdc.lake.ledger). Names are pure functions of the catalog's names: two daemons, or two
+releases, always agree.
 
 A name is written with every byte of its UTF-8 form other than letters, digits, `_` and `-` as `@XX` (upper-case hex).
 The escape is not `%`: deltalake 1.6 and whatever reads through the same Delta kernel decode a percent sign in a table's
 path once too often and then look for another directory, so such a table could be neither written nor opened. A name
 whose escaped form is longer than ESCAPED_MAX stands as `@@` and its bytes in base 32: a directory's name, which holds
 schema and table, has 255 bytes at most.
-`_cdc` cannot be a table's directory, for those always contain a dot.
+`_cdc` cannot be a table's directory, for those always contain a dot; nor can a sync's, for a sync's name has none.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ def anchor_key(source: str) -> str:
 
 def fingerprints_key(source: str) -> str:
     return f"{source_path(source)}/_cdc/fingerprints.json"
+
+
+def acks_path(sync: str) -> str:
+    """Key prefix of the acknowledgements of a sync, without a slash at its end."""
+    return f"_syncs/{encode_name(sync)}/acks"
 
 
 def date_column(columns: Iterable[str]) -> str | None:

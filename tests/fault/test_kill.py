@@ -43,6 +43,8 @@ AREAS: Mapping[str, Mapping[str, int]] = {
 }  # fmt: skip
 ELSEWHERE = {"sync.before_commit", "sync.after_commit"}
 """Points of reverse ETL: tests/integration/test_sync_postgres.py kills there."""
+HTTP = {"http.before_ack", "http.after_ack", "ledger.after_put", "ledger.before_join", "ledger.after_join"}
+"""Points of a target without transactions: tests/integration/test_sync_http.py kills there."""
 PERIODIC = {
     "periodic.after_snapshot", "periodic.between_tables", "periodic.after_portion", "periodic.after_chunk",
     "periodic.before_boundary", "periodic.after_boundary",
@@ -82,7 +84,7 @@ def test_every_failpoint_is_struck_by_some_test() -> None:
             named |= set(re.findall(r'failpoint\("([^"]+)"\)', text))
             constants = set(re.findall(r"failpoint\(([A-Z_]+)\)", text))
             named |= {re.search(rf'^{name} = "([^"]+)"', text, re.M)[1] for name in constants}  # type: ignore[index]
-    elsewhere = ELSEWHERE | PERIODIC | FILES | ICEBERG | set(HISTORY)
+    elsewhere = ELSEWHERE | HTTP | PERIODIC | FILES | ICEBERG | set(HISTORY)
     assert named == set(EVERY) | LAKE | LAKES | RETENTION | elsewhere
 
 

