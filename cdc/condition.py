@@ -55,7 +55,7 @@ class Condition:
             self.be(FAILING, text, hint)
 
     def be(self, condition: str, text: str = "", hint: str = "", *, again: bool = False) -> None:
-        """From now on it is so; tells if it is another condition than before, or (`again`) the same for a new reason."""
+        """From now on it is so; tells if that is new, or (`again`) the same for a new reason."""
         before = self._fact()
         if before["condition"] == condition and not again:
             if before.get("failures"):

@@ -39,9 +39,7 @@ def last_fact(sync: str) -> str:
 class Due:
     """Of one sync. `clock` is monotonic."""
 
-    def __init__(
-        self, config: SyncConfig, sql: str, state: State, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, config: SyncConfig, sql: str, state: State, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._sql = sql
         self._state = state

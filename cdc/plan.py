@@ -166,7 +166,7 @@ class Plan:
 
 
 def load(folder: Path, assignment: Assignment) -> Plan:
-    """The plan in `folder`, made for `assignment` (whose columns it knows itself); ModelFailed if there is none, or not a whole one."""
+    """The plan in `folder`, made for `assignment`, whose columns it knows itself. ModelFailed if it is not whole."""
     try:
         read: dict[str, Any] = json.loads((folder / _ABOUT).read_text())
         if not all((folder / name).is_file() for name in (_WRITES, _DELETES)):
@@ -254,8 +254,8 @@ def key_of(rows: pa.Table, key: Sequence[str]) -> pa.ChunkedArray:
     complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
     with duckdb.connect(":memory:") as connection:
         connection.register("given", rows.select(list(key)))
-        found = connection.execute(f"SELECT CASE WHEN {complete} THEN {key_json(key)} END AS key FROM given")
-        return found.to_arrow_table().column("key").cast(pa.string())
+        query = f"SELECT CASE WHEN {complete} THEN {key_json(key)} END AS key FROM given"
+        return connection.sql(query).to_arrow_table().column("key").cast(pa.string())
 
 
 def content_sql(columns: Mapping[str, str], assignment: Assignment) -> str:

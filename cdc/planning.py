@@ -11,8 +11,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,4 +210,3 @@ def cut_versions(state: State, sources: Collection[str]) -> dict[str, dict[Table
     """The recorded cuts of these sources, as `current` versions."""
     cuts = {source: state.cut(source) for source in sources}
     return {source: dict(cut.versions) for source, cut in cuts.items() if cut is not None}
-

@@ -22,6 +22,7 @@ from cdc.lake.ledger import LakeLedger
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.lake.routing import open_lake
 from cdc.places import left_behind
+from cdc.planning import assignment_of
 from cdc.ports import Finding, ObjectStore
 
 SEVERITIES = ("error", "warning", "info", "ok")

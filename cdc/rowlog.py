@@ -60,7 +60,7 @@ class RowLog:
         """What became of a batch."""
         keys = batch.acks.column("key").combine_chunks()
         reasons = {r.key: r.reason for r in result.rejected}
-        outcomes = {k: REJECTED for k in reasons} | dict.fromkeys(result.absent, ABSENT)
+        outcomes = dict.fromkeys(reasons, REJECTED) | dict.fromkeys(result.absent, ABSENT)
         outcomes |= dict.fromkeys(result.unsent, UNSENT)
         columns = batch.differs if batch.differs is not None else pa.nulls(len(keys), pa.list_(pa.string()))
         if outcomes:

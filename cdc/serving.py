@@ -138,9 +138,7 @@ class Serving:
             sync=str(args["name"]), kind=str(args["kind"]), plan=str(args.get("plan", "")),
             yes=bool(args.get("yes")), policy=str(args.get("policy", "report")),
         )  # fmt: skip
-        return _ordered(
-            desk, lambda: job.obey(order, self._changes(), should_stop=lambda: self._stopping).to_json()
-        )
+        return _ordered(desk, lambda: job.obey(order, self._changes(), should_stop=lambda: self._stopping).to_json())
 
     def sync_forget(self, args: Mapping[str, Any]) -> Pending:
         """Have a sync forget what was sent; nothing is sent."""

@@ -359,7 +359,7 @@ class SyncJob:
             self._state.set(held_fact(member.name), held)
             if step.trips:
                 text = "; ".join(t.text for t in step.trips)
-                hint = f"`cdc sync plan {member.name}` shows it, `cdc sync approve {member.name} {plan.id}` lets it through"
+                hint = f"`cdc sync plan {member.name}` shows it; `cdc sync approve {member.name} {plan.id}` sends it"
                 member.condition.be(HELD, text, hint, again=kept is not None and kept["plan"] != plan.id)
         return [self._ended(s, cause, HELD, error="; ".join(t.text for t in s.trips)) for s in steps]
 

@@ -33,7 +33,9 @@ def plan(call: Call) -> int:
     values = bool(call.args.show_values)
     found = planning.plan_now(call.config, call.store, lake_tables(call), call.args.name, values=values)
     call.console.document(found)
-    call.console.line(f"sync {found['sync']} → {found['target']} {found['table']} ({found['mode']}), plan {found['plan']}")
+    call.console.line(
+        f"sync {found['sync']} → {found['target']} {found['table']} ({found['mode']}), plan {found['plan']}"
+    )
     for action, samples in found["samples"].items():
         count = found[f"{action}s"]
         if count:
@@ -85,9 +87,7 @@ def reset_state(call: Call) -> int:
     with call.state() as state:
         answer = control.ask(state, "sync_forget", {"name": name}, timeout_s=call.args.timeout)
     call.console.document({"sync": name, **answer})
-    call.console.line(
-        f"forgot {answer['forgotten']} acknowledgements of {name}; the next run takes every row for new"
-    )
+    call.console.line(f"forgot {answer['forgotten']} acknowledgements of {name}; the next run takes every row for new")
     return OK
 
 
@@ -127,7 +127,7 @@ def _rows(call: Call, name: str, run: str, entries: list[dict[str, Any]]) -> int
         )
     about, table = found
     rows = table.to_pylist()
-    outcomes = {text: 0 for text in dict.fromkeys(r["outcome"] for r in rows)}
+    outcomes = dict.fromkeys(dict.fromkeys(r["outcome"] for r in rows), 0)
     for row in rows:
         outcomes[row["outcome"]] += 1
     call.console.document({"sync": name, **about, "rows": rows})
