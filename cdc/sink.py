@@ -175,3 +175,12 @@ class Comparing(Protocol):
     def drift(self, assignment: Assignment, batches: Iterable[Batch]) -> Iterator[Sequence[Drift]]:
         """How the target differs from these rows (the whole result, in batches; `action` and `digest` say nothing):
         per batch, rows that it lacks or holds otherwise in a pushed column. Reads only."""
+
+
+@runtime_checkable
+class Ordering(Protocol):
+    """A sink whose target wants some tables written before others."""
+
+    def order(self, assignments: Sequence[Assignment]) -> list[Assignment]:
+        """The assignments so that what is referred to comes first (deletes want the reverse); where they refer to each
+        other in a circle, in the order given. Blocks; TargetUnavailable, TargetRejected."""

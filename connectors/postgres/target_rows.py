@@ -8,11 +8,14 @@ struct or a map should look: the query says so (`to_json(…)`).
 from __future__ import annotations
 
 import binascii
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
+
+from cdc.sink import Batch
 
 _CSV = csv.WriteOptions(include_header=False, quoting_style="all_valid")
 
@@ -27,6 +30,13 @@ def copy_csv(columns: list[pa.ChunkedArray]) -> pa.Buffer:
     out = pa.BufferOutputStream()
     csv.write_csv(texts, out, _CSV)
     return out.getvalue()
+
+
+def stage_csv(batch: Batch, columns: Sequence[str], rows: range) -> pa.Buffer:
+    """These rows of the batch for its stage: ordinal, the columns, key and digest."""
+    parts = [*(batch.rows.column(c) for c in columns), batch.acks.column("key"), batch.acks.column("digest")]
+    ordinals = pa.chunked_array([pa.array(np.arange(rows.start, rows.stop, dtype=np.int32))])
+    return copy_csv([ordinals, *(part.slice(rows.start, len(rows)) for part in parts)])
 
 
 def text_of(column: pa.ChunkedArray) -> pa.ChunkedArray:

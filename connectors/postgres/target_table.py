@@ -1,32 +1,36 @@
-"""A target table as the catalog has it, and the one statement that writes a staged batch into it.
+"""A target table as the catalog has it, and whether it can take what a sync assigns to it.
 
-Types are checked against the catalog before the first row. Values are cast to the *base* type of a column without its
-modifier and then assigned: so a text that is too long is refused, never cut, and domains and modifiers do their checks.
-It does not read or write rows.
+All is checked against the catalog before the first row: columns, privileges, keys, and types that can never go into one
+another (connectors.postgres.target_types). It does not read or write rows.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 import pyarrow as pa
-from psycopg import sql
 
 from cdc.errors import TargetRejected
 from cdc.ports import Finding
+from cdc.sink import Assignment
+from connectors.postgres.target_types import mismatch
 
 _NAME = re.compile(r'(?:(?P<schema>"(?:[^"]|"")+"|[^".]+)\.)?(?P<name>"(?:[^"]|"")+"|[^".]+)')
 
 _TABLE = """
-SELECT c.oid, c.relkind FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE')
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %s AND c.relname = %s"""
 
 _COLUMNS = """
-SELECT a.attname, a.attnum, a.attidentity, a.attgenerated, tn.nspname, t.typname, t.typcategory = 'A',
+SELECT a.attname, a.attnum, a.attidentity, a.attgenerated, tn.nspname, t.typname, t.typcategory,
+       pg_catalog.format_type(a.atttypid, a.atttypmod), a.atttypmod, a.attnotnull, a.atthasdef,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE')
@@ -43,11 +47,20 @@ CROSS JOIN LATERAL (
 JOIN pg_catalog.pg_type t ON t.oid = base.oid JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
 
-_UNIQUE = """
-SELECT (i.indkey::pg_catalog.int2[])[0:i.indnkeyatts - 1]
-FROM pg_catalog.pg_index i
-WHERE i.indrelid = %s AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL
-  AND i.indexprs IS NULL"""
+# indnullsnotdistinct came with version 15. Columns of expressions are known by what the index depends on.
+_INDEXES = """
+SELECT c.relname, (i.indkey::pg_catalog.int2[])[0:i.indnkeyatts - 1],
+       ARRAY(SELECT d.refobjsubid FROM pg_catalog.pg_depend d
+             WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = i.indexrelid
+               AND d.refclassid = d.classid AND d.refobjid = i.indrelid AND d.refobjsubid > 0),
+       i.indisunique, i.indimmediate, i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL,
+       coalesce((pg_catalog.to_jsonb(i) ->> 'indnullsnotdistinct')::bool, false)
+FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = %s AND (i.indisunique OR i.indisexclusion)"""
+
+_PARENTS = """
+SELECT DISTINCT c.conrelid, c.confrelid FROM pg_catalog.pg_constraint c
+WHERE c.contype = 'f' AND c.conrelid = ANY(%(oids)s) AND c.confrelid = ANY(%(oids)s) AND c.conrelid <> c.confrelid"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +72,47 @@ class TargetColumn:
     identity: str
     generated: str
     base_type: tuple[str, str]
-    is_array: bool
+    category: str
+    """Of the base type, as in pg_type.typcategory."""
+    declared: str
+    """The type with its modifiers, as DDL has it."""
+    typmod: int
+    not_null: bool
+    has_default: bool
     may_select: bool
     may_insert: bool
     may_update: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UniqueIndex:
+    """What no two rows may share: a unique or exclusion index."""
+
+    name: str
+    columns: frozenset[int]
+    """Its plain key columns."""
+    uses: frozenset[int]
+    """All columns that it hangs on, those of expressions among them."""
+    unique: bool
+    immediate: bool
+    """False: of a constraint that can be deferred."""
+    plain: bool
+    """Valid, of whole columns, over all rows."""
+    null_collides: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetTable:
-    """The table at one moment; `unique` are the column sets that ON CONFLICT can go by."""
+    """The table at one moment."""
 
     oid: int
     schema: str
     relation: str
     relkind: str
     user: str
+    may_delete: bool
     columns: dict[str, TargetColumn]
-    unique: frozenset[frozenset[int]]
+    indexes: tuple[UniqueIndex, ...]
 
     @property
     def name(self) -> str:
@@ -85,90 +122,113 @@ class TargetTable:
     def quoted(self) -> str:
         return f"{quoted(self.schema)}.{quoted(self.relation)}"
 
-    def require(self, rows: pa.Schema, key: Sequence[str]) -> None:
-        """TargetRejected unless rows of this shape can be written by this key."""
-        for problem in self.problems(rows.names, key):
+    def require(self, assignment: Assignment, rows: pa.Schema | None = None) -> None:
+        """TargetRejected unless this can be written, and rows of this shape can."""
+        for problem in self.problems(assignment):
             if problem.severity == "error":
                 raise TargetRejected(problem.message, hint=problem.fix)
-        for field in rows:
-            nested = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
-            if nested and not self.columns[field.name].is_array:
+        for field in rows or ():
+            column = self.columns[field.name]
+            instead = mismatch(field.type, column.base_type[1], column.category)
+            if instead is not None:
                 raise TargetRejected(
-                    f"column {field.name} of the result is a list, but no array in {self.name}",
-                    hint=f"write to_json({field.name}) in the query if the column holds json",
+                    f"column {field.name} of the result is {field.type}, which {self.name} cannot take as "
+                    f"{column.declared}",
+                    hint=instead.replace("{column}", field.name),
                 )
 
-    def problems(self, columns: Sequence[str], key: Sequence[str]) -> list[Finding]:
-        """What stands in the way, each with the statement that mends it."""
+    def problems(self, assignment: Assignment) -> list[Finding]:
+        """What stands in the way (error), or will (warning), each with the statement that mends it."""
         found: list[Finding] = []
 
-        def error(name: str, message: str, fix: str) -> None:
-            found.append(Finding(name=name, severity="error", message=message, fix=fix, object=self.name))
+        def finding(name: str, message: str, fix: str, severity: str = "error") -> None:
+            found.append(Finding(name=name, severity=severity, message=message, fix=fix, object=self.name))
 
         if self.relkind not in ("r", "p"):
-            error("table", f"{self.name} is no table", "push into a table; ON CONFLICT works on nothing else")
+            finding("table", f"{self.name} is no table", "push into a table; nothing else has keys and constraints")
             return found
-        missing = [c for c in dict.fromkeys([*columns, *key]) if c not in self.columns]
+        names = list(dict.fromkeys([*assignment.columns, *assignment.key]))
+        missing = [c for c in names if c not in self.columns]
         if missing:
-            error(
+            finding(
                 "columns",
                 f"{self.name} has no column {', '.join(missing)}",
-                "add it to the table, or leave it out of the query",
+                "add it to the table, or leave it out of the sync",
             )
-        used = [self.columns[c] for c in dict.fromkeys([*columns, *key]) if c in self.columns]
-        for column in used:
-            if column.generated or column.identity == "a":
-                error("columns", f"{self.name}.{column.name} is generated always", "leave it out of the query")
-        self._privileges(used, key, error)
-        if not missing and frozenset(self.columns[k].attnum for k in key) not in self.unique:
-            error(
-                "key",
-                f"{self.name} has no unique index on ({', '.join(key)}) that is neither partial nor deferrable",
-                f"CREATE UNIQUE INDEX ON {self.quoted} ({', '.join(map(quoted, key))})",
-            )
+        for name in names:
+            column = self.columns.get(name)
+            only_matched = assignment.mode == "update" and name in assignment.key
+            if column is not None and (column.generated or column.identity == "a") and not only_matched:
+                finding("columns", f"{self.name}.{name} is generated always", "leave it out of the sync")
+        self._privileges(assignment, finding)
+        if not missing:
+            self._key(assignment, finding)
+        if assignment.mode != "update":
+            self._required(names, finding)
         return found
 
-    def _privileges(self, used: Sequence[TargetColumn], key: Sequence[str], error: Any) -> None:
-        lacking = []
-        if not all(c.may_select for c in used):
+    def _privileges(self, assignment: Assignment, finding: Callable[..., None]) -> None:
+        mode, lacking = assignment.mode, []
+        used = [self.columns[c] for c in {*assignment.columns, *assignment.key} if c in self.columns]
+        others = [c for c in used if c.name not in assignment.key]
+        if mode not in ("insert", "append") and not all(c.may_select for c in used):
             lacking.append("SELECT")
-        if not all(c.may_insert for c in used):
+        if mode != "update" and not all(c.may_insert for c in used):
             lacking.append("INSERT")
-        if not all(c.may_update for c in used if c.name not in key):
+        if mode not in ("insert", "append") and not all(c.may_update for c in others):
             lacking.append("UPDATE")
+        if mode == "mirror" and not self.may_delete:
+            lacking.append("DELETE")
         if lacking:
             rights = ", ".join(lacking)
-            error(
+            finding(
                 "privileges",
                 f"the role may not {rights} on {self.name}",
                 f"GRANT {rights} ON {self.quoted} TO {quoted(self.user)}",
             )
 
-    def insert_statement(self, columns: Sequence[str], key: Sequence[str]) -> sql.Composed:
-        """Writes what stands in `pg_temp.cdc_stage` (texts c0, c1, …); rows that are equal already stay untouched."""
-        names = sql.SQL(", ").join(map(sql.Identifier, columns))
-        values = sql.SQL(", ").join(
-            sql.SQL("s.{}::{}").format(sql.Identifier(f"c{i}"), sql.Identifier(*self.columns[column].base_type))
-            for i, column in enumerate(columns)
-        )
-        others = [c for c in columns if c not in key]
-        if others:
-            # Compared by image, not by the types' own equality: json has none, and citext or a non-deterministic
-            # collation would call a changed text equal.
-            action = sql.SQL("UPDATE SET {} WHERE pg_catalog.record_image_ne(ROW({}), ROW({}))").format(
-                sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(c)) for c in others),
-                sql.SQL(", ").join(sql.Identifier("o", c) for c in others),
-                sql.SQL(", ").join(sql.Identifier("excluded", c) for c in others),
+    def _key(self, assignment: Assignment, finding: Callable[..., None]) -> None:
+        if assignment.mode in ("update", "append"):
+            return
+        key = frozenset(self.columns[k].attnum for k in assignment.key)
+        arbiters = [i for i in self.indexes if i.unique and i.plain and i.columns == key]
+        if assignment.mode != "insert":
+            arbiters = [i for i in arbiters if i.immediate]
+        if not arbiters:
+            finding(
+                "key",
+                f"{self.name} has no unique index on ({', '.join(assignment.key)}) that is neither partial nor "
+                "deferrable",
+                f"CREATE UNIQUE INDEX ON {self.quoted} ({', '.join(map(quoted, assignment.key))})",
             )
-        else:
-            action = sql.SQL("NOTHING").format()
-        return sql.SQL("INSERT INTO {} AS o ({}) SELECT {} FROM pg_temp.cdc_stage s ON CONFLICT ({}) DO {}").format(
-            sql.Identifier(self.schema, self.relation),
-            names,
-            values,
-            sql.SQL(", ").join(map(sql.Identifier, key)),
-            action,
-        )
+
+    def _required(self, names: list[str], finding: Callable[..., None]) -> None:
+        """A warning only, since a trigger may fill it in."""
+        lacking = [c.name for c in self.columns.values() if c.name not in names and needs_value(c)]
+        if lacking:
+            finding(
+                "required columns",
+                f"{self.name}.{', '.join(lacking)} may not be NULL, has no default, and is not pushed: unless a "
+                "trigger fills it in, every row will be rejected",
+                f"ALTER TABLE {self.quoted} ALTER COLUMN {quoted(lacking[0])} DROP NOT NULL",
+                "warning",
+            )
+
+    def shape(self, assignment: Assignment, *more: object) -> str:
+        """A fingerprint of what a push of this would meet: the pushed columns, and those that would be lacking."""
+        names = {*assignment.columns, *assignment.key}
+        met = [c for c in self.columns.values() if c.name in names or needs_value(c)]
+        facts = [
+            [c.name, c.declared, c.not_null, c.generated, c.identity, c.name in names]
+            for c in sorted(met, key=lambda c: c.name)
+        ]
+        absent = sorted(names - set(self.columns))
+        return hashlib.sha256(json.dumps([facts, absent, *more]).encode()).hexdigest()[:16]
+
+
+def needs_value(column: TargetColumn) -> bool:
+    """Whether an INSERT has to name it."""
+    return column.not_null and not (column.has_default or column.identity or column.generated)
 
 
 def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
@@ -186,23 +246,57 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
             identity=c[2],
             generated=c[3],
             base_type=(c[4], c[5]),
-            is_array=c[6],
-            may_select=c[7],
-            may_insert=c[8],
-            may_update=c[9],
+            category=c[6],
+            declared=c[7],
+            typmod=c[8],
+            not_null=c[9],
+            has_default=c[10],
+            may_select=c[11],
+            may_insert=c[12],
+            may_update=c[13],
         )
         for c in connection.execute(_COLUMNS, (row[0],)).fetchall()
     ]
-    unique = connection.execute(_UNIQUE, (row[0],)).fetchall()
+    indexes = tuple(
+        UniqueIndex(
+            name=i[0],
+            columns=frozenset(i[1]) - {0},
+            uses=(frozenset(i[1]) | frozenset(i[2])) - {0},
+            unique=i[3],
+            immediate=i[4],
+            plain=i[5] and 0 not in i[1],
+            null_collides=i[6],
+        )
+        for i in connection.execute(_INDEXES, (row[0],)).fetchall()
+    )
     return TargetTable(
         oid=row[0],
         schema=schema,
         relation=relation,
         relkind=row[1],
         user=connection.info.user,
+        may_delete=row[2],
         columns={c.name: c for c in columns},
-        unique=frozenset(frozenset(u[0]) for u in unique),
+        indexes=indexes,
     )
+
+
+def parents_first(connection: psycopg.Connection[Any], assignments: list[Assignment]) -> list[Assignment]:
+    """The assignments in an order that foreign keys allow; where they form a circle, the given order."""
+    oids: dict[str, int] = {}
+    for assignment in assignments:
+        row = connection.execute(_TABLE, split_name(assignment.table)).fetchone()
+        if row is not None:
+            oids[assignment.table] = row[0]
+    found = connection.execute(_PARENTS, {"oids": list(oids.values())}).fetchall()
+    left, ordered = list(assignments), []
+    while left:
+        waiting = {oids.get(a.table) for a in left}
+        blocked = {child for child, parent in found if parent in waiting}
+        chosen = next((a for a in left if oids.get(a.table) not in blocked), left[0])
+        left.remove(chosen)
+        ordered.append(chosen)
+    return ordered
 
 
 def split_name(table: str) -> tuple[str, str]:

@@ -19,19 +19,15 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.config_serving import TargetConfig
 from cdc.errors import FormatTooNew, TargetRejected, TargetUnavailable
 from connectors.postgres.embedded import EmbeddedPostgres
 from connectors.postgres.target import ALL_REFUSED_ROWS, PostgresTarget
+from tests.support.targets import assigned, batch_of, no_ledgers
+from tests.support.targets import target_config as config
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SCORES = "CREATE TABLE public.scores (id int PRIMARY KEY, score numeric(8,2), note text)"
-
-
-def config(dsn: str, **changes: object) -> TargetConfig:
-    values: dict[str, object] = {"name": "crm", "type": "postgres", "dsn": dsn, "origin": "cdc_crm", **changes}
-    return TargetConfig(**values)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -42,24 +38,19 @@ def db(database: str) -> Iterator[psycopg.Connection]:
 
 @pytest.fixture
 def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(config(database))
+    sink = PostgresTarget(config(database), no_ledgers)
     yield sink
     sink.close()
 
 
-def acks_for(keys: list[object], digest: str = "d1") -> pa.Table:
-    return pa.table(
-        {"key": [json.dumps([str(k)]) for k in keys], "digest": pa.array([digest] * len(keys), pa.string())},
-        schema=pa.schema([("key", pa.string()), ("digest", pa.string())]),
-    )
-
-
 def push(target: PostgresTarget, rows: dict[str, list[object]], *, digest: str = "d1", table: str = "public.scores"):
-    return target.upsert("s", table, ["id"], pa.table(rows), acks_for(rows["id"], digest))
+    (result,) = target.push([batch_of(assigned(list(rows), table=table), rows, digest=digest)])
+    assert result.unsent == []
+    return result
 
 
 def acknowledged(target: PostgresTarget) -> dict[str, str]:
-    found = target.acknowledged("s").to_pydict()
+    found = target.acknowledged(assigned(["id"])).rows.to_pydict()
     return dict(zip(found["key"], found["digest"], strict=True))
 
 
@@ -76,14 +67,14 @@ def test_rows_arrive_with_their_acknowledgements_and_a_later_digest_replaces_the
     db: psycopg.Connection, target: PostgresTarget
 ) -> None:
     db.execute(SCORES)
-    assert target.acknowledged("s").num_rows == 0
+    assert acknowledged(target) == {}
     result = push(target, {"id": [1, 2], "score": [1.5, 2.5], "note": ['a,"b"\n\\N', ""]})
     assert (result.written, result.rejected) == (2, [])
     assert push(target, {"id": [2, 3], "score": [7.0, None], "note": [None, "c"]}, digest="d2").written == 2
     d = decimal.Decimal
     assert scores(db) == [(1, d("1.50"), 'a,"b"\n\\N'), (2, d("7.00"), None), (3, None, "c")]
     assert acknowledged(target) == {'["1"]': "d1", '["2"]': "d2", '["3"]': "d2"}
-    assert target.acknowledged("another").num_rows == 0
+    assert target.acknowledged(assigned(["id"], sync="another")).rows.num_rows == 0
 
 
 def test_only_mapped_columns_are_touched_and_equal_rows_are_not_written_again(
@@ -131,7 +122,7 @@ def test_every_type_of_a_result_reads_back_as_it_was(db: psycopg.Connection, tar
             "t": pa.array([datetime.time(1, 2, 3), None], pa.time64("us")),
         }
     )
-    result = target.upsert("s", "all_types", ["id"], rows, acks_for([1, 2]))
+    (result,) = target.push([batch_of(assigned(rows.column_names, table="all_types"), rows)])
     assert result.rejected == []
     one, two = db.execute("SELECT * FROM public.all_types ORDER BY id").fetchall()
     assert one == (
@@ -162,17 +153,19 @@ def test_rejects_are_exactly_the_rows_that_the_target_refuses(db: psycopg.Connec
     ids[10], score[20], note[30], note[40], note[50] = 500, 1000.0, None, "too long", "n1"
     small[70], note[80] = 70000, "a\0b"
     result = push(target, {"id": ids, "score": score, "note": note, "small": small})
-    reasons = {json.loads(key)[0]: reason for key, reason in result.rejected}
-    assert sorted(reasons) == sorted(["500", "20", "30", "40", "50", "60", "70", "80"])
+    reasons = {json.loads(r.key)[0]: r.reason for r in result.rejected}
+    twin = ({"1", "50"} & set(reasons)).pop()  # one of the two that want the same note
+    assert sorted(reasons) == sorted(["500", "20", "30", "40", twin, "60", "70", "80"])
+    assert {json.loads(r.key)[0] for r in result.rejected if r.conflicts} == {"500", twin}
     assert result.written == 92
     assert "scores_id_fkey" in reasons["500"]
     assert "scores_score_check" in reasons["20"]
     assert "column note" in reasons["30"]
-    assert "one_note" in reasons["50"]
+    assert "one_note" in reasons[twin]
     assert "NumericValueOutOfRange" in reasons["70"]
     assert not any(word in reason for reason in reasons.values() for word in ("secret", "too long", "n1", "70000"))
     present = {row[0] for row in db.execute("SELECT id FROM public.scores").fetchall()}
-    assert present == set(range(100)) - {10, 20, 30, 40, 50, 60, 70, 80}
+    assert present == set(range(100)) - {10, 20, 30, 40, int(twin), 60, 70, 80}
     assert set(acknowledged(target)) == {json.dumps([str(i)]) for i in present}
 
 
@@ -195,19 +188,22 @@ def test_row_security_refuses_rows_not_the_batch(db: psycopg.Connection, databas
         "GRANT SELECT, INSERT, UPDATE ON public.scores TO pusher; ALTER TABLE public.scores ENABLE ROW LEVEL SECURITY;"
         "CREATE POLICY small ON public.scores USING (true) WITH CHECK (id < 5)"
     )
-    target = PostgresTarget(config(make_conninfo(database, user="pusher")))
+    target = PostgresTarget(config(make_conninfo(database, user="pusher")), no_ledgers)
     try:
         result = push(target, {"id": [1, 5, 2], "score": [1.0, 1.0, 1.0], "note": ["", "", ""]})
-        assert [key for key, _ in result.rejected] == ['["5"]']
+        assert [r.key for r in result.rejected] == ['["5"]']
         assert [row[0] for row in scores(db)] == [1, 2]
-        assert target.origin() == "", "this role may not set origins"
-        findings = {f.name: f for f in target.check("s", "public.scores", ["id", "score"], ["id"])}
+        assert target._session.marks is not None
+        assert (target._session.marks.by_origin, target._session.marks.by_message) == (False, True)
+        findings = {f.name: f for f in target.check(assigned(["id", "score"]))}
         assert list(findings) == ["replication origin"]
         db.execute(findings["replication origin"].fix)
         target.close()
-        assert target.check("s", "public.scores", ["id", "score"], ["id"]) == []
+        (room,) = target.check(assigned(["id", "score"]))
+        assert (room.name, room.severity) == ("replication origins", "info")
         push(target, {"id": [3], "score": [1.0], "note": [""]})
-        assert target.origin() == "cdc_crm"
+        assert target._session.marks.by_origin
+        assert target.check(assigned(["id", "score"])) == []
     finally:
         target.close()
         db.execute("DROP OWNED BY pusher CASCADE")
@@ -241,7 +237,7 @@ def test_a_target_that_cannot_take_the_sync_is_refused_before_the_first_row(
         push(target, {"id": [1], "score": [1.0]}, table=table)
     assert says in str(raised.value.args[0])
     assert mends in raised.value.hint
-    (finding,) = target.check("s", table, ["id", "score"], ["id"])
+    (finding,) = (f for f in target.check(assigned(["id", "score"], table=table)) if f.severity != "info")
     assert (finding.severity, finding.fix) == ("error", raised.value.hint)
     assert db.execute("SELECT to_regnamespace('cdc')").fetchone() == (None,), "nothing was left behind"
 
@@ -270,9 +266,9 @@ def test_a_table_that_was_dropped_and_made_anew_has_acknowledged_nothing(
 def test_a_state_table_of_a_newer_version_is_refused(db: psycopg.Connection, target: PostgresTarget) -> None:
     db.execute(SCORES)
     push(target, {"id": [1], "score": [1.0], "note": ["a"]})
-    db.execute("COMMENT ON TABLE cdc.cdc_sync_state IS 'Format 2.'")
+    db.execute("COMMENT ON TABLE cdc.cdc_sync_state IS 'Format 3.'")
     with pytest.raises(FormatTooNew):
-        target.acknowledged("s")
+        target.acknowledged(assigned(["id"]))
 
 
 # ---------------------------------------------------------------------- origin
@@ -319,13 +315,13 @@ def test_a_second_session_under_the_same_origin_is_told_what_to_do_and_gets_its_
 ) -> None:
     db.execute(SCORES)
     push(target, {"id": [1], "score": [1.0], "note": ["a"]})
-    second = PostgresTarget(config(database))
+    second = PostgresTarget(config(database), no_ledgers)
     try:
         with pytest.raises(TargetUnavailable) as raised:
             push(second, {"id": [2], "score": [1.0], "note": ["b"]})
         assert "cdc_crm" in str(raised.value)
         assert "`origin`" in raised.value.hint
-        other = PostgresTarget(config(database, origin="cdc_crm_2"))
+        other = PostgresTarget(config(database, origin="cdc_crm_2"), no_ledgers)
         push(other, {"id": [3], "score": [1.0], "note": ["c"]})
         other.close()
         target.close()
@@ -345,10 +341,10 @@ def test_a_second_session_under_the_same_origin_is_told_what_to_do_and_gets_its_
 def test_a_role_without_rights_is_told_the_grants(db: psycopg.Connection, database: str) -> None:
     db.execute(SCORES)
     db.execute("DROP ROLE IF EXISTS guest; CREATE ROLE guest LOGIN")
-    guest = PostgresTarget(config(make_conninfo(database, user="guest")))
+    guest = PostgresTarget(config(make_conninfo(database, user="guest")), no_ledgers)
     try:
         for _ in range(10):
-            findings = guest.check("s", "public.scores", ["id", "score", "note"], ["id"])
+            findings = [f for f in guest.check(assigned(["id", "score", "note"])) if f.severity != "info"]
             if not findings:
                 break
             for finding in findings:
@@ -412,7 +408,7 @@ def test_a_server_that_restarts_between_two_batches_is_reached_again(tmp_path: P
     with private_server(tmp_path / "pg") as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             connection.execute(SCORES)
-        target = PostgresTarget(config(server.dsn()))
+        target = PostgresTarget(config(server.dsn()), no_ledgers)
         push(target, {"id": [1], "score": [1.0], "note": ["a"]})
         server.kill()
         with pytest.raises(TargetUnavailable):
@@ -427,7 +423,8 @@ CHILD = """
 import json, sys
 from tests.integration.test_target import config, push
 from connectors.postgres.target import PostgresTarget
-target = PostgresTarget(config(sys.argv[1]))
+from tests.support.targets import no_ledgers
+target = PostgresTarget(config(sys.argv[1]), no_ledgers)
 for batch in range(3):
     ids = list(range(batch * 10, batch * 10 + 10))
     push(target, {"id": ids, "score": [float(batch)] * 10, "note": ["x"] * 10})
@@ -461,14 +458,14 @@ def test_a_wrong_password_is_the_operators_and_never_shown(
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hunter2\n")
-    target = PostgresTarget(config(make_conninfo(database, user="nobody_here"), password_file=secret))
+    target = PostgresTarget(config(make_conninfo(database, user="nobody_here"), password_file=secret), no_ledgers)
     with pytest.raises((TargetRejected, TargetUnavailable)) as raised:
-        target.acknowledged("s")
+        target.acknowledged(assigned(["id"]))
     assert "hunter2" not in str(raised.value)
     assert "hunter2" not in repr(target._config)
-    gone = PostgresTarget(config("postgresql://127.0.0.1:1/nowhere"))
+    gone = PostgresTarget(config("postgresql://127.0.0.1:1/nowhere"), no_ledgers)
     with pytest.raises(TargetUnavailable):
-        gone.acknowledged("s")
+        gone.acknowledged(assigned(["id"]))
 
 
 def test_one_batch_of_many_rows_is_fast_and_orderly(db: psycopg.Connection, target: PostgresTarget) -> None:

@@ -1,0 +1,324 @@
+"""The statements of one batch: its stage, what is written from it by mode and action, what is acknowledged, compared.
+
+Rows are staged as texts, so that every refusal comes from a statement that can be tried with fewer rows. Values are
+cast to the *base* type of a column without its modifier and then assigned: so a text that is too long is refused, never
+cut, and domains and modifiers do their checks. Where rows are compared before they are written (update, drift), they go
+through a second stage of the target's own types, by assignment again.
+
+Equal means equal as images, not by the types' own equality: json has none, and citext or a non-deterministic collation
+would call a changed text equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from cdc.sink import DELETE, Assignment
+from connectors.postgres.target_state import STATE_TABLE
+from connectors.postgres.target_table import TargetColumn, TargetTable
+
+Rows = Sequence[int]
+"""Ordinals of staged rows; a range where they are consecutive."""
+
+_INTEGERS = ("int2", "int4", "int8")
+_TEXT_ROOM = 16
+"""Characters below which a text column gets no intermediate value: fewer random ones might collide."""
+
+
+def ident(*names: str) -> sql.Identifier:
+    return sql.Identifier(*names)
+
+
+def chosen(alias: str, rows: Rows) -> sql.Composable:
+    """The condition that a staged row is one of these."""
+    n = ident(alias, "n")
+    if isinstance(rows, range) and rows.step == 1:
+        return sql.SQL("{} >= {} AND {} < {}").format(n, sql.Literal(rows.start), n, sql.Literal(rows.stop))
+    return sql.SQL("{} = ANY({}::int[])").format(n, sql.Literal("{" + ",".join(map(str, rows)) + "}"))
+
+
+def _listed(parts: Iterable[sql.Composable], by: str = ", ") -> sql.Composed:
+    return sql.SQL(by).join(list(parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statements:
+    """What is sent to the server for one batch; aliases: s staged texts, t staged values, o the target's row."""
+
+    table: TargetTable
+    assignment: Assignment
+    action: str
+    columns: tuple[str, ...]
+    """Staged, as c0, c1, …; with DELETE the key's only."""
+    number: int
+    """Of the batch within its transaction."""
+    run: str
+
+    # ------------------------------------------------------------------ stages
+
+    @property
+    def stage(self) -> sql.Identifier:
+        return ident("pg_temp", f"cdc_stage_{self.number}")
+
+    @property
+    def typed(self) -> sql.Identifier:
+        return ident("pg_temp", f"cdc_typed_{self.number}")
+
+    def create_stage(self) -> sql.Composed:
+        texts = _listed([sql.SQL("{} text").format(ident(f"c{i}")) for i in range(len(self.columns))], ", ")
+        return sql.SQL("CREATE TEMP TABLE {} (n int, {} k text, d text) ON COMMIT DROP").format(
+            ident(f"cdc_stage_{self.number}"), sql.SQL("{},").format(texts) if self.columns else sql.SQL("")
+        )
+
+    def index_stage(self) -> sql.Composed:
+        """For when rows are looked for one by one."""
+        return sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} (n)").format(
+            ident(f"cdc_stage_{self.number}_n"), self.stage
+        )
+
+    def copy(self) -> sql.Composed:
+        return sql.SQL("COPY {} FROM STDIN (FORMAT csv)").format(self.stage)
+
+    def create_typed(self) -> sql.Composed:
+        """Without the columns' constraints, which writing checks; domains keep theirs."""
+        return sql.SQL(
+            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::int AS n, NULL::text AS k, {} FROM {} o WITH NO DATA"
+        ).format(
+            ident(f"cdc_typed_{self.number}"),
+            _listed(sql.SQL("o.{} AS {}").format(ident(name), ident(f"c{i}")) for i, name in enumerate(self.columns)),
+            self._target,
+        )
+
+    def type_rows(self, rows: Rows) -> sql.Composed:
+        return sql.SQL("INSERT INTO {} SELECT s.n, s.k, {} FROM {} s WHERE {}").format(
+            self.typed, _listed(self._cast(c) for c in self.columns), self.stage, chosen("s", rows)
+        )
+
+    def leave_out(self, rows: Rows) -> list[sql.Composed]:
+        """Take rows out of both stages."""
+        return [
+            sql.SQL("DELETE FROM {} s WHERE {}").format(stage, chosen("s", rows)) for stage in (self.stage, self.typed)
+        ]
+
+    def leave_out_taken(self) -> sql.Composed:
+        """Take those rows out of the stage that the target has taken with this very content."""
+        return sql.SQL(
+            "DELETE FROM {} s USING {} a WHERE a.sync = {} AND a.key = s.k AND a.digest = s.d AND a.relation = {}"
+        ).format(
+            self.stage,
+            sql.SQL(STATE_TABLE),
+            sql.Literal(self.assignment.sync),
+            sql.Literal(self.table.oid),
+        )
+
+    # ------------------------------------------------------------------ writing
+
+    def insert(self, rows: Rows) -> sql.Composed:
+        """Modes insert and append: plain. Modes upsert and mirror: by the key, equal rows stay untouched."""
+        mode, key = self.assignment.mode, self.assignment.key
+        # NOT NULL is checked before the conflict: what is kept has to stand in the row that is proposed.
+        kept = [c for c in self.columns if c in self.assignment.keep and self.table.columns[c].not_null]
+        kept = kept if mode in ("upsert", "mirror") else []
+        values = _listed(
+            sql.SQL("coalesce({}, p.{})").format(self._cast(c), ident(c)) if c in kept else self._cast(c)
+            for c in self.columns
+        )
+        present = sql.SQL("LEFT JOIN {} p ON {}").format(self._target, self._matched("p")) if kept else sql.SQL("")
+        statement = sql.SQL("INSERT INTO {} AS o ({}) SELECT {} FROM {} s {} WHERE {}").format(
+            self._target, _listed(map(ident, self.columns)), values, self.stage, present, chosen("s", rows)
+        )
+        if mode in ("insert", "append"):
+            return statement
+        others = [c for c in self.columns if c not in key]
+        if others:
+            action = sql.SQL("UPDATE SET {} WHERE {}").format(
+                _listed(sql.SQL("{} = {}").format(ident(c), self._proposed(c, "excluded", c)) for c in others),
+                self._differs([(c, self._proposed(c, "excluded", c)) for c in others]),
+            )
+        else:
+            action = sql.SQL("NOTHING").format()
+        return sql.SQL("{} ON CONFLICT ({}) DO {}").format(statement, _listed(map(ident, key)), action)
+
+    def lock_matches(self, rows: Rows) -> sql.Composed:
+        """Ordinals of staged values, once per row of the target that they match; those rows are locked."""
+        return sql.SQL("SELECT t.n FROM {} t JOIN {} o ON {} WHERE {} FOR NO KEY UPDATE OF o").format(
+            self.typed, self._target, self._same_key(), chosen("t", rows)
+        )
+
+    def update(self, rows: Rows) -> sql.Composed | None:
+        """Mode update, from the staged values; None if there is nothing but the key."""
+        others = self._others()
+        if not others:
+            return None
+        return sql.SQL("UPDATE {} AS o SET {} FROM {} t WHERE {} AND {} AND {}").format(
+            self._target,
+            _listed(sql.SQL("{} = {}").format(ident(c), self._proposed(c, "t", f"c{i}")) for i, c in others),
+            self.typed,
+            self._same_key(),
+            chosen("t", rows),
+            self._differs([(c, self._proposed(c, "t", f"c{i}")) for i, c in others]),
+        )
+
+    def delete(self, rows: Rows) -> sql.Composed:
+        return sql.SQL("DELETE FROM {} AS o USING {} s WHERE {} AND {}").format(
+            self._target, self.stage, self._matched("o"), chosen("s", rows)
+        )
+
+    def acknowledge(self, rows: Rows) -> sql.Composed:
+        """The staged ones of these rows are remembered; with DELETE forgotten."""
+        if self.action == DELETE:
+            return sql.SQL("DELETE FROM {} a USING {} s WHERE a.sync = {} AND a.key = s.k AND {}").format(
+                sql.SQL(STATE_TABLE), self.stage, sql.Literal(self.assignment.sync), chosen("s", rows)
+            )
+        return sql.SQL(
+            "INSERT INTO {} AS o (sync, key, digest, relation, acked_at, run) "
+            "SELECT {}, s.k, s.d, {}, pg_catalog.clock_timestamp(), {} FROM {} s WHERE {} "
+            "ON CONFLICT (sync, key) DO UPDATE SET digest = excluded.digest, relation = excluded.relation, "
+            "acked_at = excluded.acked_at, run = excluded.run"
+        ).format(
+            sql.SQL(STATE_TABLE),
+            sql.Literal(self.assignment.sync),
+            sql.Literal(self.table.oid),
+            sql.Literal(self.run),
+            self.stage,
+            chosen("s", rows),
+        )
+
+    # ------------------------------------------------------------------ making room
+
+    def vacate(self, rows: Rows, *, all_indexes: bool) -> sql.Composed | None:
+        """Rows that are about to change what no two rows may share give it up first: NULL, or a value that nobody has.
+
+        None if this batch has none such. Indexes of constraints that can be deferred only with `all_indexes`.
+        """
+        if self.action == DELETE or self.assignment.mode in ("insert", "append"):
+            return None
+        intermediate: dict[str, sql.Composed] = {}
+        because: dict[str, set[str]] = {}
+        for index in self.table.indexes:
+            used = [self.table.columns[c] for _, c in self._others() if self.table.columns[c].attnum in index.uses]
+            if not used or (not index.immediate and not all_indexes):
+                continue
+            nullable = [c for c in used if not c.not_null and not index.null_collides]
+            for column in (*nullable, *used):
+                value = sql.SQL("NULL").format() if column in nullable else self._nobodys(column)
+                # What `fill` finds it must keep.
+                if value is not None and column.name not in self.assignment.fill:
+                    intermediate.setdefault(column.name, value)
+                    because.setdefault(column.name, set()).update(c.name for c in used)
+                    break
+        if not intermediate:
+            return None
+        return sql.SQL("UPDATE {} AS o SET {} FROM {} s WHERE {} AND {} AND ({})").format(
+            self._target,
+            _listed(
+                sql.SQL("{} = CASE WHEN {} THEN {} ELSE {} END").format(
+                    ident(c), self._moves(c, because[c]), value, ident("o", c)
+                )
+                for c, value in intermediate.items()
+            ),
+            self.stage,
+            self._matched("o"),
+            chosen("s", rows),
+            _listed((sql.SQL("({})").format(self._moves(c, because[c])) for c in intermediate), " OR "),
+        )
+
+    def _moves(self, column: str, used: set[str]) -> sql.Composed:
+        """Whether the row's values of the `used` columns change; not where `keep` leaves this one as it is."""
+        moves = self._text_differs(sorted(used))
+        if column not in self.assignment.keep:
+            return moves
+        return sql.SQL("{} AND s.{} IS NOT NULL").format(moves, ident(self._place(column)))
+
+    def _nobodys(self, column: TargetColumn) -> sql.Composed | None:
+        """An expression for a value that no other row has; None for types without one."""
+        if column.base_type[0] != "pg_catalog":
+            return None
+        kind = column.base_type[1]
+        if kind in _INTEGERS:
+            # Below everything that is there, each row another.
+            return sql.SQL("((SELECT least(min(x.{}), 0) FROM {} x) - 1 - s.n)").format(
+                ident(column.name), self._target
+            )
+        if kind == "uuid":
+            return sql.SQL("pg_catalog.gen_random_uuid()").format()
+        room = column.typmod - 4 if column.typmod > 4 else 32
+        if kind in ("text", "varchar", "bpchar") and room >= _TEXT_ROOM:
+            return sql.SQL(
+                "pg_catalog.left(pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), {})"
+            ).format(sql.Literal(room))
+        return None
+
+    def _text_differs(self, columns: Sequence[str]) -> sql.Composed:
+        return sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(
+            _listed(sql.SQL("o.{}::{}").format(ident(c), self._type(c)) for c in columns),
+            _listed(self._cast(c) for c in columns),
+        )
+
+    # ------------------------------------------------------------------ comparing
+
+    def drift(self) -> sql.Composed:
+        """Key, whether the target lacks the row, and for each column but the key's whether it differs; only rows
+        that do. Where several rows of the target match, the one that differs least counts."""
+        others = self._others()
+        flags = _listed(
+            [self._differs([(c, self._proposed(c, "t", f"c{i}"))]) for i, c in others] or [sql.SQL("false")]
+        )
+        key = ident(self.assignment.key[0])
+        return sql.SQL(
+            "SELECT f.k, f.lacks, f.differs FROM ("
+            "SELECT DISTINCT ON (t.n) t.n, t.k, o.{} IS NULL AS lacks, ARRAY[{}] AS differs "
+            "FROM {} t LEFT JOIN {} o ON {} "
+            "ORDER BY t.n, pg_catalog.cardinality(pg_catalog.array_positions(ARRAY[{}], true))) f "
+            "WHERE f.lacks OR true = ANY(f.differs) ORDER BY f.n"
+        ).format(key, flags, self.typed, self._target, self._same_key(), flags)
+
+    def compared(self) -> list[str]:
+        """The columns that `drift` has flags for."""
+        return [c for _, c in self._others()]
+
+    # ------------------------------------------------------------------ pieces
+
+    @property
+    def _target(self) -> sql.Identifier:
+        return ident(self.table.schema, self.table.relation)
+
+    def _others(self) -> list[tuple[int, str]]:
+        return [(i, c) for i, c in enumerate(self.columns) if c not in self.assignment.key]
+
+    def _place(self, column: str) -> str:
+        return f"c{self.columns.index(column)}"
+
+    def _type(self, column: str) -> sql.Identifier:
+        return ident(*self.table.columns[column].base_type)
+
+    def _cast(self, column: str) -> sql.Composed:
+        return sql.SQL("s.{}::{}").format(ident(self._place(column)), self._type(column))
+
+    def _matched(self, alias: str) -> sql.Composed:
+        """That a row of the target has the key of the staged texts."""
+        return _listed(
+            (sql.SQL("{} = {}").format(ident(alias, k), self._cast(k)) for k in self.assignment.key), " AND "
+        )
+
+    def _same_key(self) -> sql.Composed:
+        return _listed(
+            (sql.SQL("o.{} = t.{}").format(ident(k), ident(self._place(k))) for k in self.assignment.key), " AND "
+        )
+
+    def _proposed(self, column: str, alias: str, name: str) -> sql.Composed:
+        """What the column becomes: keep and fill look at what is there."""
+        new, old = ident(alias, name), ident("o", column)
+        if column in self.assignment.fill:
+            return sql.SQL("coalesce({}, {})").format(old, new)
+        if column in self.assignment.keep:
+            return sql.SQL("coalesce({}, {})").format(new, old)
+        return sql.SQL("{}").format(new)
+
+    def _differs(self, proposals: Sequence[tuple[str, sql.Composed]]) -> sql.Composed:
+        return sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(
+            _listed(ident("o", c) for c, _ in proposals), _listed(value for _, value in proposals)
+        )

@@ -1,0 +1,346 @@
+"""Batches into a target within one transaction, so that what it refuses are the rows that it refuses, and no others.
+
+Each batch is staged and written whole. If that fails for a row (a constraint, a value, a trigger that raises, row
+security), the batch is halved until the bad rows stand alone. Rows that are refused for what *another* row holds get a
+second chance at the end of the call, those of all batches together, since the other row may be about to give it up:
+constraints that can be deferred are; for other unique indexes the rows that change first take NULL or a value that
+nobody has, then their final one, all under one savepoint. Whoever still cannot go through is left out, and the rest is
+tried again without it.
+
+What that costs: nothing unless a batch is refused; then the batch once more, and about 2 log2(n) statements per bad
+row. Triggers of the target see the intermediate values. After `ROUNDS` such rounds (a long chain of rows that wait for
+one which is refused) the rest is left for a later run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psycopg
+
+from cdc.errors import TargetRejected
+from cdc.sink import ADOPT, DELETE, Batch, PushResult, Rejected
+from connectors.postgres.target_errors import CONFLICTS, is_about_rows, reason
+from connectors.postgres.target_rows import Unwritable, stage_csv
+from connectors.postgres.target_statements import Rows, Statements
+from connectors.postgres.target_table import TargetTable
+
+ALL_REFUSED_ROWS = 500
+"""A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
+would keep the target busy for nothing. Rows refused for what others hold do not count."""
+ROUNDS = 20
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One batch, and what has become of its rows, by ordinal."""
+
+    batch: Batch
+    statements: Statements
+    rejected: dict[int, Rejected] = field(default_factory=dict)
+    absent: set[int] = field(default_factory=set)
+    indexed: bool = False
+
+    def __len__(self) -> int:
+        return int(self.batch.acks.num_rows)
+
+    def key(self, n: int) -> str:
+        return str(self.batch.acks.column("key")[n].as_py())
+
+    def refuse(self, n: int, why: str, *, conflicts: bool = False) -> None:
+        self.rejected[n] = Rejected(self.key(n), why, conflicts)
+
+    def result(self) -> PushResult:
+        return PushResult(
+            rows=len(self),
+            rejected=[self.rejected[n] for n in sorted(self.rejected)],
+            absent=[self.key(n) for n in sorted(self.absent)],
+        )
+
+
+Group = list[tuple[Part, Rows]]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """Beside the rows that were written: those without a counterpart, and those with several (mode update)."""
+
+    absent: list[int] = field(default_factory=list)
+    several: list[int] = field(default_factory=list)
+
+
+class Writing:
+    """The batches of one transaction. Errors that are not about rows pass, and end the transaction."""
+
+    def __init__(self, connection: psycopg.Connection[Any], where: str, *, keeps_state: bool) -> None:
+        self._connection = connection
+        self._where = where
+        self._keeps_state = keeps_state
+        self._parts: list[Part] = []
+        self._postponed: Group = []
+        self._conflicts: dict[tuple[Part, int], str] = {}
+        # Deferred constraints would fail at COMMIT, where no row can be told from another.
+        connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+    def take(self, batch: Batch, table: TargetTable) -> None:
+        """Stage and write the batch, as far as rows of others let it. TargetRejected if its rows have no text form, or
+        the target refuses each of the first `ALL_REFUSED_ROWS`."""
+        statements = statements_for(batch, table, len(self._parts))
+        part = Part(batch, statements)
+        self._parts.append(part)
+        self._connection.execute(statements.create_stage())
+        self._stage(part, range(len(part)))
+        if batch.action not in (DELETE, ADOPT):
+            if batch.assignment.mode == "update":
+                self._connection.execute(statements.create_typed())
+            if batch.assignment.mode in ("insert", "append") and self._keeps_state:
+                self._connection.execute(statements.leave_out_taken())
+        self._write(part, range(len(part)))
+
+    def finish(self) -> list[PushResult]:
+        """Give what was refused for other rows its second chance; the results of all batches."""
+        if self._postponed and not self._together(self._postponed):
+            postponed, self._postponed = self._postponed, []
+            for part, rows in postponed:
+                self._write(part, rows, postpone=False)
+            self._untangle()
+        return [part.result() for part in self._parts]
+
+    # ------------------------------------------------------------------ staging
+
+    def _stage(self, part: Part, rows: range) -> None:
+        """Into the stage; texts that the server cannot read (a zero byte, another encoding) are found by halving."""
+        try:
+            text = stage_csv(part.batch, part.statements.columns, rows)
+        except Unwritable as error:
+            raise TargetRejected(
+                f"{self._where}: values of type {error} cannot be written to {part.statements.table.name}",
+                hint="choose a form in the query, for example to_json(…) or a cast to varchar",
+            ) from error
+        try:
+            with self._connection.transaction():
+                with self._connection.cursor().copy(part.statements.copy()) as copy:
+                    copy.write(memoryview(text))
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+            if len(rows) == 1:
+                self._refuse(part, rows.start, error)
+                return
+            for half in _halves(rows):
+                self._stage(part, range(half[0], half[-1] + 1))
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self, part: Part, rows: Rows, *, postpone: bool = True) -> None:
+        """Write the rows; halve what is refused. What is refused for other rows is postponed whole, or set aside."""
+        try:
+            self._attempt(part, rows)
+            return
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+            conflicts = _conflicts(part, error)
+            if conflicts and postpone:
+                self._postponed.append((part, rows))
+                return
+            if len(rows) == 1:
+                if conflicts:
+                    self._conflicts[part, rows[0]] = reason(error)
+                else:
+                    self._refuse(part, rows[0], error)
+                return
+        self._make_findable(part)
+        for half in _halves(rows):
+            self._write(part, half, postpone=postpone)
+
+    def _refuse(self, part: Part, n: int, error: psycopg.Error) -> None:
+        part.refuse(n, reason(error))
+        if n + 1 == len(part.rejected) == ALL_REFUSED_ROWS:
+            raise TargetRejected(
+                f"{self._where}: refuses each of the first {ALL_REFUSED_ROWS} rows of a batch, the last one with "
+                f"{reason(error)}",
+                hint="compare the query with the table; the batch was not written",
+            ) from error
+
+    def _attempt(self, part: Part, rows: Rows) -> None:
+        """Write and acknowledge these rows under a savepoint, all or none."""
+        with self._connection.transaction():
+            outcome = self._execute(part, rows)
+        _note(part, outcome)
+
+    def _execute(self, part: Part, rows: Rows) -> _Outcome:
+        statements, outcome = part.statements, _Outcome()
+        if part.batch.action == DELETE:
+            self._connection.execute(statements.delete(rows))
+        elif part.batch.action != ADOPT and part.batch.assignment.mode == "update":
+            outcome = self._update(part, rows)
+        elif part.batch.action != ADOPT:
+            self._connection.execute(statements.insert(rows))
+        if self._keeps_state:
+            self._connection.execute(statements.acknowledge(rows))
+        return outcome
+
+    def _update(self, part: Part, rows: Rows) -> _Outcome:
+        """Mode update: lock what matches, take out what matches nothing or too much, update the rest."""
+        self._connection.execute(part.statements.type_rows(rows))
+        found = np.asarray([n for (n,) in self._connection.execute(part.statements.lock_matches(rows))], np.int64)
+        matched, counts = np.unique(found, return_counts=True)
+        several = matched[counts > 1].tolist()
+        present = set(matched.tolist())
+        absent = [n for n in rows if n not in present and n not in part.rejected]
+        if absent or several:
+            for statement in part.statements.leave_out([*absent, *several]):
+                self._connection.execute(statement)
+        update = part.statements.update(rows)
+        if update is not None:
+            self._connection.execute(update)
+        return _Outcome(absent, several)
+
+    def _make_findable(self, part: Part) -> None:
+        if not part.indexed:
+            self._connection.execute(part.statements.index_stage())
+            part.indexed = True
+
+    # ------------------------------------------------------------------ second chance
+
+    def _together(self, group: Group) -> bool:
+        """Write all of them at once, with constraints deferred and room made where they cannot be; whether it went."""
+        outcomes = []
+        try:
+            with self._connection.transaction():
+                self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
+                self._vacate(group, all_indexes=False)
+                for part, rows in group:
+                    outcomes.append((part, self._execute(part, rows)))
+                self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+            return False
+        for part, outcome in outcomes:
+            _note(part, outcome)
+        return True
+
+    def _untangle(self) -> None:
+        """Write the largest part of the set-aside rows that goes through together; the rest is rejected."""
+        for _ in range(ROUNDS):
+            group = _grouped(self._conflicts)
+            if not group or self._together(group):
+                return
+            refused = self._refused_among(group)
+            if not refused:
+                return
+            for (part, n), (why, conflicts) in refused.items():
+                del self._conflicts[part, n]
+                part.refuse(n, why, conflicts=conflicts)
+        for (part, n), why in self._conflicts.items():
+            part.refuse(n, why, conflicts=True)
+
+    def _refused_among(self, group: Group) -> dict[tuple[Part, int], tuple[str, bool]]:
+        """Which of them are refused although all others have made room. If none is, they are written; else nothing."""
+        waiting = group
+        refused: dict[tuple[Part, int], tuple[str, bool]] = {}
+        outcomes: list[tuple[Part, _Outcome]] = []
+        with self._connection.transaction():
+            self._vacate(group, all_indexes=True)
+            # A row may wait for one behind it.
+            for _ in range(ROUNDS):
+                refused = {}
+                for part, rows in waiting:
+                    self._isolate(part, rows, refused, outcomes)
+                again = _grouped(refused)
+                if not again or sum(len(rows) for _, rows in again) == sum(len(rows) for _, rows in waiting):
+                    break
+                waiting = again
+            if refused:
+                raise psycopg.Rollback
+        if not refused:
+            for part, outcome in outcomes:
+                _note(part, outcome)
+        return refused
+
+    def _isolate(
+        self,
+        part: Part,
+        rows: Rows,
+        refused: dict[tuple[Part, int], tuple[str, bool]],
+        outcomes: list[tuple[Part, _Outcome]],
+    ) -> None:
+        try:
+            with self._connection.transaction():
+                outcome = self._execute(part, rows)
+            outcomes.append((part, outcome))
+            return
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+            if len(rows) == 1:
+                refused[part, rows[0]] = (reason(error), _conflicts(part, error))
+                return
+        for half in _halves(rows):
+            self._isolate(part, half, refused, outcomes)
+
+    def _vacate(self, group: Group, *, all_indexes: bool) -> None:
+        """Make room; a batch whose intermediate values are refused stays as it is, and its rows see what comes."""
+        for part, rows in group:
+            statement = part.statements.vacate(rows, all_indexes=all_indexes)
+            if statement is None:
+                continue
+            try:
+                with self._connection.transaction():
+                    self._connection.execute(statement)
+            except psycopg.Error as error:
+                if not is_about_rows(error, self._connection):
+                    raise
+
+
+def statements_for(batch: Batch, table: TargetTable, number: int) -> Statements:
+    """The statements of a batch. With ADOPT nothing but the acknowledgements is staged."""
+    columns: Sequence[str] = ()
+    if batch.action == DELETE:
+        columns = batch.assignment.key
+    elif batch.action != ADOPT:
+        columns = batch.assignment.columns
+    return Statements(
+        table=table,
+        assignment=batch.assignment,
+        action=batch.action,
+        columns=tuple(columns),
+        number=number,
+        run=batch.run,
+    )
+
+
+def _conflicts(part: Part, error: psycopg.Error) -> bool:
+    """Whether the row may go through once another is written. In mode insert, its own key in the table stays there."""
+    if not isinstance(error, CONFLICTS):
+        return False
+    if part.batch.assignment.mode != "insert":
+        return True
+    table = part.statements.table
+    key = {table.columns[k].attnum for k in part.batch.assignment.key}
+    return not any(i.name == error.diag.constraint_name and i.columns == key for i in table.indexes)
+
+
+def _note(part: Part, outcome: _Outcome) -> None:
+    part.absent.update(outcome.absent)
+    for n in outcome.several:
+        part.refuse(n, "the key hits several rows")
+
+
+def _grouped(rows: Any) -> Group:
+    """(part, ordinal) pairs by part, in the batches' order."""
+    by_part: dict[Part, list[int]] = {}
+    for part, n in rows:
+        by_part.setdefault(part, []).append(n)
+    return [(part, sorted(by_part[part])) for part in sorted(by_part, key=lambda p: p.statements.number)]
+
+
+def _halves(rows: Rows) -> Iterator[Rows]:
+    middle = len(rows) // 2
+    yield rows[:middle]
+    yield rows[middle:]
