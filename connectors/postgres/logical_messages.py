@@ -6,7 +6,8 @@ has the transaction's position, id, origin and time, and an ordinal among the ch
 is sent when it is written, whatever becomes of the transaction around it, and its own position identifies it, so that
 one that is sent again after a restart is known. The table is only added to, and has no `current`.
 
-Messages of cdc itself (heartbeats, barriers) never land. Rare by nature: read one by one, beside the decoder's way.
+Messages of cdc itself (heartbeats, barriers, the mark of our own writes) never land. Rare by nature: read one by one,
+beside the decoder's way.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from cdc.table import OWN_SCHEMA, Column, TableId, TableSchema
 from connectors.postgres.buffer import Bools
 from connectors.postgres.frames import Frames
 from connectors.postgres.image import System
-from connectors.postgres.messages import INSERT, MESSAGE, LogicalMessage, read_message
+from connectors.postgres.messages import INSERT, MESSAGE, ORIGIN_PREFIX, LogicalMessage, read_message
 
-OWN_PREFIX = "cdc"
+OWN_PREFIXES = ("cdc", ORIGIN_PREFIX)
 MESSAGES = TableId(OWN_SCHEMA, "_messages")
 _TEXT, _BYTEA, _BOOL = 25, 17, 16
 
@@ -79,7 +80,7 @@ class MessageTable:
         return found
 
     def _wants(self, prefix: str) -> bool:
-        return prefix != OWN_PREFIX and any(fnmatchcase(prefix, pattern) for pattern in self._prefixes)
+        return prefix not in OWN_PREFIXES and any(fnmatchcase(prefix, pattern) for pattern in self._prefixes)
 
     def batch(self, epoch: int, rows: Sequence[MessageRow]) -> Batch:
         """At least one row, in order."""

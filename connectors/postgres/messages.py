@@ -17,6 +17,11 @@ NEW, KEY, OLD = b"NKO"
 TEXT, NULL, UNCHANGED = b"tnu"
 DDL_MARK = b'{"ddl": '
 """How the content of a message of our event triggers begins."""
+ORIGIN_PREFIX = "cdc.origin"
+"""A transactional message of this prefix marks its transaction as one of the origin that its content names (UTF-8): so
+do writers of ours that may not set replication origins. Sent before anything else in the transaction."""
+ORIGIN_BYTES_MAX = 512
+"""As long as Postgres 18 lets the name of an origin be."""
 
 _UINT16 = struct.Struct(">H")
 _UINT32 = struct.Struct(">I")
@@ -145,6 +150,17 @@ class LogicalMessage:
     def is_ddl(self) -> bool:
         """Whether it is the word of our event triggers."""
         return self.prefix == "cdc" and self.content.startswith(DDL_MARK)
+
+    @property
+    def origin(self) -> str | None:
+        """The origin that it marks its transaction with; None for any other message, and for one whose content cannot
+        be a name: anybody may write messages, so that is no error."""
+        if self.prefix != ORIGIN_PREFIX or not self.transactional or len(self.content) > ORIGIN_BYTES_MAX:
+            return None
+        try:
+            return self.content.decode() or None
+        except UnicodeDecodeError:
+            return None
 
 
 def read_message(data: bytes) -> LogicalMessage:

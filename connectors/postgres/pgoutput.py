@@ -8,6 +8,10 @@ Guarantees: every change of a selected table comes out exactly once, in order pe
 ordinal of its transaction, however the stream is cut into reads; what is not understood is a ProtocolError, never
 skipped. Any error leaves the decoder unusable: the stream is to be started again from the last logged position.
 
+Rows bear the origin of their transaction, or, from a message of ORIGIN_PREFIX on, the one that it names: the first such
+message of a transaction counts, and what stands before it keeps what it has. Streamed or not, that is the same, but for
+a message in a subtransaction that was rolled back: of a streamed one servers do not say that it was.
+
 Deliberately does no I/O, reads no clock, answers no keepalive, and knows no catalog: `resolve` does. It reads protocol
 version 1, values in text form, no two-phase; streamed transactions (version 2) come to it from spool.py once they have
 committed, as transactions like any other.
@@ -90,6 +94,7 @@ class _Open:
     committed: int
     origin: str | None
     ordinal: int
+    mark: str | None = None
 
 
 @dataclass(slots=True)
@@ -98,7 +103,8 @@ class _Transactions:
 
     `of` is the entry of every message, `inside` says whether a message stands between Begin and Commit. `first` is the
     number of changes of the part before the transaction; entry 0 counts its earlier ones as negative. `counted` is the
-    number of changes up to and with each message.
+    number of changes up to and with each message. `marks`: the message from which on a transaction is one of ours, and
+    the origin that it names.
     """
 
     of: Ints
@@ -111,6 +117,12 @@ class _Transactions:
     counted: Ints
     end_lsn: Ints
     origins: dict[int, str]
+    marks: dict[int, tuple[int, str]]
+
+    def origin(self, entry: int, message: int) -> str | None:
+        """The origin that a message of the transaction `entry` has."""
+        since, name = self.marks.get(entry, (message, ""))
+        return name if since < message else self.origins.get(entry)
 
 
 @dataclass(slots=True)
@@ -239,7 +251,8 @@ class Decoder:
         first = np.concatenate(([-self._open.ordinal if self._open else 0], counted.take(begins)))
         end_lsn = self._commits(messages, commits, lsn.take(of.take(commits)))
         origins = {0: self._open.origin} if self._open and self._open.origin is not None else {}
-        return _Transactions(of, inside, commits, lsn, xid, committed, first, counted, end_lsn, origins)
+        marks = {0: (-1, self._open.mark)} if self._open and self._open.mark is not None else {}
+        return _Transactions(of, inside, commits, lsn, xid, committed, first, counted, end_lsn, origins, marks)
 
     def _begins(self, messages: Frames, begins: Ints) -> tuple[Ints, Ints, Ints]:
         """Commit LSN, xid and commit time of the open transaction and of each Begin."""
@@ -295,7 +308,8 @@ class Decoder:
             self._open = None
             return
         ordinal = int(t.counted[-1]) - int(t.first[end])
-        self._open = _Open(int(t.lsn[end]), int(t.xid[end]), int(t.committed[end]), t.origins.get(end), ordinal)
+        origin, mark = t.origins.get(end), t.marks[end][1] if end in t.marks else None
+        self._open = _Open(int(t.lsn[end]), int(t.xid[end]), int(t.committed[end]), origin, ordinal, mark)
 
     def _keepalives(self, messages: Frames, transactions: _Transactions) -> bool:
         """Take over the positions in keepalives; whether one stood between two transactions."""
@@ -347,7 +361,10 @@ class Decoder:
                 elif kind == TRUNCATE:
                     truncates += self._truncated(i, read_truncate(data))
                 else:
-                    self._ddl |= read_message(data).is_ddl
+                    message = read_message(data)
+                    self._ddl |= message.is_ddl
+                    if inside and message.origin is not None:
+                        transactions.marks.setdefault(int(transactions.of[i]), (i, message.origin))
             except ValueError as error:
                 raise messages.malformed(i, _reason(error)) from error
         after = transactions.lsn > self._after_lsn
@@ -398,7 +415,7 @@ class Decoder:
             of = int(t.of[i])
             if t.lsn[of] > self._after_lsn:
                 seq = int(t.counted[i]) - 1 - int(t.first[of])
-                row = MessageRow(message, int(t.lsn[of]), seq, int(t.xid[of]), int(t.committed[of]), t.origins.get(of))
+                row = MessageRow(message, int(t.lsn[of]), seq, int(t.xid[of]), int(t.committed[of]), t.origin(of, i))
                 (complete if i < tail else still_open).append(row)
         portion.batches += [self._messages.batch(self._epoch, rows) for rows in (complete, still_open) if rows]
         return alone
@@ -471,7 +488,7 @@ class Decoder:
             seq=t.counted.take(order) - 1 - t.first.take(of),
             xid=t.xid.take(of),
             committed=t.committed.take(of),
-            origin=_origins(t.origins, of) if t.origins else None,
+            origin=_origins(t, of, order) if t.origins or t.marks else None,
         )
         return make_batches(walked, system, messages.buffer.size)
 
@@ -522,13 +539,21 @@ def _groups(oids: Ints) -> Iterator[tuple[int, Ints]]:
         yield int(oids[group[0]]), group
 
 
-def _origins(names: dict[int, str], of: Ints) -> pa.Array:
-    """The origin of each row's transaction."""
+def _origins(t: _Transactions, of: Ints, messages: Ints) -> pa.Array:
+    """The origin of each of these messages of the transactions `of`."""
+    names = {2 * entry: name for entry, name in t.origins.items()}
+    if t.marks:
+        names |= {2 * entry + 1: name for entry, (_, name) in t.marks.items()}
+        since = np.full(len(t.lsn), np.iinfo(np.int64).max)
+        since[list(t.marks)] = [first for first, _ in t.marks.values()]
+        of = 2 * of + (messages > since.take(of))
+    else:
+        of = 2 * of
     known = sorted(names)
     place = np.searchsorted(known, of)
     place[place == len(known)] = 0
     absent = np.asarray(known, np.int64).take(place) != of
-    return pa.array([names[t] for t in known], pa.string()).take(pa.array(place, mask=absent))
+    return pa.array([names[n] for n in known], pa.string()).take(pa.array(place, mask=absent))
 
 
 def _reason(error: ValueError) -> str:

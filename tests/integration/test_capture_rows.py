@@ -35,6 +35,13 @@ create table cut_b (id int primary key, a int references cut_a);
 insert into cut_a select generate_series(1, 5);
 insert into cut_b select g, g from generate_series(1, 5) g;
 create table origins (id int primary key);
+create table marked (id int primary key);
+create table marked_part (id int primary key, parent int references marked on delete cascade);
+create table marked_log (id int generated always as identity primary key, parent int);
+create function note_marked() returns trigger language plpgsql as
+  'begin insert into marked_log (parent) values (new.id); return null; end';
+create constraint trigger note_marked after insert on marked deferrable initially deferred
+  for each row execute function note_marked();
 create table whole (id int primary key, n int, big text);
 alter table whole alter big set storage external;
 alter table whole replica identity full;
@@ -155,6 +162,33 @@ def test_a_transaction_of_an_origin_names_it(daemon: Daemon, db: psycopg.Connect
     assert rows[1]["_committed_at"] is None, "its writer set none: 0 on the wire is no time"
     assert rows[2]["_committed_at"] == datetime(2020, 2, 2, 2, 2, 2, tzinfo=UTC), "the commit time of the origin"
     daemon.verified("origins")
+
+
+def test_a_message_marks_a_transaction_with_its_cascades_and_deferred_triggers(daemon: Daemon) -> None:
+    """As a writer does it that may not set origins. A savepoint that is rolled back does not matter to the mark."""
+    mark = "select pg_logical_emit_message(true, 'cdc.origin', 'cdc_crm')"
+    execute(daemon.dsn, "insert into marked select generate_series(1, 2)", "insert into marked_part values (1, 1)")
+    in_one(
+        daemon.dsn,
+        [
+            mark, "savepoint s", "insert into marked values (9)", "rollback to s", "savepoint s",
+            "insert into marked values (3)", "release s", "delete from marked where id = 1",
+        ],
+    )  # fmt: skip
+    in_one(daemon.dsn, ["delete from marked where id = 2", mark, "insert into marked values (4)"])
+    found = {
+        name: [(r["_op"], r[column], r["_origin"]) for r in changes(daemon, name)]
+        for name, column in (("marked", "id"), ("marked_part", "id"), ("marked_log", "parent"))
+    }
+    assert found == {
+        "marked": [
+            ("c", 1, None), ("c", 2, None), ("c", 3, "cdc_crm"), ("d", 1, "cdc_crm"),
+            ("d", 2, None), ("c", 4, "cdc_crm"),
+        ],
+        "marked_part": [("c", 1, None), ("d", 1, "cdc_crm")],
+        "marked_log": [("c", 1, None), ("c", 2, None), ("c", 3, "cdc_crm"), ("c", 4, "cdc_crm")],
+    }  # fmt: skip
+    daemon.verified("marked", "marked_part", "marked_log")
 
 
 def test_replica_identity_full_brings_the_whole_old_row(daemon: Daemon) -> None:

@@ -176,6 +176,27 @@ def test_rows_around_a_logical_message_come_whole(
     assert messages[b"M"] == 2
 
 
+def test_a_mark_is_that_of_the_whole_transaction_streamed_or_not(
+    peeked: psycopg.Connection[Any], tmp_path: Path, rng: random.Random
+) -> None:
+    """As cdc writes where it may not set origins: the mark, then rows below savepoints, some of them rolled back."""
+    peeked.execute(savepoints.SCHEMA.encode())
+    with peeked.transaction():
+        peeked.execute("select pg_logical_emit_message(true, 'cdc.origin', 'cdc_crm')")
+        for low in range(0, 3000, 1000):
+            with peeked.transaction(force_rollback=low == 1000):
+                peeked.execute("insert into keyed select g, g from generate_series(%s + 1, %s) g", [low, low + 1000])
+    peeked.execute("insert into keyed values (-1, -1)")
+
+    rows, messages = both(peeked, tmp_path, rng)
+    both(peeked, tmp_path, rng, immediate=True)
+
+    found = [(row.image["id"], row.seq, row.origin) for row in rows]
+    ours = [*range(1, 1001), *range(2001, 3001)]
+    assert found == [(n, seq, "cdc_crm") for seq, n in enumerate(ours)] + [(-1, 0, None)]
+    assert messages[b"S"] > 1
+
+
 def test_recorded_streams_with_damage_are_refused_or_become_valid_batches(
     peeked: psycopg.Connection[Any], tmp_path: Path, rng: random.Random
 ) -> None:

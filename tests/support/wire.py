@@ -7,6 +7,7 @@ test can compare what comes out of a decoder with it row by row.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,7 @@ class Wire:
     _xid: int = 0
     _time: int = 0
     _origin: str | None = None
+    _mark: str | None = None
     _seq: int = 0
 
     def _data(self, payload: bytes) -> None:
@@ -90,7 +92,7 @@ class Wire:
     def begin(self, *, xid: int, commit_lsn: int, time_us: int = POSTGRES_EPOCH_US + 1) -> None:
         """`time_us` in Unix microseconds; POSTGRES_EPOCH_US is what an unknown time looks like."""
         self._commit_lsn, self._xid, self._time = commit_lsn, xid, time_us - POSTGRES_EPOCH_US
-        self._origin, self._seq, self.in_transaction = None, 0, True
+        self._origin, self._mark, self._seq, self.in_transaction = None, None, 0, True
         self._data(b"B" + struct.pack(">QqI", commit_lsn, self._time, xid))
 
     def commit(self, *, end_lsn: int | None = None) -> None:
@@ -152,10 +154,14 @@ class Wire:
     def message(self, prefix: str, content: bytes, *, transactional: bool = True) -> None:
         head = struct.pack(">BQ", transactional, self.lsn) + _name(prefix)
         self._data(b"M" + head + struct.pack(">I", len(content)) + content)
+        if prefix == "cdc.origin" and transactional and self._mark is None and 0 < len(content) <= 512:
+            with contextlib.suppress(UnicodeDecodeError):
+                self._mark = str(content, "utf-8")
 
     def _changed(self, op: str, table: WireTable, *, counts: bool = True, **tuples: Any) -> None:
         time = None if self._time == 0 else self._time + POSTGRES_EPOCH_US
-        self.changes.append(Change(op, table, self._commit_lsn, self._seq, self._xid, time, self._origin, **tuples))
+        origin = self._origin if self._mark is None else self._mark
+        self.changes.append(Change(op, table, self._commit_lsn, self._seq, self._xid, time, origin, **tuples))
         self._seq += counts
 
 
@@ -204,6 +210,8 @@ def random_stream(rng: random.Random, *, transactions: int, start: int = 0x10000
         wire.begin(xid=xid, commit_lsn=wire.lsn + rng.randint(1, 5000), time_us=time)
         if rng.random() < 0.2:
             wire.origin(rng.choice(("cdc_crm", "pg_16389", "ö")))
+        if rng.random() < 0.2:
+            wire.message("cdc.origin", rng.choice((b"cdc_crm", b"cdc_mail", b"\xc3")))
         for _ in range(rng.choice((0, 1, 1, 3, 8))):
             _random_changes(wire, rng, tables, said)
         if number < transactions - 1 or rng.random() < 0.6:
@@ -226,13 +234,16 @@ def _random_column(rng: random.Random, name: str, *, key: bool) -> WireColumn:
 
 def _random_rest(wire: Wire, rng: random.Random) -> None:
     """What may stand anywhere: keepalives, types, messages outside of a transaction."""
-    match rng.randrange(12):
+    match rng.randrange(14):
         case 0:
             wire.keepalive(reply=rng.random() < 0.5)
         case 1:
             wire.type(rng.randrange(16384, 1 << 32), "public", "mood")
         case 2:
             wire.message("prefix", b"\x00\xff", transactional=wire.in_transaction)
+        case 3 | 4:
+            content = rng.choice((b"cdc_crm", "ö".encode(), b"\xff", b"", b"x" * 513))
+            wire.message("cdc.origin", content, transactional=wire.in_transaction)
 
 
 def _random_changes(wire: Wire, rng: random.Random, tables: list[WireTable], said: dict[int, WireTable]) -> None:
