@@ -161,14 +161,6 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class Ordering(Protocol):
-    """A sink whose target knows which tables depend on which."""
-
-    def order(self, assignments: Sequence[Assignment]) -> list[Assignment]:
-        """The same, those first that others refer to. Blocks; TargetUnavailable, TargetRejected."""
-
-
-@runtime_checkable
 class Comparing(Protocol):
     """A sink whose target can be read back."""
 
