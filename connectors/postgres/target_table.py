@@ -291,12 +291,25 @@ def parents_first(connection: psycopg.Connection[Any], assignments: list[Assignm
     found = connection.execute(_PARENTS, {"oids": list(oids.values())}).fetchall()
     left, ordered = list(assignments), []
     while left:
-        waiting = {oids.get(a.table) for a in left}
-        blocked = {child for child, parent in found if parent in waiting}
-        chosen = next((a for a in left if oids.get(a.table) not in blocked), left[0])
+        waiting = {oids[a.table] for a in left if a.table in oids}
+        above = {oid: _ancestors(oid, [pair for pair in found if pair[1] in waiting]) for oid in waiting}
+        # What waits for nothing, or only for what waits for it in turn.
+        chosen = next(
+            a for a in left if all(oids[a.table] in above[oid] for oid in above.get(oids.get(a.table, 0), ()))
+        )
         left.remove(chosen)
         ordered.append(chosen)
     return ordered
+
+
+def _ancestors(oid: int, pairs: list[tuple[int, int]]) -> set[int]:
+    """All that it refers to, by (child, parent) pairs, at any distance."""
+    found: set[int] = set()
+    ahead = {oid}
+    while ahead:
+        ahead = {parent for child, parent in pairs if child in ahead} - found
+        found |= ahead
+    return found
 
 
 def split_name(table: str) -> tuple[str, str]:
