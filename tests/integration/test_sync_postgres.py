@@ -294,7 +294,7 @@ def test_a_target_that_is_away_is_tried_again_after_a_growing_pause(shop: Shop, 
         assert run is None or run.outcome == "failed"
     assert [tick for tick, did in enumerate(tried) if did] == [0, 1, 3, 7]
     assert job.job.blocked == ""
-    job.job._sink = reachable
+    job.job._sink = job.job._members[0].planner._sink = reachable
     now = 20.0
     run = job.step(shop.changed)
     assert run is not None
