@@ -8,8 +8,8 @@ nobody has, then their final one, all under one savepoint. Whoever still cannot 
 tried again without it.
 
 What that costs: nothing unless a batch is refused; then the batch once more, and about 2 log2(n) statements per bad
-row. Triggers of the target see the intermediate values. After `ROUNDS` such rounds (a long chain of rows that wait for
-one which is refused) the rest is left for a later run.
+row. Triggers of the target see the intermediate values. That is bounded by `ROUNDS_ROWS`: of long chains of rows that
+wait for one which is refused, what is left then is rejected, and goes through in a later run if it can.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ ALL_REFUSED_ROWS = 500
 """A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
 would keep the target busy for nothing. Rows refused for what others hold do not count."""
 ROUNDS = 20
+"""How often rows that wait for rows behind them are looked at again."""
+ROUNDS_ROWS = 200_000
+ROUND_COST_ROWS = 200
+"""How many rows may be written in vain to find who is in the way: each round finds one in each chain."""
 
 
 @dataclass(eq=False, slots=True)
@@ -227,7 +231,9 @@ class Writing:
 
     def _untangle(self) -> None:
         """Write the largest part of the set-aside rows that goes through together; the rest is rejected."""
-        for _ in range(ROUNDS):
+        left = ROUNDS_ROWS
+        while left > 0:
+            left -= max(len(self._conflicts), ROUND_COST_ROWS)
             group = _grouped(self._conflicts)
             if not group or self._together(group):
                 return
