@@ -11,7 +11,7 @@ the row; such a key is kept where the version matters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +24,9 @@ from cdc.ports import Finding
 INSERT, UPDATE, DELETE, ADOPT = "insert", "update", "delete", "adopt"
 """What becomes of the rows of a batch. adopt: nothing is sent, only the acknowledgements move."""
 ACKS = pa.schema([("key", pa.string()), ("digest", pa.string()), ("version", pa.int64())])
+IN_DOUBT = "?"
+"""Digest of a key to which something was sent, and nobody knows whether the target took it. It equals no content: the
+row is sent again, or deleted if it is gone from the result."""
 MISSING, DIFFERENT = "missing", "different"
 """How a row of the target drifts from the result."""
 
@@ -117,16 +120,27 @@ class Drift:
 
 
 class Ledger(Protocol):
-    """Acknowledgements of one sync, for targets that keep none themselves."""
+    """Acknowledgements of one sync, for targets that keep none themselves, and what is known of attempts.
+
+    An attempt is what may have reached the target: it is on record before it is sent, because whoever sends may die
+    before hearing an answer. If it was forgotten, a target that took B unheard would be left with it once the result
+    is back at the A that was acknowledged.
+    """
 
     def read(self) -> pa.Table:
-        """ACKS, one row per key, those with an empty digest among them. Blocks; StoreUnavailable."""
+        """ACKS, one row per key, those with an empty digest among them. Keys with an attempt have IN_DOUBT, and its
+        version. Blocks; StoreUnavailable."""
 
-    def acknowledge(self, acks: pa.Table) -> None:
-        """Replace what is known of these keys by `acks` (ACKS, `version` the new one); durable on return."""
+    def attempts(self) -> Mapping[str, tuple[str, int]]:
+        """Digest (empty: a delete) and version of each key's attempt, as of the last `read` or `record` here."""
+
+    def record(self, *, acks: pa.Table = ..., settled: pa.Table = ..., attempts: pa.Table = ...) -> None:
+        """In one durable step, in this order: `acks` (ACKS, `version` the new one) replace what is known of their keys;
+        of the keys of `settled` (digests mean nothing) it is known that the attempt had no effect, what was
+        acknowledged before stands, with this version; `attempts` (ACKS) are about to be sent."""
 
     def forget(self) -> None:
-        """Empty every digest; versions stay. Durable on return."""
+        """Empty every digest, attempts' too; versions do not go back. Durable on return."""
 
 
 class Ledgers(Protocol):

@@ -1,13 +1,14 @@
 """What the target of a sync has acknowledged, kept in the lake for targets that keep nothing themselves.
 
-Objects `_syncs/<sync>/acks/<number>.acks`, each a Parquet table of cdc.sink.ACKS, written once under the next number
-and never replaced. An object stands for all numbers from its `first` up to its own, so the chain that is valid begins
-at the newest object and goes down to number 1; of a key's acknowledgements the last one counts. Once the chain has
-many links, the newest of them are joined into one link under a new number, with every older link that is no larger
-than all behind it: links are few, and a row is rewritten a logarithmic number of times. What no link names any more is
-a leftover, and goes at the next write.
+Objects `_syncs/<sync>/acks/<number>.acks`, each a Parquet table of entries (cdc.sink.ACKS and what kind they are),
+written once under the next number and never replaced. An object stands for all numbers from its `first` up to its own,
+so the chain that is valid begins at the newest object and goes down to number 1. Of a key's acknowledgements the last
+one counts; its last entry of any kind says its version, and whether something was sent since of which nobody knows.
+Once the chain has many links, the newest of them are joined into one link under a new number, with every older link
+that is no larger than all behind it: links are few, and a row is rewritten a logarithmic number of times. What no link
+names any more is a leftover, and goes at the next write.
 
-Guarantees: what `acknowledge` or `forget` have returned from is durable; each is one object, so it is there whole or
+Guarantees: what `record` or `forget` have returned from is durable; each is one object, so it is there whole or
 not at all. A writer that another one has overtaken is told so (LedgerConflict) and changes nothing: it takes the next
 number only if that is free, and afterwards looks whether a greater one exists, as it would if the number were free
 because its object had been joined and removed. A write whose answer was lost is recognised when it is made again.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,7 +43,7 @@ from cdc.errors import (
 from cdc.failpoints import failpoint
 from cdc.lake.layout import acks_path
 from cdc.ports import ObjectStore
-from cdc.sink import ACKS
+from cdc.sink import ACKS, IN_DOUBT
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,10 @@ FORMAT: Final = 1
 LINKS_MAX: Final = 48
 """With more links the newest are joined. Links of older joins are at least each twice as large as the next one, so
 there are about as many as the number of rows has binary digits."""
+ENTRIES: Final = ACKS.append(pa.field("kind", pa.int8()))
+ACKNOWLEDGED, SETTLED, ATTEMPTED = 0, 1, 2
+"""Kinds of entries: the target took this; an attempt had no effect; this is about to be sent (no digest: a delete)."""
+_NOTHING: Final = ACKS.empty_table()
 _SUFFIX: Final = ".acks"
 _READS: Final = 5
 """How often the chain is looked for anew if another process removes what it has joined while this one reads."""
@@ -74,31 +80,47 @@ class LakeLedger:
         self._prefix = acks_path(sync) + "/"
         self._chain: list[_Link] | None = None
         """Oldest first; None: not looked for yet."""
+        self._attempts: dict[str, tuple[str, int]] = {}
         self._unanswered: dict[bytes, _Link] = {}
         """By the digest of their bytes, writes under the next number of whose end we never heard."""
 
     def read(self) -> pa.Table:
-        """ACKS: one row per key, those with an empty digest among them, in no order. What others have written since is
-        taken in."""
+        """ACKS: one row per key, in no order, those with an empty digest among them, and IN_DOUBT for keys with an
+        attempt. What others have written since is taken in."""
         for _ in range(_READS):
             found = self._read_chain()
             if found is not None:
                 self._chain = [link for link, _ in found]
-                return _last_of_each([table for _, table in found])
+                entries = _condensed([table for _, table in found])
+                tried = entries.filter(pc.equal(entries.column("kind"), ATTEMPTED)).to_pylist()
+                self._attempts = {row["key"]: (row["digest"], row["version"]) for row in tried}
+                return _known(entries)
         raise StoreRefused(
             f"the acknowledgements of sync {self._sync} are incomplete: objects below {self._prefix} are missing",
             hint=f"restore them, or remove all below {self._prefix}; then everything is sent again",
         )
 
-    def acknowledge(self, acks: pa.Table) -> None:
-        """Replace what is known of these keys by `acks` (ACKS); durable on return. LedgerConflict if somebody else has
-        written since this ledger last read or wrote. After StoreUnavailable it may have happened; the same again is
-        right then."""
-        if acks.num_rows == 0:
+    def attempts(self) -> Mapping[str, tuple[str, int]]:
+        """Digest (empty: a delete) and version of each key's attempt, as of the last `read` or `record` here."""
+        if self._chain is None:
+            self.read()
+        return self._attempts
+
+    def record(self, *, acks: pa.Table = _NOTHING, settled: pa.Table = _NOTHING, attempts: pa.Table = _NOTHING) -> None:
+        """Acknowledge, settle and announce in one durable step; see cdc.sink.Ledger. LedgerConflict if somebody else
+        has written since this ledger last read or wrote. After StoreUnavailable it may have happened; the same again
+        is right then."""
+        parts = [_of_kind(acks, ACKNOWLEDGED), _of_kind(settled, SETTLED), _of_kind(attempts, ATTEMPTED)]
+        if not any(part.num_rows for part in parts):
             return
         if self._chain is None:
             self.read()
-        self._append(acks.select(ACKS.names).cast(ACKS))
+        self._append(pa.concat_tables(parts))
+        for key in pa.chunked_array(
+            [*acks.column("key").chunks, *settled.column("key").chunks], pa.string()
+        ).to_pylist():
+            self._attempts.pop(key, None)
+        self._attempts |= {row["key"]: (row["digest"], row["version"]) for row in attempts.to_pylist()}
         failpoint("ledger.after_put")
         try:
             self._tidy()
@@ -108,11 +130,17 @@ class LakeLedger:
             log.warning("acknowledgements were not joined: %s", e.args[0], extra={"sync": self._sync})
 
     def forget(self) -> None:
-        """Empty every digest; versions stay. Durable on return, and nothing changes if it raises LedgerConflict."""
+        """Empty every digest, attempts' too; versions do not go back. Durable on return, and nothing changes if it
+        raises LedgerConflict."""
         known = self.read()
         if known.num_rows:
+            # An attempt has its version; what is sent next is another one.
+            doubted = pc.equal(known.column("digest"), IN_DOUBT).cast(pa.int64())
             empty = pa.repeat(pa.scalar(""), known.num_rows)
-            self._append(known.set_column(1, ACKS.field(1), empty), first=1)
+            known = known.set_column(1, ACKS.field(1), empty)
+            known = known.set_column(2, ACKS.field(2), pc.add(known.column("version"), doubted))
+            self._append(_of_kind(known, ACKNOWLEDGED), first=1)
+            self._attempts = {}
             self._sweep()
 
     # ------------------------------------------------------------------ writing
@@ -154,7 +182,7 @@ class LakeLedger:
         joined = _suffix(self._chain)
         tables = [self._link_table(link) for link in joined]
         failpoint("ledger.before_join")
-        self._append(_last_of_each(tables), first=joined[0].first)
+        self._append(_condensed(tables), first=joined[0].first)
         failpoint("ledger.after_join")
         self._sweep()
 
@@ -205,7 +233,7 @@ class LakeLedger:
                         f"{self._key(number)} has format {int(about[_FORMAT])}, this release knows {FORMAT}",
                         hint="upgrade cdc",
                     )
-                table = file.read(columns=ACKS.names).cast(ACKS)
+                table = file.read(columns=ENTRIES.names).cast(ENTRIES)
                 return _Link(int(about[_FIRST]), number, table.num_rows), table
         except (pa.ArrowException, KeyError, ValueError, OSError) as e:
             raise StoreRefused(
@@ -233,16 +261,47 @@ def _suffix(chain: list[_Link]) -> list[_Link]:
     return chain[-2:]
 
 
-def _last_of_each(tables: list[pa.Table]) -> pa.Table:
-    """The last row of each key, of tables that follow one another."""
-    whole = pa.concat_tables([ACKS.empty_table(), *tables]).combine_chunks()
+def _of_kind(acks: pa.Table, kind: int) -> pa.Table:
+    kinds = pa.repeat(pa.scalar(kind, pa.int8()), acks.num_rows)
+    return acks.select(ACKS.names).cast(ACKS).append_column(ENTRIES.field("kind"), kinds)
+
+
+def _condensed(tables: list[pa.Table]) -> pa.Table:
+    """What counts of entries that follow one another: each key's last acknowledgement, then its last entry, if that is
+    another one."""
+    whole = pa.concat_tables([ENTRIES.empty_table(), *tables]).combine_chunks()
     if whole.num_rows == 0:
         return whole
     encoded = pc.dictionary_encode(whole.column("key")).combine_chunks()
-    last = np.zeros(len(encoded.dictionary), np.int64)
+    codes, at = encoded.indices.to_numpy(zero_copy_only=False), np.arange(whole.num_rows)
+    acknowledged = whole.column("kind").to_numpy() == ACKNOWLEDGED
+    last = np.full((2, len(encoded.dictionary)), -1, np.int64)
     # Of several values for one place the last one stays (NumPy's user guide, on assigning to indexed arrays).
-    last[encoded.indices.to_numpy(zero_copy_only=False)] = np.arange(whole.num_rows)
-    return whole if len(last) == whole.num_rows else whole.take(pa.array(np.sort(last)))
+    last[0, codes[acknowledged]] = at[acknowledged]
+    last[1, codes] = at
+    kept = np.unique(last)
+    kept = kept[kept >= 0]
+    return whole if len(kept) == whole.num_rows else whole.take(pa.array(kept))
+
+
+def _known(entries: pa.Table) -> pa.Table:
+    """ACKS of condensed entries."""
+    others = entries.filter(pc.not_equal(entries.column("kind"), ACKNOWLEDGED)).combine_chunks()
+    acks = entries.filter(pc.equal(entries.column("kind"), ACKNOWLEDGED)).combine_chunks().select(ACKS.names)
+    if not others.num_rows:
+        return acks
+    # Their keys' acknowledgements, if any: version and doubt are of the other entry.
+    found = pc.index_in(others.column("key"), value_set=acks.column("key"))
+    before = pc.fill_null(acks.column("digest").take(found), "")
+    doubted = pc.equal(others.column("kind"), ATTEMPTED)
+    digests = pc.if_else(doubted, IN_DOUBT, before)
+    changed = pa.table([others.column("key"), digests, others.column("version")], schema=ACKS)
+    # An attempt at a key that the target never had, settled: there is nothing to know, but for a version.
+    changed = changed.filter(
+        pc.or_(pc.not_equal(changed.column("digest"), ""), pc.greater(changed.column("version"), 0))
+    )
+    rest = acks.filter(pc.invert(pc.is_in(acks.column("key"), value_set=others.column("key"))))
+    return pa.concat_tables([rest, changed])
 
 
 def _encoded(table: pa.Table, link: _Link) -> Any:

@@ -1,13 +1,15 @@
 """One batch on its way to a target over HTTP: requests in flight, what became of each row, acknowledgements.
 
-Guarantees: a row is acknowledged after the target has said that it took it, in groups of at most GROUP_ROWS rows that
-wait at most GROUP_S; when `run` returns or raises, everything that was taken is acknowledged, or is told as not sent
-because the ledger failed. A request that is refused as a whole for what is in it is halved until the bad rows stand
-alone. What may go through later is tried again for `retry_for_s`; then, as after any error that only an operator can
-mend, nothing new is sent, what is in flight is awaited, and the rest is not sent.
+Guarantees: rows are on record as attempts before they are sent (ANNOUNCED_ROWS at a time), and acknowledged after the
+target has said that it took them, in groups of at most GROUP_ROWS that wait at most GROUP_S. When `run` returns or
+raises, everything that was taken is acknowledged, or is told as not sent because the ledger failed; of what was not
+sent or clearly refused, the attempt is withdrawn; only what ended unheard stays in doubt. A request that is refused as
+a whole for what is in it is halved until the bad rows stand alone. What may go through later is tried again for
+`retry_for_s`; then, as after any error that only an operator can mend, nothing new is sent, what is in flight is
+awaited, and the rest is not sent.
 
-Dying at any step loses no row and, where the target heeds idempotency keys, doubles none: what was not acknowledged
-goes out again under the same keys.
+Dying at any step loses no row and, where the target heeds idempotency keys, doubles none: what is in doubt goes out
+again under the same key, and what differs from it under a key of its own.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import pyarrow as pa
 import tenacity
 
 from cdc.errors import CdcError, TargetUnavailable, Verdict
 from cdc.failpoints import failpoint
-from cdc.sink import Batch, Ledger, PushResult, Rejected
+from cdc.sink import ACKS, DELETE, Batch, Ledger, PushResult, Rejected
 from connectors.http.client import Client, Unanswered
 from connectors.http.judging import ABSENT, REJECTED, TAKEN, UNKNOWN, Again, Judge, Judgement, Outcome, Refused
 from connectors.http.pace import Pace
@@ -35,11 +36,14 @@ from connectors.http.values import rows_of
 
 GROUP_ROWS: Final = 2_000
 GROUP_S: Final = 1.0
+ANNOUNCED_ROWS: Final = 2_000
+"""About as many rows can be in doubt after a crash."""
 BODY_BYTES_MAX: Final = 16 << 20
 WAIT_S = 0.25
 """Before the first repetition, about; each time twice as long, up to WAIT_MAX_S."""
 WAIT_MAX_S: Final = 10.0
 LEDGER_TRIES_S: Final = 30.0
+_NOTHING: Final = ACKS.empty_table()
 _AFTER_TIMEOUT: Final = 409
 """Of a request whose first attempt ended unheard: it may still be at work on that."""
 
@@ -66,17 +70,6 @@ class Form:
     rows_per_request: int
 
 
-@dataclass(slots=True)
-class _State:
-    """What is known of each row; of one thread."""
-
-    kinds: list[str]
-    reasons: dict[int, str] = field(default_factory=dict)
-    taken: list[int] = field(default_factory=list)
-    """Taken, and not acknowledged yet."""
-    since: float = 0.0
-
-
 class Delivery:
     """Pushes one batch. `run` is called once."""
 
@@ -85,17 +78,32 @@ class Delivery:
         self._form = form
         self._route = route
         self._ledger = ledger
+        self._rows = batch.rows.num_rows
+        self._keys: list[str] = batch.acks.column("key").to_pylist()
+        self._digests = [digest or "" for digest in batch.acks.column("digest").to_pylist()]
+        self._versions: list[int] = batch.acks.column("version").to_pylist()
+        """Of each row's attempt, once it is announced."""
+        self._before: dict[int, tuple[str, int]] = {}
+        """Attempts that stood when these rows were announced."""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: CdcError | None = None
         self._is_ledger_lost = False
         self._known: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
         """From the threads that send: place of a row, and what became of it."""
-        self._state = _State([UNKNOWN] * batch.rows.num_rows)
+        self._unheard: set[int] = set()
+        """Rows of which something was sent whose effect is not known, whatever was answered later."""
+        self._kinds = [UNKNOWN] * self._rows
+        self._reasons: dict[int, str] = {}
+        self._announced = 0
+        self._taken: list[int] = []
+        """Taken, and not acknowledged yet."""
+        self._taken_at = 0.0
 
     def run(self) -> PushResult:
         """Send everything that can be sent now. Blocks; raises for a defect of ours only."""
-        starts = iter(range(0, self._batch.rows.num_rows, self._form.rows_per_request))
+        size = self._form.rows_per_request
+        starts = iter(range(0, self._rows, size))
         running: set[Future[None]] = set()
         try:
             while True:
@@ -103,11 +111,15 @@ class Delivery:
                     start = next(starts, None)
                     if start is None:
                         break
+                    if start >= self._announced and not self._announce(start, size):
+                        break
                     running.add(self._route.executor.submit(self._send_chunk, start))
                 if not running:
                     break
                 done, running = wait(running, timeout=self._due_s(), return_when=FIRST_COMPLETED)
-                self._acknowledge(everything=False)
+                self._gather()
+                if self._taken and time.monotonic() >= self._taken_at + GROUP_S:
+                    self._record()
                 for future in done:
                     future.result()
         except BaseException:
@@ -115,60 +127,108 @@ class Delivery:
             raise
         finally:
             wait(running)
-            self._acknowledge(everything=True)
+            self._gather()
+            self._finish()
         return self._result()
 
     def _result(self) -> PushResult:
-        keys, state = self._batch.acks.column("key"), self._state
         of_kind: dict[str, list[int]] = {}
-        for at, kind in enumerate(state.kinds):
+        for at, kind in enumerate(self._kinds):
             of_kind.setdefault(kind, []).append(at)
         return PushResult(
-            rows=len(state.kinds),
-            rejected=[Rejected(keys[at].as_py(), state.reasons[at]) for at in of_kind.get(REJECTED, ())],
-            absent=[keys[at].as_py() for at in of_kind.get(ABSENT, ())],
-            unsent=[keys[at].as_py() for at in of_kind.get(UNKNOWN, ())],
+            rows=self._rows,
+            rejected=[Rejected(self._keys[at], self._reasons[at]) for at in of_kind.get(REJECTED, ())],
+            absent=[self._keys[at] for at in of_kind.get(ABSENT, ())],
+            unsent=[self._keys[at] for at in of_kind.get(UNKNOWN, ())],
             error=self._error,
         )
 
-    # ------------------------------------------------------------------ acknowledging (the caller's thread)
+    # ------------------------------------------------------------------ the ledger (the caller's thread)
 
     def _due_s(self) -> float:
-        return max(0.0, self._state.since + GROUP_S - time.monotonic()) if self._state.taken else GROUP_S
+        return max(0.0, self._taken_at + GROUP_S - time.monotonic()) if self._taken else GROUP_S
 
-    def _acknowledge(self, *, everything: bool) -> None:
-        """Take in what the senders know, and acknowledge it if it is enough, old enough, or the end."""
-        state = self._state
+    def _gather(self) -> None:
+        """Take in what the senders know, and acknowledge it if it is enough."""
         while True:
             try:
                 at, outcome = self._known.get_nowait()
             except queue.Empty:
-                break
+                return
             if outcome.kind == TAKEN:
-                state.since = state.since if state.taken else time.monotonic()
-                state.taken.append(at)
-                if len(state.taken) >= GROUP_ROWS:
-                    self._flush()
+                self._taken_at = self._taken_at if self._taken else time.monotonic()
+                self._taken.append(at)
+                if len(self._taken) >= GROUP_ROWS:
+                    self._record()
             else:
-                state.kinds[at] = outcome.kind
-                state.reasons[at] = outcome.reason
-        if everything or time.monotonic() >= state.since + GROUP_S:
-            self._flush()
+                self._kinds[at] = outcome.kind
+                self._reasons[at] = outcome.reason
 
-    def _flush(self) -> None:
-        taken, self._state.taken = self._state.taken, []
-        if not taken or self._is_ledger_lost:
-            return
+    def _announce(self, start: int, size: int) -> bool:
+        """Put the next rows on record before any of them is sent, with what waits to be acknowledged; False if the
+        ledger fails. A row's version tells its effect from every other that the target may have seen of its key."""
+        self._announced = min(self._rows, start + max(size, ANNOUNCED_ROWS // size * size))
+        try:
+            standing = self._ledger.attempts()
+        except CdcError as e:
+            self._lose(e)
+            return False
+        for at in range(start, self._announced):
+            attempt = standing.get(self._keys[at])
+            if attempt is not None:
+                self._before[at] = attempt
+                self._versions[at] = attempt[1] + (attempt[0] != self._digests[at])
+        return self._record(attempts=self._acks(range(start, self._announced)))
+
+    def _record(self, *, settled: pa.Table = _NOTHING, attempts: pa.Table = _NOTHING) -> bool:
+        taken, self._taken = self._taken, []
+        if self._is_ledger_lost:
+            return False
         failpoint("http.before_ack")
         try:
-            acknowledge(self._ledger, self._batch.acks.take(pa.array(taken)))
+            record(self._ledger, acks=self._acks(taken, add=1), settled=settled, attempts=attempts)
         except CdcError as e:
-            self._is_ledger_lost = True
-            self._fail(e)
-            return
+            self._lose(e)
+            return False
         failpoint("http.after_ack")
         for at in taken:
-            self._state.kinds[at] = TAKEN
+            self._kinds[at] = TAKEN
+        return True
+
+    def _finish(self) -> None:
+        """Acknowledge what is left, and withdraw attempts that are known to have had no effect: where an older attempt
+        stood, it stands again, or else the version moves on, so that a row that was refused is not answered from a
+        service's memory once it is mended there."""
+        taken = set(self._taken)
+        clean = [
+            at
+            for at in range(self._announced)
+            if self._kinds[at] != TAKEN and at not in taken and at not in self._unheard
+        ]
+        settled = [at for at in clean if at not in self._before]
+        restored = [at for at in clean if at in self._before]
+        moved = [self._versions[at] + (self._kinds[at] != UNKNOWN) for at in settled]
+        self._record(
+            settled=_table([self._keys[at] for at in settled], [""] * len(settled), moved),
+            attempts=_table(
+                [self._keys[at] for at in restored],
+                [self._before[at][0] for at in restored],
+                [self._before[at][1] for at in restored],
+            ),
+        )
+
+    def _acks(self, rows: Iterable[int], *, add: int = 0) -> pa.Table:
+        places = list(rows)
+        return _table(
+            [self._keys[at] for at in places],
+            [self._digests[at] for at in places],
+            [self._versions[at] + add for at in places],
+        )
+
+    def _lose(self, error: CdcError) -> None:
+        """The ledger does not take anything now: what is not acknowledged stays as it is on record."""
+        self._is_ledger_lost = True
+        self._fail(error)
 
     def _fail(self, error: CdcError) -> None:
         """Nothing new is sent. The first error that an operator must mend is told, or else the first of all."""
@@ -182,11 +242,12 @@ class Delivery:
     def _send_chunk(self, start: int) -> None:
         size = self._form.rows_per_request
         rows = rows_of(self._batch.rows.slice(start, size))
-        acks = self._batch.acks.slice(start, size).to_pylist()
-        sync, action = self._batch.assignment.sync, self._batch.action
+        deletes = self._batch.action == DELETE
         items: list[tuple[int, Item]] = []
-        for at, (row, ack) in enumerate(zip(rows, acks, strict=True), start):
-            key = row_key(sync, action, ack["key"], ack["digest"] or "", ack["version"])
+        for at, row in enumerate(rows, start):
+            key = row_key(
+                self._batch.assignment.sync, self._keys[at], self._digests[at], self._versions[at], deletes=deletes
+            )
             try:
                 items.append((at, self._form.template.item(row, key)))
             except RowRefused as e:
@@ -201,7 +262,7 @@ class Delivery:
             built = self._form.template.build([item for _, item in items])
             if built.body is not None and len(built.body) > BODY_BYTES_MAX:
                 raise Refused(f"the request has more than {BODY_BYTES_MAX >> 20} MB")
-            judgement = self._exchange(built, len(items))
+            judgement = self._exchange(built, [at for at, _ in items])
         except (Refused, RowRefused) as e:
             if len(items) > 1:
                 middle = len(items) // 2
@@ -223,12 +284,14 @@ class Delivery:
             self._fail(e)
             return
         for (at, _), outcome in zip(items, judgement.outcomes, strict=True):
-            if outcome.kind != UNKNOWN:
+            if outcome.kind == UNKNOWN:
+                self._unheard.add(at)
+            else:
                 self._known.put((at, outcome))
         if judgement.error is not None:
             self._fail(judgement.error)
 
-    def _exchange(self, built: Built, rows: int) -> Judgement:
+    def _exchange(self, built: Built, places: Sequence[int]) -> Judgement:
         """Send until there is an answer that stands. Again if there was none in time; Refused, TargetRejected."""
         unheard = False
         headers = {**self._form.headers, **built.headers}
@@ -238,12 +301,18 @@ class Delivery:
                     raise Again("the run was stopped")
                 try:
                     answer = self._route.client.send(built.method, built.path, headers, built.body)
+                    if answer.status == _AFTER_TIMEOUT and unheard:
+                        raise Again(f"status {answer.status}")
+                    return self._form.judge(answer, len(places))
                 except Unanswered as e:
                     unheard = unheard or e.sent
                     raise Again(str(e)) from None
-                if answer.status == _AFTER_TIMEOUT and unheard:
-                    raise Again(f"status {answer.status}")
-                return self._form.judge(answer, rows)
+                except Again as e:
+                    unheard = unheard or e.had_effect
+                    raise
+                finally:
+                    if unheard:
+                        self._unheard.update(places)
         raise AssertionError  # the last attempt returns or raises
 
     def _attempts(self) -> tenacity.Retrying:
@@ -266,21 +335,22 @@ class Delivery:
         )
 
 
-def acknowledge(ledger: Ledger, acks: pa.Table) -> None:
-    """Let the ledger know that the target has taken these rows (their versions before): durable on return. What a
-    repetition may mend is repeated for a while; then the ledger's error."""
-    versions = pa.array(acks.column("version").to_numpy() + np.int64(1), pa.int64())
-    moved = acks.set_column(acks.column_names.index("version"), "version", versions)
+def record(ledger: Ledger, *, acks: pa.Table, settled: pa.Table = _NOTHING, attempts: pa.Table = _NOTHING) -> None:
+    """As Ledger.record. What a repetition may mend is repeated for a while; then the ledger's error."""
     tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_mend),
         wait=tenacity.wait_random_exponential(multiplier=WAIT_S, max=WAIT_MAX_S),
         stop=tenacity.stop_before_delay(LEDGER_TRIES_S),
         reraise=True,
-    )(ledger.acknowledge, moved)
+    )(ledger.record, acks=acks, settled=settled, attempts=attempts)
+
+
+def _table(keys: list[str], digests: list[str], versions: list[int]) -> pa.Table:
+    return pa.table({"key": keys, "digest": digests, "version": versions}, schema=ACKS)
 
 
 def _may_mend(error: BaseException) -> bool:
     return isinstance(error, CdcError) and error.verdict is Verdict.RETRY
 
 
-__all__ = ["Delivery", "Form", "Route", "acknowledge"]
+__all__ = ["Delivery", "Form", "Route", "record"]

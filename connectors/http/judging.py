@@ -30,6 +30,8 @@ from connectors.http.values import to_text
 TAKEN, REJECTED, ABSENT, UNKNOWN = "taken", "rejected", "absent", "unknown"
 REASON_MAX: Final = 200
 _LATER: Final = frozenset({408, 425, 429})
+_UNHEEDED: Final = frozenset({425, 429})
+"""Of these it is clear that nothing was done."""
 _OPERATORS: Final = frozenset({401, 403, 405, 406, 407, 411, 415, 426, 501, 505})
 _GONE: Final = frozenset({404, 410})
 _HINTS: Final = {
@@ -44,10 +46,12 @@ _HINTS: Final = {
 class Again(Exception):
     """The same request may go through later."""
 
-    def __init__(self, what: str, after_s: float = 0.0) -> None:
+    def __init__(self, what: str, after_s: float = 0.0, *, had_effect: bool = False) -> None:
         super().__init__(what)
         self.after_s = after_s
         """What the target asks to wait."""
+        self.had_effect = had_effect
+        """Whether the request may have had its effect."""
 
 
 class Refused(Exception):
@@ -89,7 +93,7 @@ class Judge:
         if 200 <= status < 300:
             return self._success(answer, rows)
         if status in _LATER or (status >= 500 and status not in _OPERATORS):
-            raise Again(f"status {status}", _retry_after_s(answer))
+            raise Again(f"status {status}", _retry_after_s(answer), had_effect=status not in _UNHEEDED)
         if status in _GONE and self._addresses_rows:
             return Judgement([Outcome(self._gone, self._told(status, _json(answer)))] * rows)
         if status in _OPERATORS or status in _GONE or not 400 <= status < 500:
@@ -106,7 +110,7 @@ class Judge:
             return Judgement([Outcome(TAKEN)] * rows)
         content = _json(answer)
         if content is _NO_JSON:
-            raise Again("an answer that is not JSON")
+            raise Again("an answer that is not JSON", had_effect=True)
         if not (self._items and self._several):
             said = self._evaluated(self._ok, content)
             if said is True:

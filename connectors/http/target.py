@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 from cdc.config_serving import RequestConfig, TargetConfig
 from cdc.errors import CdcError, TargetRejected, Verdict
 from cdc.ports import Finding
-from cdc.sink import ADOPT, DELETE, INSERT, Acknowledged, Assignment, Batch, Ledger, Ledgers, PushResult
+from cdc.sink import ACKS, ADOPT, DELETE, IN_DOUBT, INSERT, Acknowledged, Assignment, Batch, Ledger, Ledgers, PushResult
 from connectors.http.client import Client
-from connectors.http.delivery import GROUP_ROWS, Delivery, Form, Route, acknowledge
+from connectors.http.delivery import GROUP_ROWS, Delivery, Form, Route, record
 from connectors.http.judging import Judge
 from connectors.http.pace import Pace
 from connectors.http.secrets import read_secret
@@ -64,7 +64,15 @@ class HttpTarget:
 
     def acknowledged(self, assignment: Assignment) -> Acknowledged:
         """What the ledger has. Blocks for one read of it; errors of the lake's store."""
-        return Acknowledged(rows=self._ledger(assignment.sync).read())
+        rows = self._ledger(assignment.sync).read()
+        if assignment.mode == "insert":
+            # What changed is not sent in this mode, and what was acknowledged is never sent again: a key in doubt is
+            # one that was tried once, and is new until it is known.
+            known = pc.replace_with_mask(
+                rows.column("digest").combine_chunks(), pc.equal(rows.column("digest"), IN_DOUBT).combine_chunks(), ""
+            )
+            rows = rows.set_column(1, ACKS.field(1), known)
+        return Acknowledged(rows=rows)
 
     def push(self, batches: Iterable[Batch]) -> list[PushResult]:
         """Push the batches one after another, the rows of one side by side; what is acknowledged is durable on return.
@@ -105,7 +113,8 @@ class HttpTarget:
         rows, ledger = batch.acks.num_rows, self._ledger(batch.assignment.sync)
         for start in range(0, rows, GROUP_ROWS):
             try:
-                acknowledge(ledger, batch.acks.slice(start, GROUP_ROWS))
+                acks = batch.acks.slice(start, GROUP_ROWS)
+                record(ledger, acks=acks.set_column(2, ACKS.field(2), pc.add(acks.column("version"), 1)))
             except CdcError as e:
                 unsent = batch.acks.column("key").slice(start).to_pylist()
                 return PushResult(rows=rows, unsent=unsent, error=e)

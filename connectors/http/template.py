@@ -180,10 +180,10 @@ class RequestTemplate:
         return value
 
 
-def row_key(sync: str, action: str, key: str, digest: str, version: int) -> str:
-    """The idempotency key of one row's effect. `version` is the one before: the same content a second time, after
-    another, is another effect."""
-    return hashlib.sha256(orjson.dumps([sync, key, action, digest, version])).hexdigest()
+def row_key(sync: str, key: str, digest: str, version: int, *, deletes: bool) -> str:
+    """The idempotency key of one row's effect. Insert and update are one: what became of an insert unheard decides what
+    it is called the next time. `version` tells the same content from the same content a second time, after another."""
+    return hashlib.sha256(orjson.dumps([sync, "delete" if deletes else "write", key, digest, version])).hexdigest()
 
 
 def _parse(text: str) -> Parts:
