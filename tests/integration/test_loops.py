@@ -138,6 +138,10 @@ class Loop:
         finally:
             state.close()
 
+    def outcome(self, sync: str) -> str:
+        """Of its newest run."""
+        return (self.runs(sync) or [("", "")])[-1][1]
+
     def counts(self) -> list[int]:
         return [len(self.runs(sync)) for sync in SYNCS]
 
@@ -158,7 +162,7 @@ class Loop:
             self.turn()
             for sync in SYNCS:
                 # A target that a dead daemon's session still holds is tried again.
-                wait_until(lambda s=sync: self.runs(s)[-1][1] not in ("failed", "running"), 60, f"sync {sync}")
+                wait_until(lambda s=sync: self.outcome(s) not in ("", "failed", "running"), 60, f"sync {sync}")
             if self.counts() == before:
                 return before
         raise AssertionError(f"no rest: {[self.runs(sync) for sync in SYNCS]}")
@@ -219,7 +223,7 @@ def ran(loop: Loop, before: Sequence[int]) -> list[list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("loop", WAYS, indirect=True)
 def test_two_syncs_that_feed_each_other_come_to_rest_and_wake_when_others_write(loop: Loop) -> None:
-    loop.daemon.start().streaming()
+    loop.daemon.start().settled()
     resting = loop.rest()
     for sync in SYNCS:
         # A second run, where the first one began between a cut and word of what is in it, is the most there may be.
@@ -240,10 +244,10 @@ def test_two_syncs_that_feed_each_other_come_to_rest_and_wake_when_others_write(
 def test_a_daemon_that_dies_behind_its_own_commit_comes_to_rest_after_the_next_start(loop: Loop) -> None:
     loop.daemon.start(failpoints="sync.after_commit=kill:3")
     loop.daemon.died_at("sync.after_commit")
-    loop.daemon.start().streaming()
+    loop.daemon.start().settled()
     before = loop.rest()
     loop.daemon.stop()
-    loop.daemon.start().streaming()
+    loop.daemon.start().settled()
     resting = loop.rest()
     for after in ran(loop, before):
         # What others did while it was away is not known: one run, if the tables have moved since the last one.
