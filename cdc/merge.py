@@ -246,6 +246,8 @@ class Merger:
         if time.monotonic() < self._blocked.get(table, 0.0):
             return None
         self._lease.check()
+        if table not in self._through:
+            self._doubt(table, current, lsn)
         began = time.perf_counter()
         result = current.merge(changelog, schema, through=through, own_origins=self._own_origins)
         if result.unresolved or result.version is None:
@@ -267,6 +269,13 @@ class Merger:
             self._changed[table] = lsn
         self._state.update_table(self._source, table, current_lsn=lsn, rows=self._rows[table])
         return result.version
+
+    def _doubt(self, table: TableId, current: CurrentTable, lsn: int) -> None:
+        """What was merged behind the recorded cut before this merger began may have been changed by others: who did is
+        not written down anywhere, and one run too many writes nothing."""
+        cut = self._state.cut(self._source)
+        if cut is not None and current.version() != cut.versions.get(table, current.version()):
+            self._changed[table] = lsn
 
     # ---- upkeep ----
 

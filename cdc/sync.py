@@ -308,8 +308,9 @@ class SyncJob:
 
     def _look_back(self, member: _Member, expected: str | None, found: str | None) -> None:
         """A target that was restored from its backup has the acknowledgements of that backup. The plan is right all the
-        same, but somebody should know why so much is sent."""
-        if found is None or not expected or found == expected:
+        same, but somebody should know why so much is sent. Runs' names sort by time; a later one than expected is of a
+        run that failed."""
+        if found is None or not expected or found >= expected:
             return
         text = f"the target stands at run {found or 'none'}, not at the last one, {expected}: was it restored?"
         hint = f"what it lacks is sent again; `cdc sync reconcile {member.name}` compares its rows too"

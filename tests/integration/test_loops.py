@@ -73,6 +73,19 @@ batch_rows = 1
 '''
 
 
+CALM = """
+[model.scores]
+sql = "select customer_id, greatest(value, 5) as value from shop.scores"
+key = ["customer_id"]
+
+[model.tiers]
+sql = "select customer_id, greatest(tier, 5) as tier from shop.tiers"
+key = ["customer_id"]
+
+[model.look]"""
+"""The models that write nothing once they have been heard."""
+
+
 def emits_messages() -> bool:
     """Whether the target itself marks its transactions where it may not set origins."""
     texts = [path.read_text() for path in (ROOT / "connectors" / "postgres").glob("target*.py")]
@@ -82,9 +95,9 @@ def emits_messages() -> bool:
 class Loop:
     """A database that two syncs read and write, and the daemon. `origins`: what the writes of each sync bear."""
 
-    def __init__(self, folder: Path, dsn: str, *, role: str = "", two: bool = False) -> None:
+    def __init__(self, folder: Path, dsn: str, *, role: str = "", two: bool = False, calm: bool = False) -> None:
         """`role`: who writes, without the right to set origins; else the superuser. `two`: each sync has a target of
-        its own, else both write through one."""
+        its own, else both write through one. `calm`: with models that come to rest by themselves."""
         self.dsn = dsn
         execute(dsn, SCHEMA)
         if role:
@@ -93,6 +106,8 @@ class Loop:
         name = conninfo_to_dict(dsn)["dbname"]
         self.origins = {"scores": f"{name}_first", "tiers": f"{name}_{'second' if two else 'first'}"}
         sections = SECTIONS if two else SECTIONS.replace('target = "second"', 'target = "first"')
+        if calm:
+            sections = CALM + sections.partition("[model.look]")[2]
         self.daemon = Daemon(folder, dsn, source={"exclude": ["cdc.*"]}, more=sections)
         for target in ("first", "second") if two else ("first",):
             self.daemon.configure(f"target.{target}", type="postgres", dsn=writer, origin=f"{name}_{target}")
@@ -256,3 +271,19 @@ def test_a_daemon_that_dies_behind_its_own_commit_comes_to_rest_after_the_next_s
     loop.rest()
     assert ran(loop, resting) == [[("data", "done")]] * 2
     loop.check()
+
+
+def test_what_others_wrote_starts_a_run_also_if_the_daemon_dies_between_its_merge_and_the_cut(
+    tmp_path: Path, database: str
+) -> None:
+    loop = Loop(tmp_path / "daemon", database, calm=True)
+    with loop.daemon:
+        loop.daemon.start().settled()
+        loop.rest()
+        loop.daemon.stop()
+        loop.daemon.start(failpoints="merge.after_commit=kill:1").streaming()
+        loop.others("insert into tiers values (3, 1)")
+        loop.daemon.died_at("merge.after_commit")
+        loop.daemon.start().settled()
+        loop.rest()
+        assert loop.rows()[3] == [(1, 5), (3, 5)]

@@ -33,6 +33,7 @@ from cdc.log import EventLog
 from cdc.ports import SourceStatus
 from cdc.state import SourceState, State, open_state
 from cdc.status import ladder, progress_fact
+from cdc.sync import SyncRun
 from cdc.table import TableId
 from cdc.verbs.call import UsageError, resolve_tables
 from tests.support.lakes import SmallLake
@@ -146,7 +147,7 @@ def test_help_of_every_verb_shows_an_example_that_parses(words: list[str], capsy
 def test_every_verb_is_documented(words: list[str]) -> None:
     table = DOCS.read_text().split("| verb | does |")[1].split("\n\n")[0]
     first = [re.split(r"(?<!\\)\|", row)[1] for row in table.splitlines()[2:]]
-    names = [re.findall(r"[a-z]+", row) for row in first]
+    names = [re.findall(r"[a-z-]+", row) for row in first]
     assert any(words[0] in row and words[-1] in row for row in names)
 
 
@@ -395,16 +396,27 @@ def test_sync_apply_exits_by_what_became_of_the_rows(
     def refuse(args: dict[str, Any]) -> control.Answer:
         raise SourceRefused("the target has no such table", hint="create it")
 
-    answers: list[tuple[int, control.Handler]] = [
-        (0, lambda args: {"outcome": "done", "counts": {"written": 2, "held": 0, "rejected": 0}}),
-        (3, lambda args: {"outcome": "partial", "counts": {"written": 2, "held": 1, "rejected": 0}}),
-        (3, lambda args: {"outcome": "partial", "counts": {"written": 2, "held": 0, "rejected": 1}}),
-        (1, lambda args: {"outcome": "failed", "counts": {}, "error": "the target is away"}),
-        (1, refuse),
+    def answer(outcome: str, cause: str = "ordered", **counts: int) -> control.Handler:
+        run = SyncRun(sync="value", cause=cause, outcome=outcome, counts=counts)
+        return lambda args: run.to_json()
+
+    answers: list[tuple[int, str, control.Handler]] = [
+        (0, "apply", answer("done", written=2, held=0, rejected=0)),
+        (3, "apply", answer("partial", written=2, held=1, rejected=0)),
+        (3, "retry", answer("partial", written=2, held=0, rejected=1)),
+        (3, "apply", answer("held", deletes=20_000)),
+        (2, "resync", answer("unconfirmed", "resync", deletes=1)),
+        (3, "approve", answer("unconfirmed", "approve")),
+        (0, "reconcile", answer("reported", "reconcile")),
+        (1, "apply", answer("failed")),
+        (1, "apply", refuse),
     ]
-    for code, handler in answers:
-        with Serving(state, {"sync_apply": handler}):
-            assert run(capsys, config, "sync", "apply", "value", "--timeout", "5")[0] == code
+    for code, verb, handler in answers:
+        more = ["0123456789abcdef"] if verb == "approve" else []
+        with Serving(state, {"sync_order": handler}):
+            assert run(capsys, config, "sync", verb, "value", *more, "--timeout", "5")[0] == code, verb
+    with Serving(state, {"sync_forget": lambda args: {"forgotten": 7}}):
+        assert run(capsys, config, "sync", "reset-state", "value")[:2] == (0, {"sync": "value", "forgotten": 7})
 
 
 def test_resync_wait_follows_the_run_to_its_end(
