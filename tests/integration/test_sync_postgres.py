@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,9 @@ import pytest
 
 from cdc.config import Config, LakeConfig, SourceConfig
 from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
-from cdc.due import ChangedByOthers
+from cdc.due import ChangedByOthers, last_fact
 from cdc.errors import ModelFailed
+from cdc.freshness import freshness_fact
 from cdc.lake.ledger import LakeLedger
 from cdc.planning import assignment_of, plan_now
 from cdc.state import State
@@ -181,6 +183,34 @@ def test_a_schedule_runs_whether_or_not_something_changed_and_writes_only_change
     run = fast.step(shop.changed)
     assert run is not None
     assert run.counts["written"] == 0
+
+
+def test_a_cron_expression_says_when(shop: Shop, db: psycopg.Connection) -> None:
+    db.execute(SCORES)
+    shop.orders((1, 1.0))
+    job = shop.job(replace(SYNC, cron="0 0 1 1 *"))
+    assert job.step(shop.changed) is not None
+    shop.orders((1, 2.0))
+    assert job.step(shop.changed) is None, "not before the new year"
+    last = shop.state.get(last_fact("value"))
+    shop.state.set(last_fact("value"), {**last, "started_at": last["started_at"] - 366 * 86_400})
+    run = job.step(shop.changed)
+    assert run is not None
+    assert (run.cause, run.counts["updates"]) == ("schedule", 1)
+
+
+def test_a_lake_that_lags_is_not_pushed_from(shop: Shop, db: psycopg.Connection) -> None:
+    db.execute(SCORES)
+    shop.orders((1, 1.0))
+    job = shop.job(replace(SYNC, max_lag_s=60.0))
+    lacking = {str(ORDERS): {"landed": time.time() - 100, "merged": time.time() - 100}}
+    shop.state.set(freshness_fact("shop"), lacking)
+    assert job.step(shop.changed) is None
+    (why,) = job.job.waiting_for()
+    assert "shop.public.orders is 100 s behind, more than max_lag_s = 60" in why
+    shop.state.set(freshness_fact("shop"), {})
+    shop.state.save_source("shop", phase="retry", error="the server is away")
+    assert job.step(shop.changed) is not None, "not away for long yet"
 
 
 def test_a_sync_waits_for_complete_inputs_and_says_for_which(shop: Shop, db: psycopg.Connection) -> None:
