@@ -1,6 +1,6 @@
 # Everything that a developer or CI does. Needs Python 3.11+ and make; what else is needed goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-current bench-fresh bench-peers bench-snapshot bench-verify soak lock clean
+.PHONY: help setup demo test test-slow test-matrix test-stores lint fmt type bench bench-current bench-fresh bench-peers bench-snapshot bench-sync bench-verify soak lock clean
 
 # `make PYTHON=python3.12 …` chooses the interpreter of a new .venv; else the first that will do.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -66,6 +66,9 @@ bench-current: $(INSTALLED_DEV) ## what keeping current costs, by the table's si
 
 bench-verify: $(INSTALLED_DEV) ## verify of 5,000,000 equal rows against a full copy; writes build/bench-verify.json
 	$(BIN)/python -m tests.bench.verify $(ARGS)
+
+bench-sync: $(INSTALLED_DEV) ## planning 1,000,000 rows and applying 10,000 upserts, against plain SQL; writes build/bench-sync.json
+	$(BIN)/python -m tests.bench.sync $(ARGS)
 
 bench-fresh: $(INSTALLED_DEV) ## reading a table with 100,000 unmerged changes, against reading it merged; writes build/bench-fresh.json
 	$(BIN)/python -m tests.bench.fresh $(ARGS)

@@ -42,7 +42,7 @@ from connectors.postgres.target_drift import differences
 from connectors.postgres.target_errors import AGAIN
 from connectors.postgres.target_origin import origin_findings
 from connectors.postgres.target_session import Session
-from connectors.postgres.target_state import ONLY_WITH_STATE, STATE_TABLE, State, state_findings
+from connectors.postgres.target_state import STATE_TABLE, State, state_findings
 from connectors.postgres.target_table import TargetTable, parents_first, quoted, read_table, split_name
 from connectors.postgres.target_writing import ALL_REFUSED_ROWS, Writing
 
@@ -184,10 +184,8 @@ class PostgresTarget:
         if not state.usable:
             without_key = next((b.assignment for b in batches if b.assignment.mode in ("insert", "append")), None)
             if without_key is not None:
-                raise TargetRejected(
-                    f"{self._session.where}: the role may not write {STATE_TABLE}, and {ONLY_WITH_STATE}",
-                    hint=f"as an owner: CREATE SCHEMA cdc AUTHORIZATION {quoted(connection.info.user)}",
-                )
+                (problem,) = state_findings(connection, without_key.mode)
+                raise TargetRejected(f"{self._session.where}: {problem.message}", hint=problem.fix)
             return False
         state.prepare()
         runs = {b.assignment.sync: (tables[b.assignment.table].oid, b.run) for b in batches}

@@ -44,10 +44,16 @@ class Marks:
 
     def __init__(self, connection: psycopg.Connection[Any], name: str) -> None:
         """Make the origin if it is missing and set it. psycopg.Error, also if another session has it."""
-        self.because = _set_up_origin(connection, name)
-        """Why there is no origin; empty: there is one."""
+        may_emit = _may_emit(connection)
+        try:
+            self.because = _set_up_origin(connection, name)
+            """Why there is no origin; empty: there is one."""
+        except pg.ConfigurationLimitExceeded:
+            if not may_emit:
+                raise
+            self.because = "the server has no room for one more"
         self.by_origin = not self.because
-        self.by_message = not self.by_origin and _may_emit(connection)
+        self.by_message = not self.by_origin and may_emit
         self._name = name
 
     def begin(self, connection: psycopg.Connection[Any]) -> None:

@@ -16,9 +16,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.config import password_of
 from cdc.config_serving import TargetConfig
-from cdc.errors import CdcError
+from cdc.errors import CdcError, TargetUnavailable
 from connectors.postgres.connection import describe
-from connectors.postgres.target_errors import translated
+from connectors.postgres.target_errors import reason, translated
 from connectors.postgres.target_origin import Marks
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Session:
         except psycopg.Error as error:
             if connection.broken or connection.closed:
                 self.close()
+                # The error may be an earlier one, about a row, whose savepoint could not be rolled back any more.
+                raise TargetUnavailable(f"{self._place()}: the connection was lost ({reason(error)})") from error
             raise self._translated(error) from error
 
     def close(self) -> None:
@@ -107,8 +109,10 @@ class Session:
         return self.marks
 
     def _translated(self, error: psycopg.Error) -> CdcError:
-        where = f"{self.where} ({describe(self._config.dsn)})"
-        return translated(error, where, self.origin, f"target.{self._config.name}")
+        return translated(error, self._place(), self.origin, f"target.{self._config.name}")
+
+    def _place(self) -> str:
+        return f"{self.where} ({describe(self._config.dsn)})"
 
 
 def _settle(connection: psycopg.Connection[Any], statement_timeout_s: float) -> None:

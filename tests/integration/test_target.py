@@ -338,6 +338,25 @@ def test_a_second_session_under_the_same_origin_is_told_what_to_do_and_gets_its_
     assert [row[0] for row in scores(db)] == [1, 2, 3]
 
 
+def test_where_there_is_no_room_for_another_origin_messages_mark(tmp_path: Path) -> None:
+    from tests.support.postgres import private_server
+
+    with (
+        private_server(tmp_path / "pg", wal_level="logical", max_active_replication_origins=1) as server,
+        psycopg.connect(server.dsn(), autocommit=True) as holder,
+    ):
+        holder.execute(SCORES)
+        holder.execute("SELECT pg_replication_origin_create('theirs'), pg_replication_origin_session_setup('theirs')")
+        target = PostgresTarget(config(server.dsn()), no_ledgers)
+        (room,) = target.check(assigned(["id", "score"]))
+        assert (room.severity, "1 are taken, 0 free" in room.message) == ("warning", True)
+        assert "max_active_replication_origins" in room.fix
+        assert push(target, {"id": [1], "score": [1.0], "note": ["a"]}).written == 1
+        assert target._session.marks is not None
+        assert target._session.marks.by_message
+        target.close()
+
+
 def test_a_role_without_rights_is_told_the_grants(db: psycopg.Connection, database: str) -> None:
     db.execute(SCORES)
     db.execute("DROP ROLE IF EXISTS guest; CREATE ROLE guest LOGIN")

@@ -16,6 +16,7 @@ from connectors.postgres.target import PostgresTarget
 from tests.support.targets import assigned, batch_of, key_text, no_ledgers, target_config
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.matrix
 RANKED = assigned(("id", "u", "note"))
 
 

@@ -19,6 +19,7 @@ from connectors.postgres.target_origin import MESSAGE_PREFIX
 from tests.support.targets import MemoryLedgers, acks_for, assigned, batch_of, key_text, no_ledgers, target_config
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.matrix
 SCORES = "CREATE TABLE public.scores (id int PRIMARY KEY, score numeric(8,2), note varchar(5), own text DEFAULT 'own')"
 COLUMNS = ("id", "score", "note")
 
