@@ -114,6 +114,7 @@ class _Gated:
     """What both kinds of connections do beside urllib3's."""
 
     gate: _Gate
+    sock: socket.socket | None
 
     def _new_conn(self) -> socket.socket:
         return self.gate.open(self)  # type: ignore[arg-type]
@@ -124,6 +125,8 @@ class _Gated:
         self.gate.uses(self)  # type: ignore[arg-type]
 
     def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is None:
+            self.connect()
         self.gate.uses(self)  # type: ignore[arg-type]
         self.gate.sends()
         super().request(*args, **kwargs)  # type: ignore[misc]

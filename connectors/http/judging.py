@@ -92,7 +92,7 @@ class Judge:
         status = answer.status
         if 200 <= status < 300:
             return self._success(answer, rows)
-        if status in _LATER or (status >= 500 and status not in _OPERATORS):
+        if status in _LATER or (500 <= status < 600 and status not in _OPERATORS):
             raise Again(f"status {status}", _retry_after_s(answer), had_effect=status not in _UNHEEDED)
         if status in _GONE and self._addresses_rows:
             return Judgement([Outcome(self._gone, self._told(status, _json(answer)))] * rows)
