@@ -68,7 +68,8 @@ class RequestConfig:
 
     method: str = "POST"
     path: str = ""
-    """Appended to the target's url; `{column}` stands for a value, escaped."""
+    """Appended to the target's url; `{column}` stands for a value, escaped, `{env:NAME}` and `{file:/path}` for a
+    secret, as it is."""
     headers: dict[str, str] = field(default_factory=dict)
     body: Any = None
     """JSON as TOML. A text that is only `{column}` becomes the value with its type, `{column}` within a text its text;

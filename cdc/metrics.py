@@ -206,7 +206,10 @@ MODEL_RUNS = _counter("cdc_model_runs", "Runs of models by outcome.", "model", "
 MODEL_SECONDS = _histogram("cdc_model_seconds", "Time of one run of a model.", "model")
 SYNC_RUNS = _counter("cdc_sync_runs", "Runs of syncs by outcome.", "sync", "outcome")
 SYNC_ROWS = _counter(
-    "cdc_sync_rows", "Rows of syncs by outcome (written, deleted, rejected, absent, held, unchanged).", "sync", "outcome"
+    "cdc_sync_rows",
+    "Rows of syncs by outcome (written, deleted, rejected, absent, held, unchanged).",
+    "sync",
+    "outcome",
 )
 SYNC_HELD = _gauge("cdc_sync_held", "1 while a plan of the sync waits for approval.", "sync")
 SYNC_SECONDS = _histogram("cdc_sync_seconds", "Time of one run of a sync.", "sync")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,7 @@ ACTION, KEY, DIGEST, VERSION, DIFFERS = "cdc:action", "cdc:key", "cdc:digest", "
 """Columns of the plan's files before those of the result."""
 SAMPLES = 20
 _ROWS_PER_GROUP = 32 * 1024
+_ROWS_PER_PART = 250_000
 _WRITES, _DELETES, _ABOUT = "writes.parquet", "deletes.parquet", "plan.json"
 _SENT = {RESEND: UPDATE}
 """Actions of the plan that a sink knows under another name."""
@@ -281,35 +283,49 @@ class _Comparison:
         self._assignment = assignment
         self._columns = columns
         self._asked = asked
+        self._rows = 0
         self._others = sorted(c for c in columns if c not in assignment.key)
         self.head = json.dumps([assignment.table, assignment.key, assignment.mode, sorted(columns.items())])
 
     def compare(self, acknowledged: pa.Table) -> None:
-        """Temporary tables: `digested`, a narrow row per row of the result; `planned`, those of them that are not
-        simply unchanged, with what becomes of them; `gone`, the acknowledged keys that the result lacks."""
+        """Temporary tables: `planned`, the rows of the result that are not simply unchanged, with what becomes of
+        them; `gone`, the acknowledged keys that the result lacks. Done by parts of the keys, so that what is held in
+        memory does not grow with the result."""
         connection, key = self._connection, [self._columns[c] for c in self._assignment.key]
         connection.register("acknowledged", acknowledged)
         if self._asked.only is not None:
             connection.register("only_keys", pa.table({"key": self._asked.only}))
+        connection.execute(
+            "CREATE TEMP TABLE planned (n BIGINT, key VARCHAR, digest VARCHAR, version BIGINT, acked VARCHAR, "
+            "action VARCHAR)"
+        )
+        connection.execute("CREATE TEMP TABLE gone (key VARCHAR, version BIGINT)")
+        self._rows = self._number(f"SELECT count(*) FROM {self._relation}")
+        parts = max(1, math.ceil(max(self._rows, acknowledged.num_rows) / _ROWS_PER_PART))
         complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
-        for statement in (
-            f"CREATE TEMP TABLE digested AS SELECT file_row_number AS n, {key_json(key)} AS key, "
-            f"{content_sql(self._columns, self._assignment)} AS digest, {complete} AS whole FROM {self._relation}",
-            # By hash first: hardly any result has a key twice, and numbers take a third of the room that keys do.
-            "CREATE TEMP TABLE suspects AS "
-            "SELECT hash(key) AS h FROM digested WHERE whole GROUP BY h HAVING count(*) > 1",
-            "CREATE TEMP TABLE shared AS SELECT key FROM digested WHERE whole AND hash(key) IN (FROM suspects) "
-            "GROUP BY key HAVING count(*) > 1",
-            f"""
-            CREATE TEMP TABLE planned AS
-            SELECT d.n, d.key, d.digest, coalesce(a.version, 0) AS version, a.digest AS acked,
-                   CASE WHEN NOT d.whole THEN 'null key' WHEN d.key IN (FROM shared) THEN 'duplicate key'
-                        ELSE {self._action_sql()} END AS action
-            FROM digested d LEFT JOIN acknowledged a ON d.key = a.key WHERE action <> '{UNCHANGED}'""",
-            "CREATE TEMP TABLE gone AS SELECT a.key, a.version FROM acknowledged a "
-            "ANTI JOIN digested d ON d.key = a.key WHERE a.digest <> ''",
-        ):
-            connection.execute(statement)
+        for part in range(parts):
+            mine = f"% {parts} = {part}"
+            for statement in (
+                f"CREATE TEMP TABLE digested AS SELECT file_row_number AS n, {key_json(key)} AS key, "
+                f"{content_sql(self._columns, self._assignment)} AS digest, {complete} AS whole "
+                f"FROM {self._relation} WHERE hash({key_json(key)}) {mine}",
+                f"CREATE TEMP TABLE known AS SELECT * FROM acknowledged WHERE hash(key) {mine}",
+                # By hash first: hardly any result has a key twice, and numbers take a third of the room of keys.
+                "CREATE TEMP TABLE suspects AS "
+                "SELECT hash(key) AS h FROM digested WHERE whole GROUP BY h HAVING count(*) > 1",
+                "CREATE TEMP TABLE shared AS SELECT key FROM digested WHERE whole AND hash(key) IN (FROM suspects) "
+                "GROUP BY key HAVING count(*) > 1",
+                f"""
+                INSERT INTO planned
+                SELECT d.n, d.key, d.digest, coalesce(a.version, 0) AS version, a.digest AS acked,
+                       CASE WHEN NOT d.whole THEN 'null key' WHEN d.key IN (FROM shared) THEN 'duplicate key'
+                            ELSE {self._action_sql()} END AS action
+                FROM digested d LEFT JOIN known a ON d.key = a.key WHERE action <> '{UNCHANGED}'""",
+                "INSERT INTO gone SELECT a.key, a.version FROM known a "
+                "ANTI JOIN digested d ON d.key = a.key WHERE a.digest <> ''",
+                *(f"DROP TABLE {name}" for name in ("digested", "known", "suspects", "shared")),
+            ):
+                connection.execute(statement)
 
     def _action_sql(self) -> str:
         """What becomes of a row with a key of its own."""
@@ -334,16 +350,16 @@ class _Comparison:
         found: dict[str, int] = dict(
             self._connection.execute("SELECT action, count(*) FROM planned GROUP BY action").fetchall()
         )
-        rows, gone = self._number("SELECT count(*) FROM digested"), self._number("SELECT count(*) FROM gone")
+        gone = self._number("SELECT count(*) FROM gone")
         return Counts(
-            rows=rows,
+            rows=self._rows,
             acknowledged=self._number("SELECT count(*) FROM acknowledged WHERE digest <> ''"),
             inserts=found.get(INSERT, 0),
             updates=found.get(UPDATE, 0),
             resends=found.get(RESEND, 0),
             adopts=found.get(ADOPT, 0),
             deletes=gone if self._deletes else 0,
-            unchanged=rows - sum(found.values()),
+            unchanged=self._rows - sum(found.values()),
             ignored=found.get(IGNORED, 0),
             held=found.get("null key", 0) + found.get("duplicate key", 0),
             gone=gone,

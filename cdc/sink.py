@@ -5,8 +5,8 @@ acknowledged after (or together with) its effect, never before. It does not deci
 it may be (cdc.guarding), or when (cdc.sync).
 
 Acknowledgements are a table of `key` (string: the JSON array of the key's texts), `digest` (string, opaque) and
-`version` (int64: how often the key has been acknowledged). A digest that is empty says that the target no longer has
-the row; such a key is kept where the version matters.
+`version` (int64: it grows with every acknowledgement of the key). A digest that is empty says that the target no longer
+has the row; such a key is kept where the version matters.
 """
 
 from __future__ import annotations

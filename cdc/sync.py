@@ -294,7 +294,7 @@ class SyncJob:
             keys = {REPORT: [], SOURCE: [*drift.missing, *drift.different], TARGET: drift.different}[order.policy]
             only = pa.chunked_array([pa.array(keys, pa.string())])
             asked = replace(asked, only=only, again=not adopts, adopt=adopts)
-        about["generation"] = asked.generation
+        about |= {"generation": asked.generation, "kind": order.kind if order is not None else APPLY}
         step.plan, acknowledged = member.planner.plan(assignment, asked)
         step.plan.about.update(shape=acknowledged.shape, last_run=acknowledged.last_run)
         step.trips = trips(member.config.guard, step.plan.counts, remembered(before), acknowledged.shape)
@@ -362,7 +362,14 @@ class SyncJob:
                 text = "; ".join(t.text for t in step.trips)
                 hint = f"`cdc sync plan {member.name}` shows it; `cdc sync approve {member.name} {plan.id}` sends it"
                 member.condition.be(HELD, text, hint, again=kept is not None and kept["plan"] != plan.id)
-        return [self._ended(s, cause, HELD, error="; ".join(t.text for t in s.trips)) for s in steps]
+        return [self._ended(s, cause, HELD, error=self._why_held(s)) for s in steps]
+
+    def _why_held(self, step: _Step) -> str:
+        held = self._state.get(held_fact(step.member.name))
+        texts = [t.text for t in step.trips]
+        if held is not None and step.plan is not None and held["plan"] != step.plan.id:
+            texts.append(f"plan {held['plan']} waits for approval")
+        return "; ".join(texts)
 
     def _approve(self, member: _Member, plan: str) -> bool:
         """Whether that plan is the one that is held; it is approved then."""
@@ -442,21 +449,30 @@ class SyncJob:
         outcome = STOPPED if done.stopped else PARTIAL if held or done.rejects else DONE
         text = "; ".join(filter(None, [_held_text(held, plan.held), _rejected_text(done.rejected, done.rejects)]))
         if outcome != STOPPED:
-            wrote = bool(done.written or done.deleted)
-            member.due.ran(
-                plan.about["positions"],
-                {
-                    **plan.about["last"], "run": step.run, "shape": plan.about["shape"], "written": done.written,
-                    "rejected": done.rejects, "acked_run": step.run if wrote else plan.about["last_run"],
-                },
-            )  # fmt: skip
+            self._remember(step)
             hint = f"`cdc sync history {member.name} {step.run}` lists them; `cdc sync retry {member.name}` tries again"
             member.condition.be(FINE) if outcome == DONE else member.condition.be(PARTIAL, text, hint)
         return self._ended(step, cause, outcome, error=text)
 
+    def _remember(self, step: _Step) -> None:
+        """The fact about a run that came to its end. One for some rows only leaves open what is due, and a reconcile
+        also which rows were rejected."""
+        assert step.plan is not None
+        assert step.work is not None
+        member, about, done = step.member, step.plan.about, step.work.applied
+        fact = {"acked_run": step.run if done.written or done.deleted else about["last_run"]}
+        if about["kind"] != RECONCILE:
+            fact |= {"run": step.run, "shape": about["shape"], "written": done.written, "rejected": done.rejects}
+        if about["kind"] in (RETRY, RECONCILE):
+            before = self._state.get(last_fact(member.name))
+            if before is not None:
+                self._state.set(last_fact(member.name), {**before, **fact})
+        else:
+            member.due.ran(about["positions"], {**about["last"], **fact})
+
     def _row_log(self, step: _Step) -> rowlog.RowLog:
         assert step.plan is not None
-        left_out = ("last", "positions", "drift")
+        left_out = ("last", "positions", "drift", "kind")
         about = {k: v for k, v in step.plan.about.items() if k not in left_out}
         return rowlog.RowLog(step.member.rows, step.run, {"plan": step.plan.id, **about})
 

@@ -279,9 +279,9 @@ def _condensed(tables: list[pa.Table]) -> pa.Table:
     # Of several values for one place the last one stays (NumPy's user guide, on assigning to indexed arrays).
     last[0, codes[acknowledged]] = at[acknowledged]
     last[1, codes] = at
-    kept = np.unique(last)
-    kept = kept[kept >= 0]
-    return whole if len(kept) == whole.num_rows else whole.take(pa.array(kept))
+    kept = np.zeros(whole.num_rows, np.bool_)
+    kept[last[last >= 0]] = True
+    return whole if kept.all() else whole.filter(pa.array(kept))
 
 
 def _known(entries: pa.Table) -> pa.Table:
@@ -290,9 +290,12 @@ def _known(entries: pa.Table) -> pa.Table:
     acks = entries.filter(pc.equal(entries.column("kind"), ACKNOWLEDGED)).combine_chunks().select(ACKS.names)
     if not others.num_rows:
         return acks
+    shared = pc.is_in(acks.column("key"), value_set=others.column("key"))
     # Their keys' acknowledgements, if any: version and doubt are of the other entry.
-    found = pc.index_in(others.column("key"), value_set=acks.column("key"))
-    before = pc.fill_null(acks.column("digest").take(found), "")
+    known = acks.filter(shared)
+    before = pc.fill_null(
+        known.column("digest").take(pc.index_in(others.column("key"), value_set=known.column("key"))), ""
+    )
     doubted = pc.equal(others.column("kind"), ATTEMPTED)
     digests = pc.if_else(doubted, IN_DOUBT, before)
     changed = pa.table([others.column("key"), digests, others.column("version")], schema=ACKS)
@@ -300,8 +303,7 @@ def _known(entries: pa.Table) -> pa.Table:
     changed = changed.filter(
         pc.or_(pc.not_equal(changed.column("digest"), ""), pc.greater(changed.column("version"), 0))
     )
-    rest = acks.filter(pc.invert(pc.is_in(acks.column("key"), value_set=others.column("key"))))
-    return pa.concat_tables([rest, changed])
+    return pa.concat_tables([acks.filter(pc.invert(shared)), changed])
 
 
 def _encoded(table: pa.Table, link: _Link) -> Any:

@@ -93,6 +93,8 @@ class Delivery:
         """From the threads that send: place of a row, and what became of it."""
         self._unheard: set[int] = set()
         """Rows of which something was sent whose effect is not known, whatever was answered later."""
+        self._in_part: set[int] = set()
+        """Rows of requests that were not taken as a whole: known once they were sent by themselves."""
         self._kinds = [UNKNOWN] * self._rows
         self._reasons: dict[int, str] = {}
         self._announced = 0
@@ -203,7 +205,10 @@ class Delivery:
         clean = [
             at
             for at in range(self._announced)
-            if self._kinds[at] != TAKEN and at not in taken and at not in self._unheard
+            if self._kinds[at] != TAKEN
+            and at not in taken
+            and at not in self._unheard
+            and (self._kinds[at] != UNKNOWN or at not in self._in_part)
         ]
         settled = [at for at in clean if at not in self._before]
         restored = [at for at in clean if at in self._before]
@@ -233,7 +238,8 @@ class Delivery:
     def _fail(self, error: CdcError) -> None:
         """Nothing new is sent. The first error that an operator must mend is told, or else the first of all."""
         with self._lock:
-            if self._error is None or self._error.verdict is Verdict.RETRY is not error.verdict:
+            known = self._error
+            if known is None or (known.verdict is Verdict.RETRY and error.verdict is not Verdict.RETRY):
                 self._error = error
         self._stop.set()
 
@@ -264,6 +270,8 @@ class Delivery:
                 raise Refused(f"the request has more than {BODY_BYTES_MAX >> 20} MB")
             judgement = self._exchange(built, [at for at, _ in items])
         except (Refused, RowRefused) as e:
+            if isinstance(e, Refused) and e.in_part:
+                self._in_part.update(at for at, _ in items)
             if len(items) > 1:
                 middle = len(items) // 2
                 self._send(items[:middle])

@@ -55,7 +55,12 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """The request was refused for a row in it; it was not taken in any part. The text is the reason."""
+    """The request was refused for a row in it. The text is the reason."""
+
+    def __init__(self, reason: str, *, in_part: bool = False) -> None:
+        super().__init__(reason)
+        self.in_part = in_part
+        """Whether other rows of it may have been taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ class Judge:
             if said is True:
                 return Judgement([Outcome(TAKEN)] * rows)
             if said is False:
-                raise Refused(self._told(answer.status, content))
+                raise Refused(self._told(answer.status, content), in_part=rows > 1)
             return self._unclear(rows, "ok is neither true nor false of an answer", "compare ok with what it answers")
         items = self._evaluated(self._items, content)
         if not isinstance(items, list) or len(items) != rows:

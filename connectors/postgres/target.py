@@ -173,6 +173,10 @@ class PostgresTarget:
             for batch in batches:
                 writing.take(batch, tables[batch.assignment.table])
             results = writing.finish()
+            if not keeps_state:
+                # On record before the COMMIT, whose answer may be lost: until it is heard these rows are in doubt.
+                for batch, result in zip(batches, results, strict=True):
+                    self._ledgers(batch.assignment.sync).record(attempts=_taken(batch, result))
             failpoint(BEFORE_COMMIT)
         return results, keeps_state
 
@@ -195,14 +199,10 @@ class PostgresTarget:
 
     def _ledgered(self, batch: Batch, result: PushResult) -> PushResult:
         """Acknowledge in the ledger what has been committed; what it does not take is sent again, without effect."""
-        left_out = {*(r.key for r in result.rejected), *result.absent}
-        keys = batch.acks.column("key")
-        taken = batch.acks.filter(pc.invert(pc.is_in(keys, pa.array(list(left_out), pa.string()))))
-        versions = pc.add(taken.column("version"), 1)
-        acks = pa.table([taken.column("key"), taken.column("digest"), versions], schema=ACKS)
+        taken = _taken(batch, result)
+        acks = pa.table([taken.column("key"), taken.column("digest"), pc.add(taken.column("version"), 1)], schema=ACKS)
         try:
-            if acks.num_rows:
-                self._ledgers(batch.assignment.sync).acknowledge(acks)
+            self._ledgers(batch.assignment.sync).record(acks=acks)
         except CdcError as error:
             return PushResult(
                 rows=result.rows,
@@ -212,6 +212,13 @@ class PostgresTarget:
                 error=error,
             )
         return result
+
+
+def _taken(batch: Batch, result: PushResult) -> pa.Table:
+    """The acknowledgements of the rows that were neither refused nor absent."""
+    left_out = {*(r.key for r in result.rejected), *result.absent}
+    keys = batch.acks.column("key")
+    return batch.acks.filter(pc.invert(pc.is_in(keys, pa.array(list(left_out), pa.string()))))
 
 
 def _goes_again(error: BaseException) -> bool:

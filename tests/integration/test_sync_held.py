@@ -181,6 +181,19 @@ def test_rejects_are_named_row_by_row_tried_again_and_hold_the_next_run_if_they_
     assert told(shop) == ["partial", "held", "fine"]
 
 
+def test_a_retry_or_reconcile_of_some_rows_does_not_pass_for_a_run(shop: Shop, db: psycopg.Connection) -> None:
+    shop.orders((1, 1.0), (2, 5000.0))
+    job = shop.job(SYNC)
+    assert ran(job, shop).outcome == "partial"
+    shop.orders((1, 7.0), (2, 5000.0))
+    assert job.order(shop.changed, "reconcile", policy="source").outcome == "partial"
+    assert job.order(shop.changed, "retry").outcome == "partial"
+    db.execute("ALTER TABLE public.scores DROP CONSTRAINT scores_value_check")
+    assert job.order(shop.changed, "retry").outcome == "done"
+    assert ran(job, shop).cause == "data", "the change of the other row is still due"
+    assert scores(db) == {1: 7.0, 2: 5000.0}
+
+
 def test_the_verbs_are_not_the_same_thing(shop: Shop, db: psycopg.Connection) -> None:
     shop.orders((1, 1.0), (2, 2.0), (3, 3.0))
     job = shop.job(MIRROR)

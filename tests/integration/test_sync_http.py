@@ -284,6 +284,52 @@ def test_what_was_in_flight_when_it_stopped_is_acknowledged(
     assert known(store) == {"a": (digest_of("slow"), 1)}
 
 
+def test_rows_of_a_request_that_was_taken_in_part_stay_in_doubt_until_they_are_sent_alone(
+    store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    answers = [Reply(207, {"ok": False}), Reply(200, {"ok": True}), Reply(200, {"ok": False}), Reply(401)]
+    to = Assignment(sync="crm", table="", key=("k",), mode="upsert", columns=("k", "v"),
+                    request=RequestConfig(path="/x", body="{items}", item="{k}", rows_per_request=4, ok="ok"),
+                    )  # fmt: skip
+    with HttpTargetServer(answers=lambda request: answers.pop(0)) as server:
+        plan: list[Planned] = [(f"k{i}", INSERT, "v", 0) for i in range(4)]
+        (result,) = sink_of(server.url, in_flight=1).push(batches(to, plan))
+        sent = [r.json for r in server.requests]
+    assert sent == [["k0", "k1", "k2", "k3"], ["k0", "k1"], ["k2", "k3"], ["k2"]]
+    assert (result.written, result.unsent) == (2, [key_of("k2"), key_of("k3")])
+    assert held(store) == {"k0": digest_of("v"), "k1": digest_of("v"), "k2": IN_DOUBT, "k3": IN_DOUBT}
+
+
+def test_what_was_sent_unheard_is_mended_when_the_result_turns_back(
+    server: HttpTargetServer, store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    """B was taken unheard, and the result is A again, which was acknowledged: it must be sent all the same."""
+    sink, to = sink_of(server.url, retry_for_s=0.05, in_flight=1), assignment("single")
+    push(sink, to, {"a": "A", "gone": "G"})
+    server.chaos(1, 1.0, ["cut"])
+    push(sink, to, {"a": "B", "gone": "G"})
+    push(sink, to, {"a": "B", "gone": "G", "new": "N"})
+    assert server.rows["a"] == "B"
+    server.chaos(1, 0, [])
+    push(sink, to, {"a": "A", "gone": "G"})
+    assert server.rows == {"a": "A", "gone": "G"}
+    push(sink, to, {"a": "B", "gone": "G"})
+    assert server.rows == {"a": "B", "gone": "G"}
+    assert [v for k, v in server.effects if k == "a"] == ["A", "B", "A", "B"]
+
+
+def test_in_mode_insert_what_was_not_heard_of_is_new(
+    server: HttpTargetServer, sink_of: Callable[..., HttpTarget]
+) -> None:
+    sink, to = sink_of(server.url, retry_for_s=0.05), assignment("single", mode="insert")
+    server.chaos(1, 1.0, ["cut"])
+    push(sink, to, {"a": "A"})
+    server.chaos(1, 0, [])
+    plan, (result,) = push(sink, to, {"a": "A"})
+    assert [(p[0], p[1]) for p in plan] == [("a", INSERT)]
+    assert (result.written, server.effects) == (1, [("a", "A")])
+
+
 class Failing(LocalStore):
     """A store whose writes fail while `fails`."""
 

@@ -10,7 +10,9 @@ import pyarrow as pa
 
 from cdc.config_serving import TargetConfig
 from cdc.errors import CdcError
-from cdc.sink import ACKS, INSERT, Assignment, Batch, Ledger
+from cdc.sink import ACKS, IN_DOUBT, INSERT, Assignment, Batch, Ledger
+
+NONE = ACKS.empty_table()
 
 
 def target_config(dsn: str, **changes: object) -> TargetConfig:
@@ -23,21 +25,32 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[str, int]] = {}
+        self.tried: dict[str, tuple[str, int]] = {}
         self.failing: CdcError | None = None
 
     def read(self) -> pa.Table:
-        rows = [(key, digest, version) for key, (digest, version) in self.known.items()]
+        known = {**self.known, **{key: (IN_DOUBT, version) for key, (_, version) in self.tried.items()}}
+        rows = [(key, digest, version) for key, (digest, version) in known.items()]
         return pa.table([list(c) for c in zip(*rows, strict=True)] or [[], [], []], schema=ACKS)
 
-    def acknowledge(self, acks: pa.Table) -> None:
-        if self.failing is not None:
+    def attempts(self) -> Mapping[str, tuple[str, int]]:
+        return self.tried
+
+    def record(self, *, acks: pa.Table = NONE, settled: pa.Table = NONE, attempts: pa.Table = NONE) -> None:
+        if self.failing is not None and acks.num_rows:
             raise self.failing
-        assert acks.schema == ACKS
+        for table in (acks, settled, attempts):
+            assert table.schema == ACKS
         for row in acks.to_pylist():
             self.known[row["key"]] = (row["digest"], row["version"])
+            self.tried.pop(row["key"], None)
+        for row in settled.to_pylist():
+            self.tried.pop(row["key"], None)
+        self.tried |= {row["key"]: (row["digest"], row["version"]) for row in attempts.to_pylist()}
 
     def forget(self) -> None:
-        self.known = {key: ("", version) for key, (_, version) in self.known.items()}
+        self.known = {key: ("", version) for key, (_, version) in {**self.known, **self.tried}.items()}
+        self.tried = {}
 
 
 class MemoryLedgers:

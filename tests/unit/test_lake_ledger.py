@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,17 @@ def test_random_programs_say_what_a_plain_model_says(number: int, tmp_path: Path
         assert content(LakeLedger(store, "s")) == model.content()
         assert dict(ledger.attempts()) == model.tried
         assert len(objects(store)) <= 12
+
+
+@pytest.mark.slow
+def test_a_million_keys_are_read_in_about_a_second(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINKS_MAX", 48)
+    ledger, size = LakeLedger(store, "s"), 20_000
+    for start in range(0, 1_000_000, size):
+        keys = [f'["customer {k}"]' for k in range(start, start + size)]
+        rows = pa.table({"key": keys, "digest": [f"{hash(k):032x}" for k in keys], "version": [1] * size}, schema=ACKS)
+        ledger.record(attempts=rows)
+        ledger.record(acks=rows)
+    begin = time.process_time()
+    assert LakeLedger(store, "s").read().num_rows == 1_000_000
+    assert time.process_time() - begin < 3
