@@ -34,14 +34,14 @@ import pyarrow.parquet as pq
 from cdc.errors import ModelFailed
 from cdc.models import frozen
 from cdc.relations import MEMORY_LIMIT, THREADS, failure
-from cdc.sink import ACKS, ADOPT, DELETE, INSERT, UPDATE, Assignment, Batch
+from cdc.sink import ACKS, ADOPT, DELETE, IN_DOUBT, INSERT, UPDATE, Assignment, Batch
 from cdc.sqltext import literal, quoted
 
 if TYPE_CHECKING:
     import duckdb
 
 RESEND = "resend"
-"""Unchanged, and sent all the same."""
+"""Sent though nothing has changed that anybody knows of: by a resync, or because an answer was lost."""
 UNCHANGED, IGNORED = "unchanged", "ignored"
 ACTION, KEY, DIGEST, VERSION, DIFFERS = "cdc:action", "cdc:key", "cdc:digest", "cdc:version", "cdc:differs"
 """Columns of the plan's files before those of the result."""
@@ -333,14 +333,19 @@ class _Comparison:
         new = {"update": UPDATE}.get(mode, INSERT)
         changed = {"insert": IGNORED, "append": INSERT}.get(mode, UPDATE)
         again = {"insert": UNCHANGED, "append": INSERT}.get(mode, RESEND)
+        doubted = {"insert": INSERT, "append": INSERT}.get(mode, RESEND)
         if asked.adopt:
-            new = changed = again = ADOPT
+            new = changed = again = doubted = ADOPT
         old = f"coalesce(try_cast(split_part(a.digest, ':', 3) AS INT), 0) < {asked.generation}"
         due = "true" if asked.again else old
-        action = (
-            f"CASE WHEN coalesce(a.digest, '') = '' THEN '{new}' WHEN substr(a.digest, 1, 32) <> d.digest THEN "
-            f"'{changed}' WHEN {due} THEN '{again}' ELSE '{UNCHANGED}' END"
+        cases = (
+            ("coalesce(a.digest, '') = ''", new),
+            (f"a.digest = '{IN_DOUBT}'", doubted),
+            ("substr(a.digest, 1, 32) <> d.digest", changed),
+            (due, again),
         )
+        whens = " ".join(f"WHEN {condition} THEN '{action}'" for condition, action in cases)
+        action = f"CASE {whens} ELSE '{UNCHANGED}' END"
         if asked.only is None:
             return action
         return f"CASE WHEN d.key NOT IN (FROM only_keys) THEN '{UNCHANGED}' ELSE {action} END"

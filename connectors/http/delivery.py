@@ -291,6 +291,10 @@ class Delivery:
         except CdcError as e:
             self._fail(e)
             return
+        except BaseException:
+            # A defect of ours: who knows what was sent before.
+            self._unheard.update(at for at, _ in items)
+            raise
         for (at, _), outcome in zip(items, judgement.outcomes, strict=True):
             if outcome.kind == UNKNOWN:
                 self._unheard.add(at)

@@ -73,6 +73,7 @@ class HttpTargetServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             timeout = 30
+            disable_nagle_algorithm = True
 
             def log_message(self, *args: Any) -> None:
                 pass

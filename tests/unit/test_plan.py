@@ -18,7 +18,7 @@ from cdc.config_serving import ModelConfig, SyncConfig
 from cdc.errors import ConfigError, ModelFailed
 from cdc.plan import Asked, Plan, load, make_plan
 from cdc.planning import definition
-from cdc.sink import ACKS, Assignment, Batch
+from cdc.sink import ACKS, IN_DOUBT, Assignment, Batch
 
 NOTHING = ACKS.empty_table()
 
@@ -197,6 +197,16 @@ def test_a_resync_sends_what_is_unchanged_and_goes_on_where_it_was_cut_short(tmp
     known = pa.Table.from_pylist(list(half.values()), schema=ACKS)
     assert counted(plan_of(tmp_path, rows, known, asked=again)) == {"resends": 2, "unchanged": 1}
     assert counted(plan_of(tmp_path, rows, known)) == {"unchanged": 3}, "only a resync asks for it"
+
+
+def test_rows_whose_answer_was_lost_are_sent_again_and_are_no_changes(tmp_path: Path) -> None:
+    rows = pa.table({"id": [1, 2, 3], "v": ["a", "b", "c"]})
+    keys = ['["1"]', '["2"]', '["9"]']
+    known = pa.table({"key": keys, "digest": [IN_DOUBT] * 3, "version": [4, 0, 0]}, schema=ACKS)
+    plan = plan_of(tmp_path, rows, known, mode="mirror")
+    assert counted(plan) == {"resends": 2, "inserts": 1, "gone": 1, "deletes": 1}
+    assert [b.acks.column("version").to_pylist() for b in plan.batches(9)] == [[0], [4, 0], [0]]
+    assert counted(plan_of(tmp_path, rows, known, mode="insert")) == {"inserts": 3, "gone": 1}
 
 
 def test_a_plan_may_be_limited_to_keys_and_may_only_take_note(tmp_path: Path) -> None:
