@@ -207,7 +207,8 @@ def main() -> None:
     beyond = plan["peak_rss_mb"] - floor["peak_rss_mb"]
     print(
         f"planning {given.rows:,} rows, {given.changes:,} changes: {plan['seconds']:.2f} s, "
-        f"{plan['cpu_s']:.2f} CPU s, {plan['peak_rss_mb']:.0f} MB, {beyond:.0f} MB beyond DuckDB's floor of {floor['peak_rss_mb']:.0f} MB"
+        f"{plan['cpu_s']:.2f} CPU s, {plan['peak_rss_mb']:.0f} MB, {beyond:.0f} MB beyond DuckDB's floor of "
+        f"{floor['peak_rss_mb']:.0f} MB"
     )
     push, hand = medians["push"]["seconds"], medians["by hand"]["seconds"]
     print(
