@@ -21,7 +21,7 @@ from connectors.postgres.target_state import STATE_TABLE
 from connectors.postgres.target_table import TargetColumn, TargetTable
 
 Rows = Sequence[int]
-"""Ordinals of staged rows; a range where they are consecutive."""
+"""Ordinals of staged rows, ascending."""
 
 _INTEGERS = ("int2", "int4", "int8")
 _TEXT_ROOM = 16
@@ -35,8 +35,8 @@ def ident(*names: str) -> sql.Identifier:
 def chosen(alias: str, rows: Rows) -> sql.Composable:
     """The condition that a staged row is one of these."""
     n = ident(alias, "n")
-    if isinstance(rows, range) and rows.step == 1:
-        return sql.SQL("{} >= {} AND {} < {}").format(n, sql.Literal(rows.start), n, sql.Literal(rows.stop))
+    if rows and rows[-1] - rows[0] + 1 == len(rows):
+        return sql.SQL("{} >= {} AND {} <= {}").format(n, sql.Literal(rows[0]), n, sql.Literal(rows[-1]))
     return sql.SQL("{} = ANY({}::int[])").format(n, sql.Literal("{" + ",".join(map(str, rows)) + "}"))
 
 
@@ -233,6 +233,34 @@ class Statements:
             return moves
         return sql.SQL("{} AND s.{} IS NOT NULL").format(moves, ident(self._place(column)))
 
+    def present(self, rows: Rows) -> sql.Composed:
+        """Ordinal and key, as the target writes it, of the staged rows that it has."""
+        return sql.SQL("SELECT s.n, ROW({})::text FROM {} s JOIN {} o ON {} WHERE {}").format(
+            self._key("o"), self.stage, self._target, self._matched("o"), chosen("s", rows)
+        )
+
+    def holders(self, rows: Rows) -> list[tuple[str, sql.Composed]]:
+        """By unique index: ordinals of staged rows, and the keys of other rows that have now what they want."""
+        if self.action == DELETE:
+            return []
+        pushed = {self.table.columns[c].attnum: c for c in self.columns if c not in self.assignment.fill}
+        key = {self.table.columns[k].attnum for k in self.assignment.key}
+        found = []
+        for index in self.table.indexes:
+            if not (index.unique and index.plain) or index.columns <= key or not index.columns <= pushed.keys():
+                continue
+            same = [sql.SQL("o.{} = {}").format(ident(pushed[i]), self._cast(pushed[i])) for i in index.columns]
+            statement = sql.SQL("SELECT s.n, ROW({})::text FROM {} s JOIN {} o ON {} WHERE {} AND NOT ({})").format(
+                self._key("o"),
+                self.stage,
+                self._target,
+                _listed(same, " AND "),
+                chosen("s", rows),
+                self._matched("o"),
+            )
+            found.append((index.name, statement))
+        return found
+
     def _nobodys(self, column: TargetColumn) -> sql.Composed | None:
         """An expression for a value that no other row has; None for types without one."""
         if column.base_type[0] != "pg_catalog":
@@ -297,6 +325,9 @@ class Statements:
 
     def _cast(self, column: str) -> sql.Composed:
         return sql.SQL("s.{}::{}").format(ident(self._place(column)), self._type(column))
+
+    def _key(self, alias: str) -> sql.Composed:
+        return _listed(ident(alias, k) for k in self.assignment.key)
 
     def _matched(self, alias: str) -> sql.Composed:
         """That a row of the target has the key of the staged texts."""

@@ -7,9 +7,9 @@ constraints that can be deferred are; for other unique indexes the rows that cha
 nobody has, then their final one, all under one savepoint. Whoever still cannot go through is left out, and the rest is
 tried again without it.
 
-What that costs: nothing unless a batch is refused; then the batch once more, and about 2 log2(n) statements per bad
-row. Triggers of the target see the intermediate values. That is bounded by `ROUNDS_ROWS`: of long chains of rows that
-wait for one which is refused, what is left then is rejected, and goes through in a later run if it can.
+What that costs: nothing unless a batch is refused; then the batch a few times more, and about 2 log2(n) statements per
+bad row. Triggers of the target see the intermediate values. It is bounded by `ROUNDS_ROWS`: what is left then is
+rejected, and goes through in a later run if it can.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUNDS = 20
 """How often rows that wait for rows behind them are looked at again."""
 ROUNDS_ROWS = 200_000
 ROUND_COST_ROWS = 200
-"""How many rows may be written in vain to find who is in the way: each round finds one in each chain."""
+"""How many rows may be written in vain to find who is in the way."""
 
 
 @dataclass(eq=False, slots=True)
@@ -66,6 +66,9 @@ class Part:
 
 
 Group = list[tuple[Part, Rows]]
+PartRow = tuple[Part, int]
+Tie = tuple[PartRow, PartRow, str]
+"""A row, another that has now what it wants, and the index under which they cannot both have it."""
 
 
 @dataclass(slots=True)
@@ -85,7 +88,6 @@ class Writing:
         self._keeps_state = keeps_state
         self._parts: list[Part] = []
         self._postponed: Group = []
-        self._conflicts: dict[tuple[Part, int], str] = {}
         # Deferred constraints would fail at COMMIT, where no row can be told from another.
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
@@ -107,10 +109,7 @@ class Writing:
     def finish(self) -> list[PushResult]:
         """Give what was refused for other rows its second chance; the results of all batches."""
         if self._postponed and not self._together(self._postponed):
-            postponed, self._postponed = self._postponed, []
-            for part, rows in postponed:
-                self._write(part, rows, postpone=False)
-            self._untangle()
+            self._untangle({(part, n) for part, rows in self._postponed for n in rows if n not in part.rejected})
         return [part.result() for part in self._parts]
 
     # ------------------------------------------------------------------ staging
@@ -139,27 +138,23 @@ class Writing:
 
     # ------------------------------------------------------------------ writing
 
-    def _write(self, part: Part, rows: Rows, *, postpone: bool = True) -> None:
-        """Write the rows; halve what is refused. What is refused for other rows is postponed whole, or set aside."""
+    def _write(self, part: Part, rows: Rows) -> None:
+        """Write the rows; halve what is refused. What is refused for other rows is postponed whole."""
         try:
             self._attempt(part, rows)
             return
         except psycopg.Error as error:
             if not is_about_rows(error, self._connection):
                 raise
-            conflicts = _conflicts(part, error)
-            if conflicts and postpone:
+            if _conflicts(part, error):
                 self._postponed.append((part, rows))
                 return
             if len(rows) == 1:
-                if conflicts:
-                    self._conflicts[part, rows[0]] = reason(error)
-                else:
-                    self._refuse(part, rows[0], error)
+                self._refuse(part, rows[0], error)
                 return
         self._make_findable(part)
         for half in _halves(rows):
-            self._write(part, half, postpone=postpone)
+            self._write(part, half)
 
     def _refuse(self, part: Part, n: int, error: psycopg.Error) -> None:
         part.refuse(n, reason(error))
@@ -229,27 +224,52 @@ class Writing:
             _note(part, outcome)
         return True
 
-    def _untangle(self) -> None:
-        """Write the largest part of the set-aside rows that goes through together; the rest is rejected."""
-        left = ROUNDS_ROWS
-        while left > 0:
-            left -= max(len(self._conflicts), ROUND_COST_ROWS)
-            group = _grouped(self._conflicts)
-            if not group or self._together(group):
-                return
-            refused = self._refused_among(group)
+    def _untangle(self, waiting: set[PartRow]) -> None:
+        """Write the largest part of the postponed rows that goes through together; the rest is rejected."""
+        left, ties = ROUNDS_ROWS, None
+        for part, _ in waiting:
+            self._make_findable(part)
+        while waiting and left > 0:
+            left -= max(len(waiting), ROUND_COST_ROWS)
+            refused = self._refused_among(_grouped(waiting))
             if not refused:
                 return
+            ties = ties if ties is not None else self._ties(_grouped(waiting), set(refused))
+            for row, name in _followers(ties, set(refused)).items():
+                if row in waiting:
+                    refused.setdefault(row, (f"wants what a refused row keeps, constraint {name}", True))
             for (part, n), (why, conflicts) in refused.items():
-                del self._conflicts[part, n]
                 part.refuse(n, why, conflicts=conflicts)
-        for (part, n), why in self._conflicts.items():
-            part.refuse(n, why, conflicts=True)
+            waiting -= set(refused)
+            if waiting and self._together(_grouped(waiting)):
+                return
+        for part, n in waiting:
+            part.refuse(n, "waits for too many other rows; later runs try again", conflicts=True)
 
-    def _refused_among(self, group: Group) -> dict[tuple[Part, int], tuple[str, bool]]:
+    def _ties(self, group: Group, refused: set[PartRow]) -> list[Tie]:
+        """Who, not refused yet, wants a unique value that another row has now. Not all such are found, only those of
+        plain indexes over pushed columns: it spares a round for each link of a chain."""
+        owners: dict[tuple[int, str], PartRow] = {}
+        wants: list[tuple[PartRow, tuple[int, str], str]] = []
+        try:
+            with self._connection.transaction():
+                for part, rows in group:
+                    oid = part.statements.table.oid
+                    for n, key in self._connection.execute(part.statements.present(rows)):
+                        owners[oid, key] = (part, n)
+                    # What a column cannot hold has been refused: the others can be cast.
+                    for name, statement in part.statements.holders([n for n in rows if (part, n) not in refused]):
+                        wants += [((part, n), (oid, key), name) for n, key in self._connection.execute(statement)]
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+            return []
+        return [(row, owners[key], name) for row, key, name in wants if key in owners]
+
+    def _refused_among(self, group: Group) -> dict[PartRow, tuple[str, bool]]:
         """Which of them are refused although all others have made room. If none is, they are written; else nothing."""
         waiting = group
-        refused: dict[tuple[Part, int], tuple[str, bool]] = {}
+        refused: dict[PartRow, tuple[str, bool]] = {}
         outcomes: list[tuple[Part, _Outcome]] = []
         with self._connection.transaction():
             self._vacate(group, all_indexes=True)
@@ -273,7 +293,7 @@ class Writing:
         self,
         part: Part,
         rows: Rows,
-        refused: dict[tuple[Part, int], tuple[str, bool]],
+        refused: dict[PartRow, tuple[str, bool]],
         outcomes: list[tuple[Part, _Outcome]],
     ) -> None:
         try:
@@ -330,6 +350,21 @@ def _conflicts(part: Part, error: psycopg.Error) -> bool:
     table = part.statements.table
     key = {table.columns[k].attnum for k in part.batch.assignment.key}
     return not any(i.name == error.diag.constraint_name and i.columns == key for i in table.indexes)
+
+
+def _followers(ties: list[Tie], rows: set[PartRow]) -> dict[PartRow, str]:
+    """Who waits for one of the rows, at any distance, and under which index."""
+    waiting: dict[PartRow, list[tuple[PartRow, str]]] = {}
+    for row, other, name in ties:
+        waiting.setdefault(other, []).append((row, name))
+    found: dict[PartRow, str] = {}
+    ahead = list(rows)
+    while ahead:
+        for row, name in waiting.get(ahead.pop(), ()):
+            if row not in found:
+                found[row] = name
+                ahead.append(row)
+    return found
 
 
 def _note(part: Part, outcome: _Outcome) -> None:
