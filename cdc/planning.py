@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from cdc import registry
 from cdc.config import Config
 from cdc.config_serving import ModelConfig, SyncConfig
-from cdc.due import last_fact
-from cdc.errors import ConfigError, TargetRejected
+from cdc.due import known_tables, last_fact
+from cdc.errors import CdcError, ConfigError, TargetRejected
 from cdc.guarding import LastRun, trips
 from cdc.lake.ledger import LakeLedger
-from cdc.models import run_model
+from cdc.models import query, run_model
 from cdc.plan import SAMPLES, Asked, Plan, key_of, make_plan
 from cdc.ports import ObjectStore
 from cdc.relations import MEMORY_LIMIT, THREADS, Sources, Versions
@@ -194,6 +194,22 @@ def plan_now(
             }  # fmt: skip
     finally:
         sink.close()
+
+
+def result_columns(config: Config, sync: SyncConfig, store: ObjectStore) -> list[str]:
+    """Columns that the sync pushes, by the target's names; empty as long as the lake does not have what it reads."""
+    if sync.columns or not config.state_path.is_file():
+        return list(sync.columns)
+    state = State(config.state_path, create=False, readonly=True)
+    try:
+        sources = known_tables(state)
+        sql = definition(sync, config.models.get(sync.model))
+        found = query(store, sources, f"SELECT * FROM ({sql}) LIMIT 0", cut=cut_versions(state, set(sources)))
+        return list(found.schema.names)
+    except CdcError:
+        return []
+    finally:
+        state.close()
 
 
 def remembered(last: Mapping[str, Any]) -> LastRun:

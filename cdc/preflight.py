@@ -22,7 +22,7 @@ from cdc.lake.ledger import LakeLedger
 from cdc.lake.probe import WHAT_TO_DO, broken_promises
 from cdc.lake.routing import open_lake
 from cdc.places import left_behind
-from cdc.planning import assignment_of
+from cdc.planning import assignment_of, result_columns
 from cdc.ports import Finding, ObjectStore
 
 SEVERITIES = ("error", "warning", "info", "ok")
@@ -227,10 +227,11 @@ def _check_target(config: Config, target: TargetConfig) -> list[Finding]:
     if not syncs:
         return [Finding(name="unused", severity="info", message="no sync pushes to this target", object=at)]
     findings: list[Finding] = []
-    sink = registry.sink_kind(target.type)(target, partial(LakeLedger, open_lake(config)))
+    store = open_lake(config)
+    sink = registry.sink_kind(target.type)(target, partial(LakeLedger, store))
     try:
         for sync in syncs:
-            found = sink.check(assignment_of(sync, list(sync.columns) or sync.key))
+            found = sink.check(assignment_of(sync, result_columns(config, sync, store)))
             findings += found or [
                 Finding(name="target", severity="ok", message=f"{sync.place} can take sync {sync.name}", object=at)
             ]

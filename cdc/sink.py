@@ -154,7 +154,8 @@ class Sink(Protocol):
     """A target that rows are pushed into. Used by one thread."""
 
     def check(self, assignment: Assignment) -> list[Finding]:
-        """Whether the target can take this, each finding with what mends it; no side effects."""
+        """Whether the target can take this, each finding with what mends it; no side effects. `columns` may be empty:
+        they are not known yet."""
 
     def acknowledged(self, assignment: Assignment) -> Acknowledged:
         """What has been acknowledged for the sync. Blocks; TargetUnavailable, TargetRejected."""

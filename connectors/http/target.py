@@ -162,7 +162,8 @@ class HttpTarget:
         )
 
     def _compiled(self, assignment: Assignment, request: RequestConfig, action: str) -> tuple[RequestTemplate, Judge]:
-        template = RequestTemplate(request, assignment.key if action == DELETE else assignment.columns)
+        columns = assignment.key if action == DELETE else assignment.columns
+        template = RequestTemplate(request, columns or None)
         judge = Judge(
             self._config.name, request,
             action=action, mode=assignment.mode, addresses_rows=template.addresses_rows,

@@ -68,16 +68,18 @@ class Item:
 
 
 class RequestTemplate:
-    """A compiled RequestConfig over rows with these columns. Thread-safe."""
+    """A compiled RequestConfig over rows with these columns (None: not known yet, so names are not checked).
+    Thread-safe."""
 
-    def __init__(self, request: RequestConfig, columns: Iterable[str]) -> None:
+    def __init__(self, request: RequestConfig, columns: Iterable[str] | None) -> None:
         self._request = request
         self.several = request.rows_per_request > 1
         self.problems: list[str] = []
         """What is wrong with the templates, each as `key: words`; with any, nothing can be built."""
         self.secrets: dict[str, str] = {}
         """References that the path names, and what they stand for: filled by whoever reads secrets."""
-        self._columns = frozenset(columns)
+        self._knows_columns = columns is not None
+        self._columns = frozenset(columns or ())
         shared = frozenset({KEY}) if self.several else self._columns | {KEY}
         self._path = self._compiled("path", request.path, shared, secrets=True)
         self._headers = {n: self._compiled(f"headers.{n}", text, shared) for n, text in request.headers.items()}
@@ -160,6 +162,8 @@ class RequestTemplate:
                 continue
             if secrets and SECRET.fullmatch(part.name):
                 self.secrets[part.name] = ""
+            elif not self._knows_columns:
+                continue
             elif self.several and part.name in self._columns:
                 self.problems.append(f"{at}: {{{part.name}}} is of one row; with rows_per_request it stands in item")
             else:
