@@ -227,8 +227,9 @@ class Statements:
         )
 
     def _moves(self, column: str, used: set[str]) -> sql.Composed:
-        """Whether the row's values of the `used` columns change; not where `keep` leaves this one as it is."""
-        moves = self._text_differs(sorted(used))
+        """Whether the row's values of the `used` columns change; not where `keep` leaves this one as it is, nor where
+        it is NULL, which is in nobody's way (or, where NULLs collide, is one row's at most)."""
+        moves = sql.SQL("{} AND {} IS NOT NULL").format(self._text_differs(sorted(used)), ident("o", column))
         if column not in self.assignment.keep:
             return moves
         return sql.SQL("{} AND s.{} IS NOT NULL").format(moves, ident(self._place(column)))

@@ -5,8 +5,8 @@ digests are the rows themselves, so an acknowledgement says what the target has 
 of its own: from the target's rows before a push it derives which changes the target must refuse, by the rules of its
 constraints and not by trying. Run as a module it is the child that gets killed.
 
-Values of a unique column are wanted by one row each, so who is refused does not depend on an order. No content comes
-twice in a row, so each effect that a trigger logs is a new one.
+Values of a unique column are wanted by one row each, and no child is wanted whose parent is to go, so who is refused
+does not depend on an order. No content comes twice in a row, so each effect that a trigger logs is a new one.
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ def _mutate(rng: random.Random, wanted: Wanted, counter: int) -> None:
     elif kind == "drop":
         rows = rng.choice((parents, children))
         rows.pop(one, None)
+        if rows is parents:
+            for i in [i for i, child in children.items() if child["parent"] == int(one)]:
+                del children[i]
     elif kind in ("child", "orphan", "boom"):
         parent = 999 if kind == "orphan" else int(rng.choice(sorted(parents) or ["998"]))
         tag = "boom" if kind == "boom" else f"t{counter}"
@@ -200,8 +203,7 @@ def _breaks(sync: str, i: str, row: Row | None, before: Wanted, after: Wanted, w
     if sync == "children":
         if row["tag"] == "boom" or (with_row_security and i == "5"):
             return True
-        # Children come before deletes of parents: of the two, it is the delete that is refused.
-        return str(row["parent"]) not in {*before["parents"], *after["parents"]}
+        return str(row["parent"]) not in after["parents"]
     if row["note"] in (None, "bad") or len(row["note"]) > 8:
         return True
     others = [r for j, r in after["parents"].items() if j != i]
