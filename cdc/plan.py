@@ -190,9 +190,11 @@ def load(folder: Path, assignment: Assignment) -> Plan:
 class Asked:
     """What the plan is made for, beside the difference. `only`: keys (one string column) that it is limited to.
     `again`: unchanged rows among them are sent too. `adopt`: nothing is sent, what differs counts as acknowledged.
-    `generation`: resyncs that were ordered; rows acknowledged before the last one are sent again."""
+    `generation`: resyncs that were ordered; rows acknowledged before the last one are sent again. `resync`: one more is
+    ordered now."""
 
     generation: int = 0
+    resync: bool = False
     only: pa.ChunkedArray | None = None
     again: bool = False
     adopt: bool = False
@@ -239,7 +241,7 @@ def make_plan(
         raise failure(error) from error
     plan = Plan(
         id=content.hexdigest()[:16], folder=partial, assignment=assignment, counts=counts, held=tuple(held),
-        differs=differs, about=dict(asked.about),
+        differs=differs, about={**asked.about, "generation": comparison.generation},
     )  # fmt: skip
     return plan.moved(folder)
 
@@ -284,6 +286,7 @@ class _Comparison:
         self._columns = columns
         self._asked = asked
         self._rows = 0
+        self.generation = asked.generation
         self._others = sorted(c for c in columns if c not in assignment.key)
         self.head = json.dumps([assignment.table, assignment.key, assignment.mode, sorted(columns.items())])
 
@@ -301,6 +304,11 @@ class _Comparison:
         )
         connection.execute("CREATE TEMP TABLE gone (key VARCHAR, version BIGINT)")
         self._rows = self._number(f"SELECT count(*) FROM {self._relation}")
+        if self._asked.resync:
+            # By what the target has seen, for the count of our own may be lost.
+            newest = "coalesce(max(try_cast(split_part(digest, ':', 3) AS INT)), 0)"
+            known = self._number(f"SELECT {newest} FROM acknowledged")
+            self.generation = max(self.generation, known) + 1
         parts = max(1, math.ceil(max(self._rows, acknowledged.num_rows) / _ROWS_PER_PART))
         complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
         for part in range(parts):
@@ -336,7 +344,7 @@ class _Comparison:
         doubted = {"insert": INSERT, "append": INSERT}.get(mode, RESEND)
         if asked.adopt:
             new = changed = again = doubted = ADOPT
-        old = f"coalesce(try_cast(split_part(a.digest, ':', 3) AS INT), 0) < {asked.generation}"
+        old = f"coalesce(try_cast(split_part(a.digest, ':', 3) AS INT), 0) < {self.generation}"
         due = "true" if asked.again else old
         cases = (
             ("coalesce(a.digest, '') = ''", new),
@@ -371,8 +379,8 @@ class _Comparison:
         )
 
     def _number(self, query: str) -> int:
-        row = self._connection.execute(query).fetchone()
-        return int(row[0]) if row else 0
+        # All of it: a result that is not read to its end is in the way of the next statement.
+        return int(self._connection.execute(query).fetchall()[0][0])
 
     @property
     def _deletes(self) -> bool:
@@ -386,13 +394,34 @@ class _Comparison:
         return [(key, reason) for key, reason in rows]
 
     def deletes(self) -> str:
-        """SQL: the keys to delete, in order, with the key's columns as texts."""
-        texts = ", ".join(f"key::JSON->>{i} AS {quoted(c)}" for i, c in enumerate(self._assignment.key))
+        """SQL: the keys to delete, in order, with the key's columns as the result has them.
+
+        ModelFailed if keys that were acknowledged are written in another way than the result's: `2.0` and `2` are two
+        keys here and one row at the target, and to delete one would take the other.
+        """
+        types = self._key_types()
+        parts = [f"TRY_CAST(key::JSON->>{i} AS {kind})" for i, kind in enumerate(types)]
+        if self._deletes:
+            again = f"to_json([{', '.join(f'{part}::VARCHAR' for part in parts)}])::VARCHAR"
+            strange = self._number(f"SELECT count(*) FROM gone WHERE {again} IS DISTINCT FROM key")
+            if strange:
+                raise ModelFailed(
+                    f"{strange} keys that would be deleted are no {', '.join(types)} as the result writes them: the "
+                    "type of the key has changed",
+                    hint="give the key its former type in the query; or forget what was sent, and nothing is "
+                    f"deleted: `cdc sync reset-state {self._assignment.sync}`",
+                )
+        columns = ", ".join(f"{part} AS {quoted(c)}" for part, c in zip(parts, self._assignment.key, strict=True))
         return (
             f"SELECT '{DELETE}' AS {quoted(ACTION)}, key AS {quoted(KEY)}, '' AS {quoted(DIGEST)}, "
-            f"version AS {quoted(VERSION)}, []::VARCHAR[] AS {quoted(DIFFERS)}, {texts} FROM gone "
+            f"version AS {quoted(VERSION)}, []::VARCHAR[] AS {quoted(DIFFERS)}, {columns} FROM gone "
             f"WHERE {'true' if self._deletes else 'false'} ORDER BY key"
         )
+
+    def _key_types(self) -> list[str]:
+        names = ", ".join(quoted(self._columns[c]) for c in self._assignment.key)
+        found = self._connection.execute(f"DESCRIBE SELECT {names} FROM {self._relation}").fetchall()
+        return [str(row[1]) for row in found]
 
     def writes(self) -> str:
         """SQL: the rows to send; what exists before what is new, then in the order of their keys."""
@@ -411,7 +440,7 @@ class _Comparison:
         values = ", ".join(f"r.{quoted(self._columns[c])} AS {quoted(c)}" for c in self._assignment.columns)
         return (
             f"SELECT p.action AS {quoted(ACTION)}, p.key AS {quoted(KEY)}, "
-            f"p.digest || ':' || p.hashed || ':' || {self._asked.generation} AS {quoted(DIGEST)}, "
+            f"p.digest || ':' || p.hashed || ':' || {self.generation} AS {quoted(DIGEST)}, "
             f"p.version AS {quoted(VERSION)}, "
             f"CASE WHEN p.action = '{UPDATE}' AND p.acked <> '' THEN {differs} ELSE []::VARCHAR[] END "
             f"AS {quoted(DIFFERS)}, {names} FROM (SELECT p.action, p.key, p.digest, p.version, p.acked, "

@@ -53,7 +53,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of one action. `rows` has the pushed columns; with DELETE only the key's, as texts. `acks` (ACKS) stands row
+    """Rows of one action. `rows` has the pushed columns; with DELETE only the key's. `acks` (ACKS) stands row
     by row beside it: the digest that is acknowledged if the target takes the row (empty with DELETE), and the version
     that the key has *now*. `run` names the run that sends it, for the target's own record."""
 

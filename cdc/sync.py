@@ -284,7 +284,7 @@ class SyncJob:
         assignment = member.planner.freeze(known_tables(state), cuts)
         asked = Asked(generation=int(state.get(generation_fact(member.name)) or 0), about=about)
         if order is not None and order.kind == RESYNC:
-            asked = replace(asked, generation=asked.generation + 1)
+            asked = replace(asked, resync=True)
         elif order is not None and order.kind == RETRY:
             asked = replace(asked, only=self._rejected_keys(member, before))
         elif order is not None and order.kind == RECONCILE:
@@ -294,7 +294,7 @@ class SyncJob:
             keys = {REPORT: [], SOURCE: [*drift.missing, *drift.different], TARGET: drift.different}[order.policy]
             only = pa.chunked_array([pa.array(keys, pa.string())])
             asked = replace(asked, only=only, again=not adopts, adopt=adopts)
-        about |= {"generation": asked.generation, "kind": order.kind if order is not None else APPLY}
+        about["kind"] = order.kind if order is not None else APPLY
         step.plan, acknowledged = member.planner.plan(assignment, asked)
         step.plan.about.update(shape=acknowledged.shape, last_run=acknowledged.last_run)
         step.trips = trips(member.config.guard, step.plan.counts, remembered(before), acknowledged.shape)

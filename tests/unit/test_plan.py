@@ -173,7 +173,7 @@ def test_what_becomes_of_a_row_is_the_modes(tmp_path: Path) -> None:
         ),
         "mirror": (
             {"inserts": 1, "updates": 1, "unchanged": 1, "gone": 1, "deletes": 1},
-            [("delete", [{"id": "1"}]), ("update", [three]), ("insert", [four])],
+            [("delete", [{"id": 1}]), ("update", [three]), ("insert", [four])],
         ),
         "insert": ({"inserts": 1, "ignored": 1, "unchanged": 1, "gone": 1}, [("insert", [four])]),
         "update": ({"updates": 2, "unchanged": 1, "gone": 1}, [("update", [three, four])]),
@@ -197,6 +197,44 @@ def test_a_resync_sends_what_is_unchanged_and_goes_on_where_it_was_cut_short(tmp
     known = pa.Table.from_pylist(list(half.values()), schema=ACKS)
     assert counted(plan_of(tmp_path, rows, known, asked=again)) == {"resends": 2, "unchanged": 1}
     assert counted(plan_of(tmp_path, rows, known)) == {"unchanged": 3}, "only a resync asks for it"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pa.array([b"\xaaAB", b"\xaa\xab"], pa.binary()),
+        pa.array([2.0, 0.1], pa.float64()),
+        pa.array([10**15, 20], pa.timestamp("us", "UTC")),
+        pa.array([[3], [4, None]], pa.list_(pa.int64())),
+        pa.array(["01", "1"], pa.string()),
+    ],
+    ids=lambda k: str(k.type),
+)
+def test_deletes_carry_the_keys_values_as_writes_do(tmp_path: Path, key: pa.Array) -> None:
+    rows = pa.table({"id": key, "v": [1, 2]})
+    known = acks_of(plan_of(tmp_path, rows, mode="mirror"))
+    plan = plan_of(tmp_path, rows.slice(1), known, mode="mirror")
+    (batch,) = plan.batches(9)
+    assert (batch.action, batch.rows.column("id").to_pylist()) == ("delete", [key[0].as_py()])
+    assert batch.rows.column("id").type == next(plan_of(tmp_path, rows).batches(9)).rows.column("id").type
+
+
+def test_keys_of_another_form_than_before_are_not_deleted(tmp_path: Path) -> None:
+    """`2.0` and `2` are two keys and one row at the target."""
+    known = acks_of(plan_of(tmp_path, pa.table({"id": [1.0, 2.0]})))
+    now = pa.table({"id": [1, 2]})
+    with pytest.raises(ModelFailed, match="the type of the key has changed"):
+        plan_of(tmp_path, now, known, mode="mirror")
+    assert counted(plan_of(tmp_path, now, known)) == {"inserts": 2, "gone": 2}, "an upsert deletes nothing"
+
+
+def test_a_resync_counts_on_from_what_the_target_has_seen(tmp_path: Path) -> None:
+    rows = pa.table({"id": [1, 2]})
+    first = plan_of(tmp_path, rows, acks_of(plan_of(tmp_path, rows)), asked=Asked(generation=6, resync=True))
+    assert (counted(first), first.about["generation"]) == ({"resends": 2}, 7)
+    known = acks_of(first)
+    again = plan_of(tmp_path, rows, known, asked=Asked(resync=True))
+    assert (counted(again), again.about["generation"]) == ({"resends": 2}, 8), "our own count was lost"
 
 
 def test_rows_whose_answer_was_lost_are_sent_again_and_are_no_changes(tmp_path: Path) -> None:
