@@ -290,7 +290,7 @@ def test_a_plan_is_kept_whole_and_read_back(tmp_path: Path) -> None:
     found = load(
         tmp_path / "held" / "here", Assignment(sync="s", table="public.t", key=("id",), mode="mirror", columns=())
     )
-    assert (found.id, found.counts, found.about, sent(found)) == (plan.id, plan.counts, {"cause": "test"}, expected)
+    assert (found.id, found.counts, found.about, sent(found)) == (plan.id, plan.counts, plan.about, expected)
     moved.remove()
     with pytest.raises(ModelFailed, match="not there any more"):
         load(tmp_path / "held" / "here", plan.assignment)
