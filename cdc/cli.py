@@ -278,6 +278,7 @@ def _applied(kind: str) -> Declare:
 def _planned(p: argparse.ArgumentParser) -> None:
     _named("sync")(p)
     p.add_argument("--show-values", action="store_true", help="show the new values of the sample rows too")
+    p.add_argument("--held", action="store_true", help="the plan that waits for approval, not one of now")
 
 
 def _approved(p: argparse.ArgumentParser) -> None:

@@ -31,6 +31,11 @@ def held_fact(sync: str) -> str:
     return f"sync/{sync}/held"
 
 
+def waits_fact(sync: str) -> str:
+    """Key of the fact about what a sync waits for, in words."""
+    return f"sync/{sync}/waits"
+
+
 class Condition:
     """Of one sync. Used by one thread."""
 

@@ -23,6 +23,8 @@ from cdc.state import State
 from cdc.table import TableId
 
 FIRST, CHANGED, SCHEDULE, RESTART, REDEFINED = "first run", "data", "schedule", "restart", "new definition"
+UNFINISHED = "unfinished"
+"""What an order, or a plan that is not held any more, has left undone."""
 
 Input = tuple[str, TableId]
 """A source's name and one of its tables."""
@@ -94,6 +96,8 @@ class Due:
             return FIRST
         if last["definition"] != self.fingerprint():
             return REDEFINED
+        if last.get("due"):
+            return UNFINISHED
         if self._schedule is not None or self._config.every_s is not None:
             # Wall clock, so that it holds over a restart; a clock that was set back must not silence the sync.
             now, began = time.time(), float(last["started_at"])
@@ -121,14 +125,20 @@ class Due:
         """A run begins: the next change is debounced anew."""
         self._due_since = None
 
+    def stays_due(self) -> None:
+        """Something is left undone: a run is due whatever changes."""
+        last = self._state.get(last_fact(self._config.name))
+        if last is not None:
+            self._state.set(last_fact(self._config.name), {**last, "due": True})
+
     def ran(self, positions: dict[str, int], last: Mapping[str, Any]) -> None:
         """A run that had read its inputs at these positions came to its end; `last` is the fact about it."""
         self._state.set(last_fact(self._config.name), dict(last))
         self._seen = positions
 
-    def positions(self, changed_by_others: ChangedByOthers) -> dict[str, int]:
-        """What others have changed, as far as the cuts hold it."""
-        cuts = self.cut_lsns()
+    def positions(self, changed_by_others: ChangedByOthers, cuts: Mapping[str, int] | None = None) -> dict[str, int]:
+        """What others have changed, as far as the cuts hold it (their LSNs by source; left out, those of now)."""
+        cuts = self.cut_lsns() if cuts is None else cuts
         return {
             f"{source}.{table}": min(changed_by_others[source, table], cuts[source])
             for source, table in sorted(self.inputs() or ())
@@ -144,10 +154,9 @@ class Due:
         """Changes when the sync is defined anew."""
         config = self._config
         content: list[Any] = [self._sql, config.target, config.table, list(config.key), config.mode]
-        if config.columns:
-            content.append(sorted(config.columns.items()))
-        if config.request is not None:
-            content.append([config.request.method, config.request.path])
+        for more in (sorted(config.columns.items()), config.keep, config.fill, config.request, config.delete_request):
+            if more:
+                content.append(repr(more))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -145,6 +145,12 @@ class SpoolFailed(CdcError):
     verdict = Verdict.RETRY
 
 
+class DiskFailed(CdcError):
+    """The local disk does not take the files of a sync's run."""
+
+    verdict = Verdict.RETRY
+
+
 class LogCorrupt(CdcError):
     """A record of the event log does not have the bytes that its index promises."""
 

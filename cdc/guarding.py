@@ -30,6 +30,8 @@ class LastRun:
 
     written: int = 0
     rejected: int = 0
+    rows: int = 0
+    """Of its result."""
     shape: str = ""
 
 
@@ -41,17 +43,18 @@ def trips(guard: GuardConfig, counts: Counts, last: LastRun, shape: str) -> list
         found.append(Trip(limit=limit, text=text))
 
     known = counts.acknowledged
-    if not counts.rows and known and not guard.allow_empty:
-        over("allow_empty", f"the result is empty, while the target has {known:,} rows of it")
+    if counts.rows == counts.held and counts.deletes and not guard.allow_empty:
+        over("allow_empty", f"the result has no row to keep, while the target has {known:,} of it")
     if counts.deletes > guard.max_delete_rows:
         over("max_delete_rows", f"it deletes {counts.deletes:,} rows, more than {guard.max_delete_rows:,}")
     if counts.deletes > max(SMALL_DELETES, guard.max_delete_share * known):
         over("max_delete_share", f"it deletes {_share(counts.deletes, known)} of {known:,} rows")
     if counts.updates > max(SMALL_CHANGES, guard.max_change_share * known) and known:
         over("max_change_share", f"it changes {_share(counts.updates, known)} of {known:,} rows")
-    tried = last.written + last.rejected
+    # A few bad rows are tried again at every run, most of which write little else.
+    tried = max(last.written + last.rejected, last.rows)
     if last.rejected > max(SMALL_REJECTS, guard.max_reject_share * tried):
-        over("max_reject_share", f"the target rejected {_share(last.rejected, tried)} of the last run's {tried:,} rows")
+        over("max_reject_share", f"the target rejected {last.rejected:,} of the last run's {tried:,} rows")
     if last.shape and shape and last.shape != shape and not guard.allow_drift:
         over("allow_drift", "the columns that it writes to have changed at the target since the last run")
     return found

@@ -11,9 +11,11 @@ not change once it is made, so it can be kept until somebody approves it. Its id
 have equal ids. All comparison is done by DuckDB over columns, within the memory limit. Whether a plan may be carried
 out is not asked here (cdc.guarding).
 
-A digest is `<content>:<columns>:<generation>`: 32 hex digits over target table, column names and values, by which rows
-are compared; 4 for each column beside the key, in order of their names, which only say *where* a row differs (one
-change in 65,536 is not shown by them); and how many resyncs had been ordered.
+A digest is `<content>:<columns>:<generation>:<place>`: 32 hex digits over target table, column names and values, by
+which rows are compared; 4 for each column beside the key, in order of their names, which only say *where* a row differs
+(one change in 65,536 is not shown by them); how many resyncs had been ordered; and 8 for target and key. What was
+acknowledged by another target or another key is no word about this one: it counts as never acknowledged, and is not
+deleted.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -134,6 +137,7 @@ class Plan:
                         run=run,
                         label=action,
                         differs=part.column(DIFFERS),
+                        untried=not self.counts.acknowledged,
                     )
 
     def to_json(self, *, values: bool = False) -> dict[str, Any]:
@@ -157,6 +161,10 @@ class Plan:
     def moved(self, folder: Path) -> Plan:
         """Move it to `folder`, replacing what is there."""
         self.save()
+        for file in self.folder.iterdir():
+            # Somebody may approve it tomorrow, behind a power cut.
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.rename(folder)
@@ -171,8 +179,8 @@ def load(folder: Path, assignment: Assignment) -> Plan:
     """The plan in `folder`, made for `assignment`, whose columns it knows itself. ModelFailed if it is not whole."""
     try:
         read: dict[str, Any] = json.loads((folder / _ABOUT).read_text())
-        if not all((folder / name).is_file() for name in (_WRITES, _DELETES)):
-            raise FileNotFoundError
+        for name in (_WRITES, _DELETES):
+            pq.read_metadata(folder / name)
         return Plan(
             id=read["id"],
             folder=folder,
@@ -182,7 +190,7 @@ def load(folder: Path, assignment: Assignment) -> Plan:
             differs=read["differs"],
             about=read["about"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ModelFailed("the plan is not there any more", hint="have a new one made: `cdc sync apply`") from error
 
 
@@ -258,6 +266,7 @@ def key_of(rows: pa.Table, key: Sequence[str]) -> pa.ChunkedArray:
     complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
     with duckdb.connect(":memory:") as connection:
         connection.register("given", rows.select(list(key)))
+        connection.execute("SET TimeZone = 'UTC'")
         query = f"SELECT CASE WHEN {complete} THEN {key_json(key)} END AS key FROM given"
         return connection.sql(query).to_arrow_table().column("key").cast(pa.string())
 
@@ -287,6 +296,7 @@ class _Comparison:
         self._asked = asked
         self._rows = 0
         self.generation = asked.generation
+        self._place = hashlib.md5(json.dumps([assignment.place, assignment.key]).encode()).hexdigest()[:8]
         self._others = sorted(c for c in columns if c not in assignment.key)
         self.head = json.dumps([assignment.table, assignment.key, assignment.mode, sorted(columns.items())])
 
@@ -311,13 +321,16 @@ class _Comparison:
             self.generation = max(self.generation, known) + 1
         parts = max(1, math.ceil(max(self._rows, acknowledged.num_rows) / _ROWS_PER_PART))
         complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
+        only = "" if self._asked.only is None else " AND a.key IN (FROM only_keys)"
+        ours = f"split_part(digest, ':', 4) IN ('', '{self._place}')"
         for part in range(parts):
             mine = f"% {parts} = {part}"
             for statement in (
                 f"CREATE TEMP TABLE digested AS SELECT file_row_number AS n, {key_json(key)} AS key, "
                 f"{content_sql(self._columns, self._assignment)} AS digest, {complete} AS whole "
                 f"FROM {self._relation} WHERE hash({key_json(key)}) {mine}",
-                f"CREATE TEMP TABLE known AS SELECT * FROM acknowledged WHERE hash(key) {mine}",
+                f"CREATE TEMP TABLE known AS SELECT key, CASE WHEN {ours} THEN digest ELSE '' END AS digest, version "
+                f"FROM acknowledged WHERE hash(key) {mine}",
                 # By hash first: hardly any result has a key twice, and numbers take a third of the room of keys.
                 "CREATE TEMP TABLE suspects AS "
                 "SELECT hash(key) AS h FROM digested WHERE whole GROUP BY h HAVING count(*) > 1",
@@ -330,7 +343,7 @@ class _Comparison:
                             ELSE {self._action_sql()} END AS action
                 FROM digested d LEFT JOIN known a ON d.key = a.key WHERE action <> '{UNCHANGED}'""",
                 "INSERT INTO gone SELECT a.key, a.version FROM known a "
-                "ANTI JOIN digested d ON d.key = a.key WHERE a.digest <> ''",
+                f"ANTI JOIN digested d ON d.key = a.key WHERE a.digest <> ''{only}",
                 *(f"DROP TABLE {name}" for name in ("digested", "known", "suspects", "shared")),
             ):
                 connection.execute(statement)
@@ -366,7 +379,10 @@ class _Comparison:
         gone = self._number("SELECT count(*) FROM gone")
         return Counts(
             rows=self._rows,
-            acknowledged=self._number("SELECT count(*) FROM acknowledged WHERE digest <> ''"),
+            acknowledged=self._number(
+                f"SELECT count(*) FROM acknowledged WHERE digest <> '' AND split_part(digest, ':', 4) IN ('', "
+                f"'{self._place}')"
+            ),
             inserts=found.get(INSERT, 0),
             updates=found.get(UPDATE, 0),
             resends=found.get(RESEND, 0),
@@ -384,7 +400,7 @@ class _Comparison:
 
     @property
     def _deletes(self) -> bool:
-        return self._assignment.mode == "mirror" and self._asked.only is None and not self._asked.adopt
+        return self._assignment.mode == "mirror" and not self._asked.adopt
 
     def held(self) -> list[tuple[str, str]]:
         """Some of the held keys, and why."""
@@ -436,11 +452,14 @@ class _Comparison:
         every = f"[{', '.join(map(literal, self._others))}]::VARCHAR[]"
         one_by_one = "[]::VARCHAR[]" if not self._others else f"list_filter([{parts}], lambda x: x IS NOT NULL)"
         differs = f"CASE WHEN length(p.known) <> {4 * len(self._others)} THEN {every} ELSE {one_by_one} END"
-        names = ", ".join(f"p.{quoted(c)}" for c in self._assignment.columns)
-        values = ", ".join(f"r.{quoted(self._columns[c])} AS {quoted(c)}" for c in self._assignment.columns)
+        # By number within: a column may be called as one of ours is.
+        names = ", ".join(f'p."cdc:v{i}" AS {quoted(c)}' for i, c in enumerate(self._assignment.columns))
+        values = ", ".join(
+            f'r.{quoted(self._columns[c])} AS "cdc:v{i}"' for i, c in enumerate(self._assignment.columns)
+        )
         return (
             f"SELECT p.action AS {quoted(ACTION)}, p.key AS {quoted(KEY)}, "
-            f"p.digest || ':' || p.hashed || ':' || {self.generation} AS {quoted(DIGEST)}, "
+            f"p.digest || ':' || p.hashed || ':' || '{self.generation}:{self._place}' AS {quoted(DIGEST)}, "
             f"p.version AS {quoted(VERSION)}, "
             f"CASE WHEN p.action = '{UPDATE}' AND p.acked <> '' THEN {differs} ELSE []::VARCHAR[] END "
             f"AS {quoted(DIFFERS)}, {names} FROM (SELECT p.action, p.key, p.digest, p.version, p.acked, "
@@ -476,6 +495,13 @@ def _check(result: Path, assignment: Assignment, columns: Mapping[str, str]) -> 
         raise ModelFailed(
             f"the result has no column {', '.join(columns.get(c, c) for c in missing)}, {named}",
             hint=f"its columns: {', '.join(have)}",
+        )
+    folded = [c.lower() for c in columns]
+    alike = sorted(c for c in columns if folded.count(c.lower()) > 1)
+    if alike:
+        raise ModelFailed(
+            f"the columns {', '.join(alike)} differ in upper and lower case only",
+            hint="SQL of the lake cannot tell them apart; push one of them",
         )
     reserved = [c for c in [*columns, *columns.values()] if c.startswith("cdc:") or c == "file_row_number"]
     if reserved:

@@ -20,14 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdc import registry
+from cdc.condition import held_fact
 from cdc.config import Config
-from cdc.config_serving import ModelConfig, SyncConfig
+from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
 from cdc.due import known_tables, last_fact
-from cdc.errors import CdcError, ConfigError, TargetRejected
+from cdc.errors import CdcError, ConfigError, ModelFailed, TargetRejected
 from cdc.guarding import LastRun, trips
+from cdc.held import held_folder
 from cdc.lake.ledger import LakeLedger
 from cdc.models import query, run_model
-from cdc.plan import SAMPLES, Asked, Plan, key_of, make_plan
+from cdc.plan import SAMPLES, Asked, Plan, key_of, load, make_plan
 from cdc.ports import ObjectStore
 from cdc.relations import MEMORY_LIMIT, THREADS, Sources, Versions
 from cdc.sink import ACKS, DIFFERENT, INSERT, Acknowledged, Assignment, Batch, Comparing, Drift, Sink
@@ -66,7 +68,7 @@ def definition(sync: SyncConfig, model: ModelConfig | None) -> str:
     return model.sql if model is not None else sync.sql
 
 
-def assignment_of(sync: SyncConfig, columns: Sequence[str]) -> Assignment:
+def assignment_of(sync: SyncConfig, target: TargetConfig, columns: Sequence[str]) -> Assignment:
     """What the sync writes where, when its result has these columns (by the target's names)."""
     request = sync.request
     return Assignment(
@@ -74,6 +76,7 @@ def assignment_of(sync: SyncConfig, columns: Sequence[str]) -> Assignment:
         table=sync.table or (f"{request.method} {request.path}" if request is not None else ""),
         key=sync.key,
         mode=sync.mode,
+        place=" ".join(filter(None, (target.name, target.url))),
         columns=tuple(columns),
         keep=frozenset(sync.keep),
         fill=frozenset(sync.fill),
@@ -89,6 +92,7 @@ class Planner:
     def __init__(
         self,
         config: SyncConfig,
+        target: TargetConfig,
         sql: str,
         sink: Sink,
         store: ObjectStore,
@@ -99,6 +103,7 @@ class Planner:
         threads: int = THREADS,
     ) -> None:
         self._config = config
+        self._target = target
         self._sql = sql
         self._sink = sink
         self._store = store
@@ -114,7 +119,12 @@ class Planner:
         key = [config.columns.get(c, c) for c in config.key]
         with self._turn:
             run_model(self._store, sources, self._sql, key, self._result, name=config.model, cut=cuts, **self._limits)
-        return assignment_of(config, list(config.columns) or pq.read_schema(self._result).names)
+        return self.assignment(list(config.columns) or pq.read_schema(self._result).names)
+
+    def assignment(self, columns: Sequence[str] = ()) -> Assignment:
+        """The sync's, for a result with these columns (by default those that the configuration names)."""
+        config = self._config
+        return assignment_of(config, self._target, columns or list(config.columns) or config.key)
 
     def plan(self, assignment: Assignment, asked: Asked) -> tuple[Plan, Acknowledged]:
         """Compare the frozen result with what the target has acknowledged. Blocks; ModelFailed, TargetUnavailable,
@@ -184,7 +194,7 @@ def plan_now(
     sink = registry.sink_kind(target.type)(target, partial(LakeLedger, store))
     try:
         with tempfile.TemporaryDirectory(prefix="cdc-plan-") as folder:
-            planner = Planner(section, sql, sink, store, Path(folder))
+            planner = Planner(section, target, sql, sink, store, Path(folder))
             assignment = planner.freeze(sources, cuts)
             plan, acknowledged = planner.plan(assignment, Asked(generation=generation))
             found = trips(section.guard, plan.counts, remembered(last), acknowledged.shape)
@@ -194,6 +204,25 @@ def plan_now(
             }  # fmt: skip
     finally:
         sink.close()
+
+
+def plan_held(config: Config, name: str, *, values: bool = False) -> dict[str, Any]:
+    """The plan of the sync `name` that waits for approval, as `plan_now` tells plans; ModelFailed if none does."""
+    section = config.syncs[name]
+    state = State(config.state_path, create=False, readonly=True) if config.state_path.is_file() else None
+    try:
+        fact = state.get(held_fact(name)) if state is not None else None
+    finally:
+        if state is not None:
+            state.close()
+    if fact is None:
+        raise ModelFailed(f"no plan of sync {name} is held", hint=f"`cdc sync plan {name}` shows one of now")
+    assignment = assignment_of(section, config.targets[section.target], list(section.columns) or section.key)
+    plan = load(held_folder(config.state_dir / "serving", name), assignment)
+    return {
+        "sync": name, "target": section.target, "table": section.place, "mode": section.mode,
+        **plan.to_json(values=values), "held_by": fact["held_by"],
+    }  # fmt: skip
 
 
 def result_columns(config: Config, sync: SyncConfig, store: ObjectStore) -> list[str]:
@@ -214,7 +243,10 @@ def result_columns(config: Config, sync: SyncConfig, store: ObjectStore) -> list
 
 def remembered(last: Mapping[str, Any]) -> LastRun:
     """What the guard knows of the last run, by its fact."""
-    return LastRun(written=last.get("written", 0), rejected=last.get("rejected", 0), shape=last.get("shape", ""))
+    return LastRun(
+        written=last.get("written", 0), rejected=last.get("rejected", 0), rows=last.get("rows", 0),
+        shape=last.get("shape", ""),
+    )  # fmt: skip
 
 
 def generation_fact(sync: str) -> str:

@@ -231,7 +231,7 @@ def _check_target(config: Config, target: TargetConfig) -> list[Finding]:
     sink = registry.sink_kind(target.type)(target, partial(LakeLedger, store))
     try:
         for sync in syncs:
-            found = sink.check(assignment_of(sync, result_columns(config, sync, store)))
+            found = sink.check(assignment_of(sync, target, result_columns(config, sync, store)))
             findings += found or [
                 Finding(name="target", severity="ok", message=f"{sync.place} can take sync {sync.name}", object=at)
             ]

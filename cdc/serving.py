@@ -25,7 +25,8 @@ from cdc.planning import cut_versions
 from cdc.ports import ObjectStore
 from cdc.sink import Sink
 from cdc.state import State
-from cdc.sync import Order, SyncJob
+from cdc.sync import SyncJob
+from cdc.sync_run import Order
 from cdc.table import TableId
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ class Serving:
                 self._desks[target] = desk
             assert desk.sink is not None
             job = SyncJob(
-                [config.syncs[name] for name in names], config.models, desk.sink, self._state, self._store,
-                self._directory, alert=self._alert, turn=self._turn,
+                [config.syncs[name] for name in names], config.models, config.targets, desk.sink, self._state,
+                self._store, self._directory, alert=self._alert, turn=self._turn,
             )  # fmt: skip
             desk.jobs.append(job)
             self._jobs.update(dict.fromkeys(names, (desk, job)))

@@ -41,6 +41,8 @@ class Assignment:
     mode: str
     """insert: plain INSERT, an existing row refuses; update: only rows that exist; append: plain INSERT, no unique key
     is asked for; upsert, mirror: insert or update by the key."""
+    place: str = ""
+    """Which target, in words that change when another one is meant: its name, and where it has such its URL."""
     columns: tuple[str, ...]
     """Every pushed column, the key's among them; no other column of the target is touched."""
     keep: frozenset[str] = frozenset()
@@ -66,6 +68,8 @@ class Batch:
     """What the plan calls the action, if not so; for the row log."""
     differs: pa.Array | None = None
     """Per row the columns that differ from what was acknowledged (list of strings); for the row log."""
+    untried: bool = False
+    """Nothing of the sync has ever been acknowledged: if every row is refused, the sync is wrong and not the rows."""
 
 
 @dataclass(frozen=True, slots=True)

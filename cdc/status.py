@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cdc import control, registry
-from cdc.condition import FINE, condition_fact, held_fact
+from cdc.condition import FINE, condition_fact, held_fact, waits_fact
 from cdc.config import Config, SourceConfig
 from cdc.config_serving import SyncConfig
 from cdc.console import lsn_text, time_text
@@ -324,6 +324,7 @@ def _sync(sync: SyncConfig, state: State | None) -> dict[str, Any]:
         "mode": sync.mode,
         "paused": bool(state and (state.is_paused("sync", sync.name) or state.is_paused("sink", sync.target))),
         "condition": fact.get("condition", FINE),
+        "waits_for": (state.get(waits_fact(sync.name)) if state else None) or [],
         "since": time_text(fact["since"]) if fact else None,
         "why": fact.get("text", ""),
         "hint": fact.get("hint", ""),

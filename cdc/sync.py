@@ -15,7 +15,6 @@ others changed are looked at by `reconcile` only.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,77 +25,56 @@ import pyarrow as pa
 
 from cdc import rowlog
 from cdc.applying import Work, apply, apply_together
-from cdc.condition import BLOCKED, FINE, HELD, PARTIAL, Alert, Condition, held_fact
-from cdc.config_serving import ModelConfig, SyncConfig
+from cdc.condition import BLOCKED, FINE, HELD, PARTIAL, Alert, Condition, waits_fact
+from cdc.config_serving import ModelConfig, SyncConfig, TargetConfig
 from cdc.due import CHANGED, RESTART, ChangedByOthers, Due, known_tables, last_fact, require_complete
-from cdc.errors import CdcError, ConfigError, ModelFailed, Verdict
+from cdc.errors import CdcError, ConfigError, DiskFailed, ModelFailed, Verdict
 from cdc.guarding import Trip, trips
+from cdc.held import Held
 from cdc.metrics import SYNC_ROWS, SYNC_RUNS, SYNC_SECONDS
-from cdc.plan import Asked, Plan, load
-from cdc.planning import Planner, assignment_of, cut_versions, definition, generation_fact, remembered
+from cdc.plan import Asked, Plan
+from cdc.planning import Planner, definition, generation_fact, remembered
 from cdc.ports import ObjectStore
-from cdc.sink import Rejected, Sink
-from cdc.state import State
+from cdc.sink import Sink
+from cdc.state import Cut, State
+from cdc.sync_run import (
+    APPLY,
+    APPROVE,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RECONCILE,
+    REPORT,
+    REPORTED,
+    RESYNC,
+    RETRY,
+    SOURCE,
+    STOPPED,
+    TARGET,
+    UNCONFIRMED,
+    Order,
+    SyncRun,
+    held_text,
+    rejected_text,
+)
 from cdc.units import duration_s
 
 _log = logging.getLogger(__name__)
 
-DONE, STOPPED, INTERRUPTED, FAILED = "done", "stopped", "interrupted", "failed"
-REPORTED, UNCONFIRMED = "reported", "unconfirmed"
-"""Outcomes beside `partial` and `held`, which are conditions too. partial: rows were held or rejected, the others went
-through. held: a guard holds the plan, nothing was sent. stopped: between two batches, on shutdown. interrupted: the
-daemon died in it. reported: a reconcile that only looked. unconfirmed: it would delete, and nobody said --yes."""
-APPLY, APPROVE, RETRY, RESYNC, RECONCILE = "apply", "approve", "retry", "resync", "reconcile"
-REPORT, SOURCE, TARGET = "report", "source", "target"
-"""Policies of a reconcile: look only; the source wins; the target wins."""
-
 _RETRY_FIRST_S, _RETRY_MAX_S = 1.0, 60.0
-_REASONS_SHOWN, _KEYS_SHOWN = 3, 3
 _TIDY_EVERY_S = 3_600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What an operator wants of a sync."""
-
-    kind: str = APPLY
-    sync: str
-    plan: str = ""
-    """Of an approval."""
-    yes: bool = False
-    policy: str = REPORT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncRun:
-    """What one run did. `counts`: those of the plan, and written, deleted, rejected, absent."""
-
-    sync: str
-    cause: str
-    outcome: str
-    run: str = ""
-    plan: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
-    trips: tuple[Trip, ...] = ()
-    drift: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """For operators: counts, keys and reasons; never values."""
-        return {
-            "sync": self.sync, "run": self.run, "cause": self.cause, "outcome": self.outcome, "plan": self.plan,
-            "counts": self.counts, "held_by": [{"limit": t.limit, "text": t.text} for t in self.trips],
-            "drift": self.drift, "error": self.error,
-        }  # fmt: skip
 
 
 class _Member:
     """One sync of a job."""
 
-    def __init__(self, config: SyncConfig, planner: Planner, due: Due, condition: Condition, folder: Path) -> None:
-        self.config, self.planner, self.due, self.condition = config, planner, due, condition
+    def __init__(
+        self, config: SyncConfig, planner: Planner, due: Due, condition: Condition, held: Held, rows: Path
+    ) -> None:
+        self.config, self.planner, self.due, self.condition, self.held = config, planner, due, condition, held
         self.name = config.name
-        self.held, self.rows = folder / "held", folder / "rows"
+        self.rows = rows
+        self.waits: list[str] | None = None
 
 
 @dataclass(slots=True)
@@ -123,6 +101,7 @@ class SyncJob:
         self,
         configs: Sequence[SyncConfig],
         models: Mapping[str, ModelConfig],
+        targets: Mapping[str, TargetConfig],
         sink: Sink,
         state: State,
         store: ObjectStore,
@@ -141,9 +120,11 @@ class SyncJob:
         for config in configs:
             sql = definition(config, models.get(config.model))
             folder = directory / config.name
-            planner = Planner(config, sql, sink, store, folder, **limits)
+            planner = Planner(config, targets[config.target], sql, sink, store, folder, **limits)
             due = Due(config, sql, state, clock)
-            self._members.append(_Member(config, planner, due, Condition(config.name, state, alert), folder))
+            held = Held(config.name, state, directory)
+            condition = Condition(config.name, state, alert)
+            self._members.append(_Member(config, planner, due, condition, held, folder / "rows"))
         self._retry_at = 0.0
         self._retry_s = _RETRY_FIRST_S
         self._tidied: dict[str, float] = {}
@@ -155,8 +136,11 @@ class SyncJob:
     def _recover(self, member: _Member) -> None:
         """After a start: what a killed run left."""
         member.planner.clear()
-        if not member.held.is_dir():
-            self._state.set(held_fact(member.name), None)
+        try:
+            if member.held.recover(member.due.fingerprint()):
+                member.due.stays_due()
+        except CdcError as error:
+            _log.warning("a held plan was left alone", extra={"sync": member.name, "error": str(error)})
         rowlog.upload(self._store, member.name, member.rows)
         for entry in self._state.history("sync", member.name, limit=1):
             if entry.outcome == "running":
@@ -176,7 +160,7 @@ class SyncJob:
         try:
             if self._is_approved():
                 return self._send_approved(should_stop)
-            if self.waiting_for():
+            if self._waits():
                 return []
             causes = {m.name: m.due.cause(changed_by_others) for m in self._members}
         except ModelFailed as error:
@@ -185,6 +169,15 @@ class SyncJob:
         if found is None and any(causes[m.name] and m.due.debounced() for m in self._members):
             found = CHANGED
         return self._run(found, changed_by_others, should_stop) if found else []
+
+    def _waits(self) -> bool:
+        """Whether it has to wait; noted for `status` where that has changed."""
+        for member in self._members:
+            waits = [*member.due.incomplete(), *member.due.lagging()]
+            if waits != member.waits:
+                self._state.set(waits_fact(member.name), waits)
+                member.waits = waits
+        return any(m.waits for m in self._members)
 
     def waiting_for(self) -> list[str]:
         """What is missing before it runs by itself, in words; empty if nothing is."""
@@ -213,24 +206,31 @@ class SyncJob:
         member = self._member(order.sync)
         for each in self._members:
             require_complete(each.name, each.due)
+        self._leave_what_is_redefined()
         if order.kind == RESYNC and member.config.mode == "insert":
             raise ConfigError(
                 f"sync {member.name} only inserts, so what the target has cannot be sent to it again",
                 hint=f"`cdc sync reset-state {member.name}` forgets what was sent",
             )
-        if order.kind == APPROVE and self._approve(member, order.plan):
+        if order.kind == APPROVE and member.held.approve(order.plan):
             runs = self._send_approved(should_stop) if self._is_approved() else [self._still_held(member)]
         else:
             cause = "ordered" if order.kind == APPLY else order.kind
             alone = [member] if order.kind in (RETRY, RESYNC, RECONCILE) else self._members
             runs = self._run(cause, changed_by_others, should_stop, order, alone)
+            if order.kind in (APPLY, RESYNC) and any(r.outcome in (FAILED, STOPPED) for r in runs):
+                for each in alone:
+                    each.due.stays_due()
         return next(r for r in runs if r.sync == member.name)
 
     def forget(self, sync: str) -> int:
         """Forget what was sent, and a held plan with it; how many acknowledgements there were. Sends nothing."""
         member = self._member(sync)
-        self._drop_held()
-        return self._sink.forget(assignment_of(member.config, list(member.config.columns) or member.config.key))
+        self._drop_held(due=True)
+        last = self._state.get(last_fact(sync))
+        if last is not None:
+            self._state.set(last_fact(sync), {**last, "acked_run": None})
+        return self._sink.forget(member.planner.assignment())
 
     def _member(self, sync: str) -> _Member:
         return next(m for m in self._members if m.name == sync)
@@ -252,12 +252,17 @@ class SyncJob:
             for member in members or self._members:
                 member.due.begins()
                 steps.append(self._begin(member, cause))
+            # Read once: whatever is cut meanwhile is for the next run, of all members alike.
+            sources = {source for step in steps for source, _ in step.member.due.inputs() or ()}
+            cuts = {source: cut for source in sorted(sources) if (cut := self._state.cut(source)) is not None}
             for step in steps:
-                self._plan(step, cause, changed_by_others, order)
+                self._plan(step, cause, changed_by_others, order, cuts)
             early = self._unasked(steps, cause, order) or self._hold(steps, cause, order)
             return early or self._apply(steps, cause, should_stop, began)
         except CdcError as error:
             return self._failed(error, cause, steps)
+        except OSError as error:
+            return self._failed(_disk_failed(error), cause, steps)
         finally:
             for step in steps:
                 step.member.planner.clear()
@@ -267,21 +272,25 @@ class SyncJob:
         _log.info("sync run began", extra={"sync": member.name, "cause": cause, "run": run})
         return _Step(member, run, self._state.start_history("sync", member.name, cause))
 
-    def _plan(self, step: _Step, cause: str, changed: ChangedByOthers, order: Order | None) -> None:
+    def _plan(
+        self, step: _Step, cause: str, changed: ChangedByOthers, order: Order | None, cuts: Mapping[str, Cut]
+    ) -> None:
         member, state = step.member, self._state
-        cuts, lsns = cut_versions(state, {s for s, _ in member.due.inputs() or ()}), member.due.cut_lsns()
+        own = {source for source, _ in member.due.inputs() or ()}
+        versions = {source: dict(cut.versions) for source, cut in cuts.items() if source in own}
+        lsns = {source: cut.lsn for source, cut in cuts.items() if source in own}
         before = state.get(last_fact(member.name)) or {}
         about: dict[str, Any] = {
             "sync": member.name, "cause": cause, "model": member.config.model,
             "definition": member.due.fingerprint(),
             "inputs": {
                 source: {"lsn": lsns[source], "versions": {str(t): v for t, v in tables.items()}}
-                for source, tables in cuts.items()
+                for source, tables in versions.items()
             },
             "last": {"definition": member.due.fingerprint(), "started_at": time.time(), "cuts": lsns},
-            "positions": member.due.positions(changed),
+            "positions": member.due.positions(changed, lsns),
         }  # fmt: skip
-        assignment = member.planner.freeze(known_tables(state), cuts)
+        assignment = member.planner.freeze(known_tables(state), versions)
         asked = Asked(generation=int(state.get(generation_fact(member.name)) or 0), about=about)
         if order is not None and order.kind == RESYNC:
             asked = replace(asked, resync=True)
@@ -300,18 +309,20 @@ class SyncJob:
         step.trips = trips(member.config.guard, step.plan.counts, remembered(before), acknowledged.shape)
         if order is not None and order.kind == RETRY:
             step.trips = [t for t in step.trips if t.limit != "max_reject_share"]
-        self._look_back(member, before.get("acked_run"), acknowledged.last_run)
+        self._look_back(member, before, acknowledged.last_run)
 
     def _rejected_keys(self, member: _Member, before: Mapping[str, Any]) -> pa.ChunkedArray:
         rowlog.upload(self._store, member.name, member.rows)
         return rowlog.rejected_keys(self._store, member.name, str(before.get("run", "")))
 
-    def _look_back(self, member: _Member, expected: str | None, found: str | None) -> None:
+    def _look_back(self, member: _Member, before: Mapping[str, Any], found: str | None) -> None:
         """A target that was restored from its backup has the acknowledgements of that backup. The plan is right all the
         same, but somebody should know why so much is sent. Runs' names sort by time; a later one than expected is of a
         run that failed."""
-        if found is None or not expected or found >= expected:
+        expected = before.get("acked_run")
+        if found is None or not expected or found >= expected or before.get("went_back") == found:
             return
+        self._state.set(last_fact(member.name), {**before, "went_back": found})
         text = f"the target stands at run {found or 'none'}, not at the last one, {expected}: was it restored?"
         hint = f"what it lacks is sent again; `cdc sync reconcile {member.name}` compares its rows too"
         _log.warning(text, extra={"sync": member.name, "hint": hint})
@@ -343,74 +354,76 @@ class SyncJob:
         over = [s for s in steps if s.trips and s.plan is not None and s.plan.id != approved]
         if not over:
             return []
+        if order is not None:
+            self.blocked = ""
         for step in steps:
             member, plan = step.member, step.plan
             assert plan is not None
-            before = self._state.get(last_fact(member.name)) or {}
-            member.due.ran(plan.about["positions"], {**before, **plan.about["last"]})
-            kept = self._state.get(held_fact(member.name))
-            if kept is not None and member.held.is_dir() and order is None:
-                # Whoever was called in the night finds the plan that the alert named.
+            if plan.about["kind"] in (RETRY, RECONCILE):
+                # For some rows only: what is held for all of them stays, and this one is not worth an approval.
                 continue
-            step.plan = plan.moved(member.held)
-            held = {
-                "plan": plan.id, "since": time.time(), "counts": asdict(plan.counts),
-                "held_by": [asdict(t) for t in step.trips], "approved": not step.trips,
-            }  # fmt: skip
-            self._state.set(held_fact(member.name), held)
-            if step.trips:
-                text = "; ".join(t.text for t in step.trips)
-                hint = f"`cdc sync plan {member.name}` shows it; `cdc sync approve {member.name} {plan.id}` sends it"
-                member.condition.be(HELD, text, hint, again=kept is not None and kept["plan"] != plan.id)
+            kept = member.held.fact
+            if kept is None or order is not None:
+                step.plan = member.held.keep(plan, step.trips, plan.about["definition"])
+                kept = member.held.fact
+            assert kept is not None
+            if kept["held_by"]:
+                text = "; ".join(trip["text"] for trip in kept["held_by"])
+                hint = (
+                    f"`cdc sync plan {member.name} --held` shows it; "
+                    f"`cdc sync approve {member.name} {kept['plan']}` sends it"
+                )
+                member.condition.be(HELD, text, hint)
+            # Last: until then a run is due, which holds it again.
+            before = self._state.get(last_fact(member.name)) or {}
+            member.due.ran(plan.about["positions"], {**before, "due": False, **plan.about["last"]})
         return [self._ended(s, cause, HELD, error=self._why_held(s)) for s in steps]
 
     def _why_held(self, step: _Step) -> str:
-        held = self._state.get(held_fact(step.member.name))
+        held = step.member.held.fact
         texts = [t.text for t in step.trips]
         if held is not None and step.plan is not None and held["plan"] != step.plan.id:
             texts.append(f"plan {held['plan']} waits for approval")
         return "; ".join(texts)
 
-    def _approve(self, member: _Member, plan: str) -> bool:
-        """Whether that plan is the one that is held; it is approved then."""
-        held = self._state.get(held_fact(member.name))
-        if held is None or held["plan"] != plan or not member.held.is_dir():
-            return False
-        self._state.set(held_fact(member.name), {**held, "approved": True})
-        return True
-
     def _is_approved(self) -> bool:
-        held = [self._state.get(held_fact(m.name)) for m in self._members]
-        return any(held) and all(h is not None and h["approved"] for h in held)
+        held = [m.held for m in self._members if m.held.fact is not None]
+        return bool(held) and all(h.approved for h in held)
 
     def _still_held(self, member: _Member) -> SyncRun:
-        waiting = [m.name for m in self._members if not (self._state.get(held_fact(m.name)) or {}).get("approved")]
+        waiting = [m.name for m in self._members if m.held.fact is not None and not m.held.approved]
         return SyncRun(
             sync=member.name, cause=APPROVE, outcome=HELD, error=f"its group waits for approval of {', '.join(waiting)}"
         )
 
     def _send_approved(self, should_stop: Callable[[], bool]) -> list[SyncRun]:
         """Send the plans that were held, as they are: what was acknowledged meanwhile is left out."""
-        steps = [self._begin(m, "approved") for m in self._members]
+        steps = [self._begin(m, "approved") for m in self._members if m.held.fact is not None]
         began = self._clock()
         try:
             for step in steps:
-                config = step.member.config
-                held = load(step.member.held, assignment_of(config, list(config.columns) or config.key))
+                held = step.member.held.load(step.member.planner.assignment())
                 step.plan = held
                 acknowledged = self._sink.acknowledged(held.assignment)
-                step.work = Work(config, held, step.run, self._row_log(step), known=acknowledged.rows)
+                step.work = Work(step.member.config, held, step.run, self._row_log(step), known=acknowledged.rows)
             return self._apply(steps, "approved", should_stop, began)
         except CdcError as error:
             if isinstance(error, ModelFailed):
-                self._drop_held()
+                self._drop_held(due=True)
             return self._failed(error, "approved", steps)
+        except OSError as error:
+            return self._failed(_disk_failed(error), "approved", steps)
 
-    def _drop_held(self) -> None:
+    def _leave_what_is_redefined(self) -> None:
+        """A held plan of another definition than the sync has now is not sent."""
+        if any(m.held.recover(m.due.fingerprint()) for m in self._members):
+            self._drop_held(due=True)
+
+    def _drop_held(self, *, due: bool = False) -> None:
+        """Nothing is held any more. `due`: what was held is not sent by anything else, so a run is."""
         for member in self._members:
-            if self._state.get(held_fact(member.name)) is not None:
-                self._state.set(held_fact(member.name), None)
-            shutil.rmtree(member.held, ignore_errors=True)
+            if member.held.drop() and due:
+                member.due.stays_due()
 
     # ---- writing ----
 
@@ -419,9 +432,15 @@ class SyncJob:
     ) -> list[SyncRun]:
         """Send the plans and record what became of them."""
         works = []
+        if cause != "approved" and any(s.plan is not None and s.plan.counts.writes for s in steps):
+            # What comes now is newer than what is held, which must not be sent over it any more.
+            self._drop_held(due=any(s.plan is not None and s.plan.about["kind"] in (RETRY, RECONCILE) for s in steps))
         for step in steps:
             assert step.plan is not None
-            self._state.set(generation_fact(step.member.name), step.plan.about["generation"])
+            generation = max(
+                step.plan.about["generation"], int(self._state.get(generation_fact(step.member.name)) or 0)
+            )
+            self._state.set(generation_fact(step.member.name), generation)
             step.work = step.work or Work(step.member.config, step.plan, step.run, self._row_log(step))
             works.append(step.work)
         try:
@@ -433,7 +452,8 @@ class SyncJob:
             for work in works:
                 work.log.close()
         runs = [self._applied(step, cause) for step in steps]
-        if not any(r.outcome == STOPPED for r in runs):
+        partial = any(s.plan is not None and s.plan.about["kind"] in (RETRY, RECONCILE) for s in steps)
+        if not partial and not any(r.outcome == STOPPED for r in runs):
             self._drop_held()
         self.blocked, self._retry_at, self._retry_s = "", 0.0, _RETRY_FIRST_S
         for step, run in zip(steps, runs, strict=True):
@@ -447,11 +467,14 @@ class SyncJob:
         assert work is not None
         done, held = work.applied, plan.counts.held
         outcome = STOPPED if done.stopped else PARTIAL if held or done.rejects else DONE
-        text = "; ".join(filter(None, [_held_text(held, plan.held), _rejected_text(done.rejected, done.rejects)]))
+        text = "; ".join(filter(None, [held_text(held, plan.held), rejected_text(done.rejected, done.rejects)]))
         if outcome != STOPPED:
             self._remember(step)
             hint = f"`cdc sync history {member.name} {step.run}` lists them; `cdc sync retry {member.name}` tries again"
-            member.condition.be(FINE) if outcome == DONE else member.condition.be(PARTIAL, text, hint)
+            if outcome != DONE:
+                member.condition.be(PARTIAL, text, hint)
+            elif member.held.fact is None or step.plan is None or plan.about["kind"] not in (RETRY, RECONCILE):
+                member.condition.be(FINE)
         return self._ended(step, cause, outcome, error=text)
 
     def _remember(self, step: _Step) -> None:
@@ -463,6 +486,7 @@ class SyncJob:
         fact = {"acked_run": step.run if done.written or done.deleted else about["last_run"]}
         if about["kind"] != RECONCILE:
             fact |= {"run": step.run, "shape": about["shape"], "written": done.written, "rejected": done.rejects}
+            fact["rows"] = step.plan.counts.rows
         if about["kind"] in (RETRY, RECONCILE):
             before = self._state.get(last_fact(member.name))
             if before is not None:
@@ -546,21 +570,8 @@ class SyncJob:
         _log.info("sync run ended", extra={**extra, **run.counts})
 
 
-def _held_text(held: int, samples: Sequence[tuple[str, str]]) -> str:
-    if not held:
-        return ""
-    shown = ", ".join(f"{key} ({reason})" for key, reason in samples[:_KEYS_SHOWN])
-    return f"{held} rows held: {shown}{', …' if len(samples) > _KEYS_SHOWN else ''}"
-
-
-def _rejected_text(rejected: Sequence[Rejected], count: int) -> str:
-    """By reason: how many, and some of their keys."""
-    by_reason: dict[str, list[str]] = {}
-    for each in rejected:
-        by_reason.setdefault(each.reason, []).append(each.key)
-    parts = []
-    for reason, keys in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:_REASONS_SHOWN]:
-        more = ", …" if len(keys) > _KEYS_SHOWN else ""
-        number = count if len(by_reason) == 1 else len(keys)
-        parts.append(f"{number} rows rejected by the target: {reason}: {', '.join(keys[:_KEYS_SHOWN])}{more}")
-    return "; ".join(parts)
+def _disk_failed(error: OSError) -> DiskFailed:
+    return DiskFailed(
+        f"the files of a run cannot be written: {error.strerror or type(error).__name__}",
+        hint="make room on the disk of state_dir",
+    )

@@ -202,10 +202,10 @@ def _progress(snapshot: dict[str, Any]) -> str:
 def _sync_row(sync: dict[str, Any]) -> tuple[str, ...]:
     last = sync["last_run"]
     name = sync["name"] + (" (paused)" if sync["paused"] else "")
+    waits = "waits: " + "; ".join(sync["waits_for"]) if sync["waits_for"] else ""
     if last is None:
-        return (name, sync["target"], "never", "", "")
+        return (name, sync["target"], "never", "", waits)
     counts = ", ".join(f"{key} {value}" for key, value in last["counts"].items())
     told = "; ".join(filter(None, [sync["why"], sync["hint"]])) if sync["condition"] not in ("fine", "partial") else ""
-    return (
-        name, sync["target"], last["ended_at"] or last["started_at"], last["outcome"], told or last["error"] or counts
-    )  # fmt: skip
+    told = told or waits or last["error"] or counts
+    return (name, sync["target"], last["ended_at"] or last["started_at"], last["outcome"], told)

@@ -31,7 +31,10 @@ def plan(call: Call) -> int:
     from cdc import planning
 
     values = bool(call.args.show_values)
-    found = planning.plan_now(call.config, call.store, lake_tables(call), call.args.name, values=values)
+    if call.args.held:
+        found = planning.plan_held(call.config, call.args.name, values=values)
+    else:
+        found = planning.plan_now(call.config, call.store, lake_tables(call), call.args.name, values=values)
     call.console.document(found)
     call.console.line(
         f"sync {found['sync']} → {found['target']} {found['table']} ({found['mode']}), plan {found['plan']}"

@@ -17,7 +17,7 @@ from cdc import rowlog
 from cdc.condition import held_fact
 from cdc.config_serving import GuardConfig, ModelConfig, SyncConfig
 from cdc.errors import ConfigError
-from cdc.sync import Order, SyncRun
+from cdc.sync_run import Order, SyncRun
 from tests.integration.test_sync_postgres import MODEL, SCORES, SYNC, Job, Shop, scores
 
 MIRROR = replace(SYNC, mode="mirror", batch_rows=1000)

@@ -30,7 +30,8 @@ from cdc.freshness import freshness_fact
 from cdc.lake.ledger import LakeLedger
 from cdc.planning import assignment_of, plan_now
 from cdc.state import State
-from cdc.sync import Order, SyncJob, SyncRun
+from cdc.sync import SyncJob
+from cdc.sync_run import Order, SyncRun
 from cdc.table import TableId
 from connectors.postgres.target import PostgresTarget
 from tests.support.lakes import SmallLake, table_id
@@ -44,7 +45,8 @@ SYNC = SyncConfig(
     name="value", target="crm", table="public.scores", key=("customer_id",), model="value", debounce_s=0, batch_rows=2
 )
 ORDERS = table_id("orders")
-ASSIGNMENT = assignment_of(SYNC, ["customer_id", "value"])
+ASSIGNMENT = assignment_of(SYNC, TargetConfig(name="crm", type="postgres"), ["customer_id", "value"])
+TARGETS = {"crm": TargetConfig(name="crm", type="postgres", dsn="")}
 SCORES = "CREATE TABLE public.scores (customer_id int PRIMARY KEY, value float8 CHECK (value < 1000))"
 
 
@@ -94,8 +96,8 @@ class Shop:
         options = {"alert": self.alerts.append, **options}
         return Job(
             SyncJob(
-                syncs or [SYNC], {model.name: model}, self.target, self.state, self.lake.store, self.folder / "work",
-                **options,
+                syncs or [SYNC], {model.name: model}, TARGETS, self.target, self.state, self.lake.store,
+                self.folder / "work", **options,
             )
         )  # fmt: skip
 

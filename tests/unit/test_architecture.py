@@ -34,7 +34,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cdc.pace", "cdc.ranges", "cdc.reading",
         "cdc.appending", "cdc.candidates", "cdc.filtered", "cdc.backfill", "cdc.watch", "cdc.discovery",
         "cdc.evolution", "cdc.freshness", "cdc.land", "cdc.merge", "cdc.plan", "cdc.guarding", "cdc.rowlog", "cdc.due",
-        "cdc.condition", "cdc.planning", "cdc.applying", "cdc.sync", "cdc.cells", "cdc.verify",
+        "cdc.condition", "cdc.held", "cdc.sync_run", "cdc.planning", "cdc.applying", "cdc.sync", "cdc.cells",
+        "cdc.verify",
         "cdc.audit", "cdc.upkeep", "cdc.follow", "cdc.comparison", "cdc.periodic", "cdc.periodic_origin", "cdc.places",
     ),
     "process": (

@@ -33,7 +33,7 @@ from cdc.log import EventLog
 from cdc.ports import SourceStatus
 from cdc.state import SourceState, State, open_state
 from cdc.status import ladder, progress_fact
-from cdc.sync import SyncRun
+from cdc.sync_run import SyncRun
 from cdc.table import TableId
 from cdc.verbs.call import UsageError, resolve_tables
 from tests.support.lakes import SmallLake

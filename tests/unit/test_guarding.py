@@ -27,7 +27,8 @@ def limits(counts: Counts, last: LastRun = NEVER, shape: str = "", guard: GuardC
         (Counts(rows=89, acknowledged=100, deletes=11), ["max_delete_share"]),
         (Counts(rows=98_999, acknowledged=100_000, deletes=1_001), ["max_delete_rows"]),
         (Counts(rows=0, acknowledged=3, deletes=3), ["allow_empty"]),
-        (Counts(rows=0, acknowledged=3, gone=3), ["allow_empty"]),
+        (Counts(rows=0, acknowledged=3, gone=3), []),
+        (Counts(rows=2, held=2, acknowledged=3, deletes=3), ["allow_empty"]),
         (Counts(rows=0), []),
         (Counts(rows=0, acknowledged=5_000, deletes=5_000), ["allow_empty", "max_delete_rows", "max_delete_share"]),
     ],
@@ -51,6 +52,7 @@ def test_many_rejects_of_the_last_run_and_other_columns_at_the_target_hold_the_n
     counts = Counts(rows=5, acknowledged=5)
     assert limits(counts, LastRun(written=40, rejected=10)) == []
     assert limits(counts, LastRun(written=40, rejected=11)) == ["max_reject_share"]
+    assert limits(counts, LastRun(written=1, rejected=11, rows=900)) == [], "a few bad rows of many"
     assert (
         limits(counts, LastRun(shape="a"), "a")
         == limits(counts, LastRun(shape="a"), "")
