@@ -268,7 +268,9 @@ class Client:
         """The library's errors as ours. Their texts are left out: some hold the path."""
         try:
             yield
-        except (urllib3.exceptions.HTTPError, OSError, TargetUnavailable) as e:
+        except (Unanswered, TargetRejected):
+            raise
+        except Exception as e:  # noqa: BLE001 - a server can make others than urllib3's: a chunk of -5 bytes, ValueError
             if _is_certificate(e):
                 raise TargetRejected(
                     f"{self._where}: the server's certificate is not trusted, or is of another host",
