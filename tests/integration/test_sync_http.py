@@ -330,6 +330,23 @@ def test_in_mode_insert_what_was_not_heard_of_is_new(
     assert (result.written, server.effects) == (1, [("a", "A")])
 
 
+@pytest.mark.parametrize("way", ["single", "batch"])
+@pytest.mark.parametrize(("fault", "there"), [("cut", "A"), ("early", "B")])
+def test_in_mode_insert_a_key_in_doubt_is_one_insert_whatever_it_holds_by_now(
+    fault: str, there: str, way: str, server: HttpTargetServer, store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    sink, to = sink_of(server.url, retry_for_s=0.05), assignment(way, mode="insert")
+    server.chaos(1, 1.0, [fault])
+    push(sink, to, {"a": "A"})
+    push(sink, to, {"a": "B"})
+    server.chaos(1, 0, [])
+    _, (result,) = push(sink, to, {"a": "B"})
+    assert (result.written, result.error) == (1, None)
+    assert server.effects == [("a", there)]
+    # The ledger says the older content: a sync of another mode would send the newer one, if it was not taken.
+    assert held(store) == {"a": digest_of("A")}
+
+
 class Failing(LocalStore):
     """A store whose writes fail while `fails`."""
 
