@@ -6,6 +6,7 @@ import gzip
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -129,3 +130,29 @@ def test_an_absurd_wish_to_wait_leaves_the_rows_for_the_next_run(
     sink.close()
     assert isinstance(result.error, TargetUnavailable)
     assert (result.written, result.unsent) == (0, ['["a"]'])
+
+
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "before", [HINTS, HINTS * 3, b"HTTP/1.1 100 Continue\r\n\r\n" + HINTS, b"HTTP/1.1 102\r\n\r\n"]
+)
+def test_what_comes_before_the_final_answer_is_none(before: bytes, server: RawServer) -> None:
+    server.keeps = True
+    sender = Client(config(server))
+    for body in (b'{"n":1}', b'{"n":2}'):
+        server.answer = before + whole(body, status=b"HTTP/1.1 201 x")
+        answer = sender.send("POST", "/x", {}, b"{}")
+        assert (answer.status, answer.body) == (201, body)
+        assert "Link" not in answer.headers
+    sender.close()
+
+
+def test_hints_without_a_final_answer_end_in_time(server: RawServer) -> None:
+    server.keeps, server.answer = True, HINTS
+    sender = Client(replace(config(server), request_timeout_s=0.3))
+    with pytest.raises(Unanswered, match="in time") as told:
+        sender.send("POST", "/x", {}, b"{}")
+    assert told.value.sent
+    sender.close()
