@@ -17,6 +17,11 @@ from cdc.errors import TargetRejected, TargetUnavailable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64: Final = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
+_NEITHER: Final = tuple(
+    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16", "fec0::/10")
+)
+"""Not public by IANA's registries of special-purpose addresses, or meant for one site (RFC 3879), which Python 3.11
+does not say of them, or not of all."""
 
 
 def is_allowed(text: str, *, allow_private: bool) -> bool:
@@ -24,9 +29,13 @@ def is_allowed(text: str, *, allow_private: bool) -> bool:
     for address in _meanings(ipaddress.ip_address(text)):
         if address.is_multicast or address.is_unspecified:
             return False
-        if not allow_private and (not address.is_global or address.is_reserved):
+        if not allow_private and not _is_public(address):
             return False
     return True
+
+
+def _is_public(address: Address) -> bool:
+    return address.is_global and not address.is_reserved and not any(address in network for network in _NEITHER)
 
 
 def _meanings(address: Address) -> Iterator[Address]:

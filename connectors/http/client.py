@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPResponse
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
 
@@ -110,11 +112,23 @@ class _Gate:
         self._here.watch.sent = True
 
 
+class _Final(HTTPResponse):
+    """http.client's, which takes every answer but 100 for the final one; those before it say nothing of a request
+    (RFC 9110, 15.2). After 101 the connection speaks something else, so nothing follows."""
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = self.msg = None  # type: ignore[assignment]
+            super().begin()
+
+
 class _Gated:
     """What both kinds of connections do beside urllib3's."""
 
     gate: _Gate
     sock: socket.socket | None
+    response_class: type[HTTPResponse] = _Final
 
     def _new_conn(self) -> socket.socket:
         return self.gate.open(self)  # type: ignore[arg-type]
@@ -268,7 +282,9 @@ class Client:
         """The library's errors as ours. Their texts are left out: some hold the path."""
         try:
             yield
-        except (urllib3.exceptions.HTTPError, OSError, TargetUnavailable) as e:
+        except (Unanswered, TargetRejected):
+            raise
+        except Exception as e:  # noqa: BLE001 - a server can make others than urllib3's: a chunk of -5 bytes, ValueError
             if _is_certificate(e):
                 raise TargetRejected(
                     f"{self._where}: the server's certificate is not trusted, or is of another host",

@@ -148,14 +148,18 @@ class Judge:
     def _told(self, status: int, content: Any) -> str:
         """For the row log: the status, and what `reason` finds, if anything."""
         found = self._evaluated(self._reason, content) if self._reason and content is not _NO_JSON else None
-        text = re.sub(r"[\x00-\x1f\x7f\s]+", " ", "" if found is None else to_text(found)).strip()
+        try:
+            said = "" if found is None else to_text(found)
+        except (TypeError, ValueError, RecursionError):
+            said = ""  # a number of a thousand digits, a list in a list in a list …
+        text = re.sub(r"[\x00-\x1f\x7f\s]+", " ", said).strip()
         return f"status {status}: {text[:REASON_MAX]}" if text else f"status {status}"
 
     def _evaluated(self, expression: Callable[[Any], Any] | None, content: Any) -> Any:
         try:
             return None if expression is None else expression(content)
-        except (JMESPathError, TypeError, ValueError):
-            return None  # a function over another type than it takes: says nothing
+        except Exception:  # noqa: BLE001 - a server's content over which a function fails, in whatever way, says nothing
+            return None
 
     def _compiled(self, name: str, request: RequestConfig) -> Callable[[Any], Any] | None:
         text = getattr(request, name)
@@ -185,10 +189,10 @@ def _retry_after_s(answer: Answer) -> float:
         return float(text[:9])
     try:
         when = parsedate_to_datetime(text)
-    except ValueError:
+        when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    except Exception:  # noqa: BLE001 - email.utils names no errors; a zone of 10^14 hours is an OverflowError
         return 0.0
-    when = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
 __all__ = ["ABSENT", "REJECTED", "TAKEN", "UNKNOWN", "Again", "Judge", "Judgement", "Outcome", "Refused"]

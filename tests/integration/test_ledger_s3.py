@@ -12,8 +12,8 @@ from cdc.lake.ledger import LakeLedger
 from connectors.s3 import store as s3
 from connectors.s3.store import S3Store
 from tests.support.buckets import new_bucket, s3_endpoint
+from tests.support.ledgers import acks, content
 from tests.support.store_proxy import StoreProxy
-from tests.unit.test_lake_ledger import acks, content
 
 
 def test_nothing_is_lost_or_doubled_over_a_bad_line(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ good. Random programs and kills are drawn from the run's seed.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import random
@@ -24,12 +25,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cdc import models
 from cdc.config_serving import RequestConfig
 from cdc.errors import StoreUnavailable, TargetRejected, TargetUnavailable
 from cdc.lake import ledger as ledger_module
 from cdc.lake.ledger import LakeLedger
+from cdc.plan import make_plan
 from cdc.ports import ObjectStore
-from cdc.sink import ACKS, ADOPT, IN_DOUBT, INSERT, UPDATE, Assignment, Batch
+from cdc.sink import ACKS, ADOPT, DELETE, IN_DOUBT, INSERT, UPDATE, Assignment, Batch
 from connectors.http import delivery
 from connectors.http.target import HttpTarget
 from connectors.local.store import LocalStore
@@ -330,6 +333,23 @@ def test_in_mode_insert_what_was_not_heard_of_is_new(
     assert (result.written, server.effects) == (1, [("a", "A")])
 
 
+@pytest.mark.parametrize("way", ["single", "batch"])
+@pytest.mark.parametrize(("fault", "there"), [("cut", "A"), ("early", "B")])
+def test_in_mode_insert_a_key_in_doubt_is_one_insert_whatever_it_holds_by_now(
+    fault: str, there: str, way: str, server: HttpTargetServer, store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    sink, to = sink_of(server.url, retry_for_s=0.05), assignment(way, mode="insert")
+    server.chaos(1, 1.0, [fault])
+    push(sink, to, {"a": "A"})
+    push(sink, to, {"a": "B"})
+    server.chaos(1, 0, [])
+    _, (result,) = push(sink, to, {"a": "B"})
+    assert (result.written, result.error) == (1, None)
+    assert server.effects == [("a", there)]
+    # The ledger says the older content: a sync of another mode would send the newer one, if it was not taken.
+    assert held(store) == {"a": digest_of("A")}
+
+
 class Failing(LocalStore):
     """A store whose writes fail while `fails`."""
 
@@ -356,6 +376,54 @@ def test_rows_whose_acknowledgement_fails_are_not_told_as_written_and_have_no_se
     sink.close()
     assert result.written == 2
     assert sorted(server.effects) == [("a", "1"), ("b", "2")]
+
+
+# ---- types ----
+
+
+def test_a_row_is_deleted_at_the_address_that_it_was_written_to(
+    store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    """A key's columns have their types in a delete as in a write, so they have the same form in a path."""
+    path = "/rows/{dev}/{at}"
+    to = Assignment(
+        sync="crm", table="", key=("dev", "at"), mode="mirror", columns=("dev", "at", "v"),
+        request=RequestConfig(method="PUT", path=path, body={"v": "{v}"}),
+        delete_request=RequestConfig(method="DELETE", path=path),
+    )  # fmt: skip
+    at = pa.array([dt.datetime(2024, 1, 1, 10, tzinfo=dt.UTC), dt.datetime(2024, 1, 1, 10, 0, 0, 5, tzinfo=dt.UTC)],
+                  pa.timestamp("us", "UTC"))  # fmt: skip
+    rows = pa.table({"dev": ["a/b", "ü"], "at": at, "v": [1, 2]})
+    acks = pa.table([['["a/b","x"]', '["ü","y"]'], ["d", "d"], [0, 0]], schema=ACKS)
+    with HttpTargetServer(answers=lambda request: Reply(200, {})) as service:
+        sink = sink_of(f"{service.url}/api")
+        sink.push([Batch(assignment=to, action=INSERT, rows=rows, acks=acks)])
+        gone = pa.table([acks.column("key"), ["", ""], [1, 1]], schema=ACKS)
+        (result,) = sink.push([Batch(assignment=to, action=DELETE, rows=rows.select(["dev", "at"]), acks=gone)])
+        assert (result.written, LakeLedger(store, "crm").read().column("digest").to_pylist()) == (2, ["", ""])
+        sent = {m: sorted(r.path for r in service.requests if r.method == m) for m in ("PUT", "DELETE")}
+    assert sent["DELETE"] == sent["PUT"]
+    assert "/api/rows/a%2Fb/2024-01-01T10%3A00%3A00.000000Z" in sent["PUT"]
+
+
+def test_a_json_of_the_query_is_a_text_and_a_struct_is_json(
+    tmp_path: Path, store: LocalStore, sink_of: Callable[..., HttpTarget]
+) -> None:
+    sql = """
+        SELECT 1 AS id, to_json({'a': [1, NULL]}) AS j, {'a': [1, NULL]} AS s, [1.50, 2] AS l, MAP {'k': true} AS m,
+               from_json('{"a": [1, null]}'::JSON, '{"a": ["INTEGER"]}') AS f"""
+    models.run_model(store, {}, sql, ["id"], tmp_path / "result.parquet")
+    columns = ("id", "j", "s", "l", "m", "f")
+    request = RequestConfig(path="/x", body={name: f"{{{name}}}" for name in columns})
+    to = Assignment(sync="crm", table="", key=("id",), mode="upsert", columns=columns, request=request)
+    with HttpTargetServer(answers=lambda request: Reply(200, {})) as service:
+        sink = sink_of(service.url)
+        plan = make_plan(tmp_path / "result.parquet", sink.acknowledged(to).rows, to, tmp_path / "plan")
+        (result,) = sink.push(plan.batches(100))
+        assert result.written == 1
+        (sent,) = service.requests
+    whole = {"a": [1, None]}
+    assert sent.json == {"id": 1, "j": '{"a":[1,null]}', "s": whole, "l": [1.5, 2.0], "m": {"k": True}, "f": whole}
 
 
 # ---- random programs ----

@@ -148,16 +148,18 @@ def test_retry_after_is_understood_as_seconds_and_as_a_date(text: str | int, lea
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
      "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%lo", "fd00::1", "ff02::1", "::ffff:127.0.0.1",
-     "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:a00:1::1", "2001:db8::1"],
+     "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:a00:1::1", "2001:db8::1", "fec0::1", "192.0.0.8",
+     "192.0.0.200", "192.88.99.1", "198.18.0.1", "3fff::1", "5f00::1", "::127.0.0.1", "::ffff:0:7f00:1",
+     "2001:0:7f00:1::", "100::1", "::ffff:192.0.0.200"],
 )  # fmt: skip
 def test_addresses_that_are_not_public_are_refused(address: str) -> None:
     assert not is_allowed(address, allow_private=False)
 
 
 def test_public_addresses_are_allowed_and_private_ones_where_that_is_meant() -> None:
-    for address in ("93.184.215.14", "2606:2800:21f:cb07::1", "::ffff:93.184.215.14"):
+    for address in ("93.184.215.14", "192.0.1.1", "2606:2800:21f:cb07::1", "::ffff:93.184.215.14"):
         assert is_allowed(address, allow_private=False)
-    for address in ("127.0.0.1", "10.1.2.3", "::1", "fd00::1", "::ffff:10.0.0.1"):
+    for address in ("127.0.0.1", "10.1.2.3", "::1", "fd00::1", "fec0::1", "::ffff:10.0.0.1"):
         assert is_allowed(address, allow_private=True)
     for address in ("224.0.0.1", "0.0.0.0", "ff02::1", "::"):
         assert not is_allowed(address, allow_private=True)

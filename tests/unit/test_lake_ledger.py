@@ -19,8 +19,7 @@ from cdc.lake.routing import RoutingStore
 from cdc.ports import StoredObject
 from cdc.sink import ACKS, IN_DOUBT
 from connectors.local.store import LocalStore
-
-Entry = tuple[str, str, int]
+from tests.support.ledgers import Entry, acks, content
 
 
 class Died(BaseException):
@@ -63,16 +62,6 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def _few_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINKS_MAX", 4)
-
-
-def acks(*rows: Entry) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(ACKS.names, row, strict=True)) for row in rows], ACKS)
-
-
-def content(ledger: LakeLedger) -> dict[str, tuple[str, int]]:
-    rows = ledger.read().to_pylist()
-    assert len({row["key"] for row in rows}) == len(rows)
-    return {row["key"]: (row["digest"], row["version"]) for row in rows}
 
 
 def objects(store: Store) -> list[str]:
