@@ -95,7 +95,7 @@ class GuardConfig:
     max_delete_share: float = 0.1
     max_change_share: float = 0.5
     max_reject_share: float = 0.2
-    """Of what the last run tried to write."""
+    """Of the last run's rows."""
     allow_empty: bool = False
     """Whether an empty result may delete."""
     allow_drift: bool = False
