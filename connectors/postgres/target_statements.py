@@ -2,7 +2,8 @@
 
 Rows are staged as texts, so that every refusal comes from a statement that can be tried with fewer rows. Values are
 cast to the *base* type of a column without its modifier and then assigned: so a text that is too long is refused, never
-cut, and domains and modifiers do their checks. Where rows are compared before they are written (update, drift), they go
+cut, and domains and modifiers do their checks. Operators and functions are named with their schema: the search path is
+the role's, and whoever may create there could put his own before them. Where rows are compared before they are written (update, drift), they go
 through a second stage of the target's own types, by assignment again.
 
 Equal means equal as images, not by the types' own equality: json has none, and citext or a non-deterministic collation
@@ -36,8 +37,12 @@ def chosen(alias: str, rows: Rows) -> sql.Composable:
     """The condition that a staged row is one of these."""
     n = ident(alias, "n")
     if rows and rows[-1] - rows[0] + 1 == len(rows):
-        return sql.SQL("{} >= {} AND {} <= {}").format(n, sql.Literal(rows[0]), n, sql.Literal(rows[-1]))
-    return sql.SQL("{} = ANY({}::int[])").format(n, sql.Literal("{" + ",".join(map(str, rows)) + "}"))
+        return sql.SQL("{} OPERATOR(pg_catalog.>=) {} AND {} OPERATOR(pg_catalog.<=) {}").format(
+            n, sql.Literal(rows[0]), n, sql.Literal(rows[-1])
+        )
+    return sql.SQL("{} OPERATOR(pg_catalog.=) ANY({}::pg_catalog.int4[])").format(
+        n, sql.Literal("{" + ",".join(map(str, rows)) + "}")
+    )
 
 
 def _listed(parts: Iterable[sql.Composable], by: str = ", ") -> sql.Composed:
@@ -68,8 +73,8 @@ class Statements:
         return ident("pg_temp", f"cdc_typed_{self.number}")
 
     def create_stage(self) -> sql.Composed:
-        texts = _listed([sql.SQL("{} text").format(ident(f"c{i}")) for i in range(len(self.columns))], ", ")
-        return sql.SQL("CREATE TEMP TABLE {} (n int, {} k text, d text) ON COMMIT DROP").format(
+        texts = _listed([sql.SQL("{} pg_catalog.text").format(ident(f"c{i}")) for i in range(len(self.columns))], ", ")
+        return sql.SQL("CREATE TEMP TABLE {} (n pg_catalog.int4, {} k pg_catalog.text, d pg_catalog.text) ON COMMIT DROP").format(
             ident(f"cdc_stage_{self.number}"), sql.SQL("{},").format(texts) if self.columns else sql.SQL("")
         )
 
@@ -85,7 +90,7 @@ class Statements:
     def create_typed(self) -> sql.Composed:
         """Without the columns' constraints, which writing checks; domains keep theirs."""
         return sql.SQL(
-            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::int AS n, NULL::text AS k, {} FROM {} o WITH NO DATA"
+            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::pg_catalog.int4 AS n, NULL::pg_catalog.text AS k, {} FROM {} o WITH NO DATA"
         ).format(
             ident(f"cdc_typed_{self.number}"),
             _listed(sql.SQL("o.{} AS {}").format(ident(name), ident(f"c{i}")) for i, name in enumerate(self.columns)),
@@ -106,13 +111,9 @@ class Statements:
     def leave_out_taken(self) -> sql.Composed:
         """Take those rows out of the stage that the target has taken with this very content."""
         return sql.SQL(
-            "DELETE FROM {} s USING {} a WHERE a.sync = {} AND a.key = s.k AND a.digest = s.d AND a.relation = {}"
-        ).format(
-            self.stage,
-            sql.SQL(STATE_TABLE),
-            sql.Literal(self.assignment.sync),
-            sql.Literal(self.table.oid),
-        )
+            "DELETE FROM {} s USING {} a WHERE {} AND a.key OPERATOR(pg_catalog.=) s.k "
+            "AND a.digest OPERATOR(pg_catalog.=) s.d AND a.relation OPERATOR(pg_catalog.=) {}::pg_catalog.oid"
+        ).format(self.stage, sql.SQL(STATE_TABLE), self._ours(), sql.Literal(self.table.oid))
 
     # ------------------------------------------------------------------ writing
 
@@ -126,7 +127,7 @@ class Statements:
             sql.SQL("coalesce({}, p.{})").format(self._cast(c), ident(c)) if c in kept else self._cast(c)
             for c in self.columns
         )
-        present = sql.SQL("LEFT JOIN {} p ON {}").format(self._target, self._matched("p")) if kept else sql.SQL("")
+        present = sql.SQL("LEFT JOIN {} p ON {}").format(self._rows, self._matched("p")) if kept else sql.SQL("")
         statement = sql.SQL("INSERT INTO {} AS o ({}) SELECT {} FROM {} s {} WHERE {}").format(
             self._target, _listed(map(ident, self.columns)), values, self.stage, present, chosen("s", rows)
         )
@@ -145,7 +146,7 @@ class Statements:
     def lock_matches(self, rows: Rows) -> sql.Composed:
         """Ordinals of staged values, once per row of the target that they match; those rows are locked."""
         return sql.SQL("SELECT t.n FROM {} t JOIN {} o ON {} WHERE {} FOR NO KEY UPDATE OF o").format(
-            self.typed, self._target, self._same_key(), chosen("t", rows)
+            self.typed, self._rows, self._same_key(), chosen("t", rows)
         )
 
     def update(self, rows: Rows) -> sql.Composed | None:
@@ -154,7 +155,7 @@ class Statements:
         if not others:
             return None
         return sql.SQL("UPDATE {} AS o SET {} FROM {} t WHERE {} AND {} AND {}").format(
-            self._target,
+            self._rows,
             _listed(sql.SQL("{} = {}").format(ident(c), self._proposed(c, "t", f"c{i}")) for i, c in others),
             self.typed,
             self._same_key(),
@@ -164,15 +165,15 @@ class Statements:
 
     def delete(self, rows: Rows) -> sql.Composed:
         return sql.SQL("DELETE FROM {} AS o USING {} s WHERE {} AND {}").format(
-            self._target, self.stage, self._matched("o"), chosen("s", rows)
+            self._rows, self.stage, self._matched("o"), chosen("s", rows)
         )
 
     def acknowledge(self, rows: Rows) -> sql.Composed:
         """The staged ones of these rows are remembered; with DELETE forgotten."""
         if self.action == DELETE:
-            return sql.SQL("DELETE FROM {} a USING {} s WHERE a.sync = {} AND a.key = s.k AND {}").format(
-                sql.SQL(STATE_TABLE), self.stage, sql.Literal(self.assignment.sync), chosen("s", rows)
-            )
+            return sql.SQL(
+                "DELETE FROM {} a USING {} s WHERE {} AND a.key OPERATOR(pg_catalog.=) s.k AND {}"
+            ).format(sql.SQL(STATE_TABLE), self.stage, self._ours(), chosen("s", rows))
         return sql.SQL(
             "INSERT INTO {} AS o (sync, key, digest, relation, acked_at, run) "
             "SELECT {}, s.k, s.d, {}, pg_catalog.clock_timestamp(), {} FROM {} s WHERE {} "
@@ -213,7 +214,7 @@ class Statements:
         if not intermediate:
             return None
         return sql.SQL("UPDATE {} AS o SET {} FROM {} s WHERE {} AND {} AND ({})").format(
-            self._target,
+            self._rows,
             _listed(
                 sql.SQL("{} = CASE WHEN {} THEN {} ELSE {} END").format(
                     ident(c), self._moves(c, because[c]), value, ident("o", c)
@@ -236,8 +237,8 @@ class Statements:
 
     def present(self, rows: Rows) -> sql.Composed:
         """Ordinal and key, as the target writes it, of the staged rows that it has."""
-        return sql.SQL("SELECT s.n, ROW({})::text FROM {} s JOIN {} o ON {} WHERE {}").format(
-            self._key("o"), self.stage, self._target, self._matched("o"), chosen("s", rows)
+        return sql.SQL("SELECT s.n, ROW({})::pg_catalog.text FROM {} s JOIN {} o ON {} WHERE {}").format(
+            self._key("o"), self.stage, self._rows, self._matched("o"), chosen("s", rows)
         )
 
     def holders(self, rows: Rows) -> list[tuple[str, sql.Composed]]:
@@ -250,11 +251,11 @@ class Statements:
         for index in self.table.indexes:
             if not (index.unique and index.plain) or index.columns <= key or not index.columns <= pushed.keys():
                 continue
-            same = [sql.SQL("o.{} = {}").format(ident(pushed[i]), self._cast(pushed[i])) for i in index.columns]
-            statement = sql.SQL("SELECT s.n, ROW({})::text FROM {} s JOIN {} o ON {} WHERE {} AND NOT ({})").format(
+            same = [self._equal(pushed[i], ident("o", pushed[i]), self._exact(pushed[i])) for i in index.columns]
+            statement = sql.SQL("SELECT s.n, ROW({})::pg_catalog.text FROM {} s JOIN {} o ON {} WHERE {} AND NOT ({})").format(
                 self._key("o"),
                 self.stage,
-                self._target,
+                self._rows,
                 _listed(same, " AND "),
                 chosen("s", rows),
                 self._matched("o"),
@@ -269,7 +270,7 @@ class Statements:
         kind = column.base_type[1]
         if kind in _INTEGERS:
             # Below everything that is there, each row another.
-            return sql.SQL("((SELECT least(min(x.{}), 0) FROM {} x) - 1 - s.n)").format(
+            return sql.SQL("((SELECT least(pg_catalog.min(x.{}), 0) FROM {} x) OPERATOR(pg_catalog.-) 1 OPERATOR(pg_catalog.-) s.n)").format(
                 ident(column.name), self._target
             )
         if kind == "uuid":
@@ -277,7 +278,7 @@ class Statements:
         room = column.typmod - 4 if column.typmod > 4 else 32
         if kind in ("text", "varchar", "bpchar") and room >= _TEXT_ROOM:
             return sql.SQL(
-                "pg_catalog.left(pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), {})"
+                "pg_catalog.left(pg_catalog.replace(pg_catalog.gen_random_uuid()::pg_catalog.text, '-', ''), {})"
             ).format(sql.Literal(room))
         return None
 
@@ -302,8 +303,8 @@ class Statements:
             "SELECT DISTINCT ON (t.n) t.n, t.k, o.{} IS NULL AS lacks, ARRAY[{}] AS differs "
             "FROM {} t LEFT JOIN {} o ON {} "
             "ORDER BY t.n, pg_catalog.cardinality(pg_catalog.array_positions(ARRAY[{}], true))) f "
-            "WHERE f.lacks OR true = ANY(f.differs) ORDER BY f.n"
-        ).format(key, flags, self.typed, self._target, self._same_key(), flags)
+            "WHERE f.lacks OR true OPERATOR(pg_catalog.=) ANY(f.differs) ORDER BY f.n"
+        ).format(key, flags, self.typed, self._rows, self._same_key(), flags)
 
     def compared(self) -> list[str]:
         """The columns that `drift` has flags for."""
@@ -314,6 +315,11 @@ class Statements:
     @property
     def _target(self) -> sql.Identifier:
         return ident(self.table.schema, self.table.relation)
+
+    @property
+    def _rows(self) -> sql.Composed:
+        """The rows that are the table's own: a table that inherits from it has keys, and rows, of its own."""
+        return sql.SQL("{}" if self.table.relkind == "p" else "ONLY {}").format(self._target)
 
     def _others(self) -> list[tuple[int, str]]:
         return [(i, c) for i, c in enumerate(self.columns) if c not in self.assignment.key]
@@ -332,14 +338,27 @@ class Statements:
 
     def _matched(self, alias: str) -> sql.Composed:
         """That a row of the target has the key of the staged texts."""
-        return _listed(
-            (sql.SQL("{} = {}").format(ident(alias, k), self._cast(k)) for k in self.assignment.key), " AND "
-        )
+        return _listed((self._equal(k, ident(alias, k), self._exact(k)) for k in self.assignment.key), " AND ")
 
     def _same_key(self) -> sql.Composed:
         return _listed(
-            (sql.SQL("o.{} = t.{}").format(ident(k), ident(self._place(k))) for k in self.assignment.key), " AND "
+            (self._equal(k, ident("o", k), ident("t", self._place(k))) for k in self.assignment.key), " AND "
         )
+
+    def _equal(self, column: str, one: sql.Composable, other: sql.Composable) -> sql.Composed:
+        equality = ident(self.table.columns[column].equality)
+        return sql.SQL("{} OPERATOR({}.=) {}").format(one, equality, other)
+
+    def _exact(self, column: str) -> sql.Composed:
+        """The staged text as the column would hold it, rounded where it rounds."""
+        exact = self.table.columns[column].exact
+        if not exact:
+            return self._cast(column)
+        return sql.SQL("s.{}::{}").format(ident(self._place(column)), sql.SQL(exact))  # type: ignore[arg-type]
+
+    def _ours(self) -> sql.Composed:
+        """That an acknowledgement `a` is one of this sync."""
+        return sql.SQL("a.sync OPERATOR(pg_catalog.=) {}").format(sql.Literal(self.assignment.sync))
 
     def _proposed(self, column: str, alias: str, name: str) -> sql.Composed:
         """What the column becomes: keep and fill look at what is there."""

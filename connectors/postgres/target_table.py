@@ -23,6 +23,9 @@ from connectors.postgres.target_types import mismatch
 
 _NAME = re.compile(r'(?:(?P<schema>"(?:[^"]|"")+"|[^".]+)\.)?(?P<name>"(?:[^"]|"")+"|[^".]+)')
 
+_ROUNDING = ("numeric", "timestamp", "timestamptz", "time", "timetz", "interval")
+"""Types whose modifier rounds."""
+
 _TABLE = """
 SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -33,16 +36,19 @@ SELECT a.attname, a.attnum, a.attidentity, a.attgenerated, tn.nspname, t.typname
        pg_catalog.format_type(a.atttypid, a.atttypmod), a.atttypmod, a.attnotnull, a.atthasdef,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT'),
-       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE')
+       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE'),
+       CASE WHEN t.typtype = 'b' AND t.typcategory <> 'A' THEN tn.nspname ELSE 'pg_catalog' END,
+       pg_catalog.format_type(base.oid, base.typmod), base.typmod
 FROM pg_catalog.pg_attribute a
 CROSS JOIN LATERAL (
     WITH RECURSIVE d AS (
-        SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, a.atttypmod AS typmod
+        FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid
         UNION ALL
-        SELECT t.oid, t.typtype, t.typbasetype FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, d.typtypmod FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
         WHERE d.typtype = 'd'
     )
-    SELECT d.oid FROM d WHERE d.typtype <> 'd'
+    SELECT d.oid, d.typmod FROM d WHERE d.typtype <> 'd'
 ) base
 JOIN pg_catalog.pg_type t ON t.oid = base.oid JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
@@ -82,6 +88,11 @@ class TargetColumn:
     may_select: bool
     may_insert: bool
     may_update: bool
+    equality: str
+    """Schema of the operator `=` by which two of its values are one key."""
+    exact: str
+    """The base type as a cast has it that rounds as the column does (numeric, times); empty for types without such:
+    a cast to those would cut what the column refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +265,8 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
             may_select=c[11],
             may_insert=c[12],
             may_update=c[13],
+            equality=c[14],
+            exact=c[15] if c[16] >= 0 and c[4] == "pg_catalog" and c[5].lstrip("_") in _ROUNDING else "",
         )
         for c in connection.execute(_COLUMNS, (row[0],)).fetchall()
     ]
