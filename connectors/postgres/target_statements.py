@@ -198,39 +198,51 @@ class Statements:
         if self.action == DELETE or self.assignment.mode in ("insert", "append"):
             return None
         intermediate: dict[str, sql.Composed] = {}
-        because: dict[str, set[str]] = {}
+        because: dict[str, list[sql.Composed]] = {}
         for index in self.table.indexes:
             used = [self.table.columns[c] for _, c in self._others() if self.table.columns[c].attnum in index.uses]
             if not used or (not index.immediate and not all_indexes):
                 continue
             nullable = [c for c in used if not c.not_null and not index.null_collides]
-            for column in (*nullable, *used):
+            before: list[sql.Composed] = []
+            for column in dict.fromkeys((*nullable, *used)):
                 value = sql.SQL("NULL").format() if column in nullable else self._nobodys(column)
                 # What `fill` finds it must keep.
                 if value is not None and column.name not in self.assignment.fill:
+                    moves = self._moves(column.name)
                     intermediate.setdefault(column.name, value)
-                    because.setdefault(column.name, set()).update(c.name for c in used)
-                    break
+                    # Of the columns that change, the first one is enough.
+                    because.setdefault(column.name, []).append(
+                        _listed([moves, *(sql.SQL("NOT ({})").format(b) for b in before)], " AND ")
+                    )
+                    before.append(moves)
         if not intermediate:
             return None
+        when = {c: _listed((sql.SQL("({})").format(b) for b in because[c]), " OR ") for c in intermediate}
         return sql.SQL("UPDATE {} AS o SET {} FROM {} s WHERE {} AND {} AND ({})").format(
             self._rows,
             _listed(
-                sql.SQL("{} = CASE WHEN {} THEN {} ELSE {} END").format(
-                    ident(c), self._moves(c, because[c]), value, ident("o", c)
-                )
+                sql.SQL("{} = CASE WHEN {} THEN {} ELSE {} END").format(ident(c), when[c], value, ident("o", c))
                 for c, value in intermediate.items()
             ),
             self.stage,
             self._matched("o"),
             chosen("s", rows),
-            _listed((sql.SQL("({})").format(self._moves(c, because[c])) for c in intermediate), " OR "),
+            _listed(when.values(), " OR "),
         )
 
-    def _moves(self, column: str, used: set[str]) -> sql.Composed:
-        """Whether the row's values of the `used` columns change; not where `keep` leaves this one as it is, nor where
-        it is NULL, which is in nobody's way (or, where NULLs collide, is one row's at most)."""
-        moves = sql.SQL("{} AND {} IS NOT NULL").format(self._text_differs(sorted(used)), ident("o", column))
+    def hit_several(self, rows: Rows) -> sql.Composed:
+        """Ordinals of staged texts whose key several rows of the target have."""
+        return sql.SQL(
+            "SELECT s.n FROM {} s JOIN {} o ON {} WHERE {} GROUP BY s.n HAVING pg_catalog.count(*) "
+            "OPERATOR(pg_catalog.>) 1"
+        ).format(self.stage, self._rows, self._matched("o"), chosen("s", rows))
+
+    def _moves(self, column: str) -> sql.Composed:
+        """Whether the row's value of the column changes (what does not is left alone: others may refer to it); not
+        where `keep` leaves it as it is, nor where it is NULL, which is in nobody's way (or, where NULLs collide, is one
+        row's at most)."""
+        moves = sql.SQL("{} AND {} IS NOT NULL").format(self._text_differs([column]), ident("o", column))
         if column not in self.assignment.keep:
             return moves
         return sql.SQL("{} AND s.{} IS NOT NULL").format(moves, ident(self._place(column)))

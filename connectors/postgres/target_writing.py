@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg import errors as pg
 
 from cdc.errors import TargetRejected
 from cdc.sink import ADOPT, DELETE, Batch, PushResult, Rejected
@@ -47,6 +48,8 @@ class Part:
     rejected: dict[int, Rejected] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
     indexed: bool = False
+    vacated: set[int] = field(default_factory=set)
+    """Rows for which room has been made and that have to be written, or room must not have been made."""
 
     def __len__(self) -> int:
         return int(self.batch.acks.num_rows)
@@ -189,6 +192,9 @@ class Writing:
         found = np.asarray([n for (n,) in self._connection.execute(part.statements.lock_matches(rows))], np.int64)
         matched, counts = np.unique(found, return_counts=True)
         several = matched[counts > 1].tolist()
+        if part.vacated.intersection(several):
+            # Another session has just added a row: room was made in rows that are not written now.
+            raise pg.CardinalityViolation("several rows, some of them with intermediate values")
         present = set(matched.tolist())
         absent = [n for n in rows if n not in present and n not in part.rejected]
         if absent or several:
@@ -312,13 +318,18 @@ class Writing:
 
     def _vacate(self, group: Group, *, all_indexes: bool) -> None:
         """Make room; a batch whose intermediate values are refused stays as it is, and its rows see what comes."""
-        for part, rows in group:
-            statement = part.statements.vacate(rows, all_indexes=all_indexes)
-            if statement is None:
-                continue
+        for part, given in group:
+            rows, part.vacated = given, set()
             try:
                 with self._connection.transaction():
+                    if part.batch.assignment.mode == "update":
+                        several = {n for (n,) in self._connection.execute(part.statements.hit_several(given))}
+                        rows = [n for n in given if n not in several]
+                    statement = part.statements.vacate(rows, all_indexes=all_indexes)
+                    if statement is None:
+                        continue
                     self._connection.execute(statement)
+                part.vacated = set(rows)
             except psycopg.Error as error:
                 if not is_about_rows(error, self._connection):
                     raise

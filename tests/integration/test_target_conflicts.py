@@ -272,3 +272,31 @@ def test_a_lock_that_is_never_released_ends_in_unavailable_after_a_few_tries(
         assert push(target, {1: 1, 2: 1}).written == 2
     finally:
         target.close()
+
+
+def test_room_is_made_in_no_row_whose_key_hits_several(db: psycopg.Connection, target: PostgresTarget) -> None:
+    db.execute(
+        "CREATE TABLE public.scores (pk int PRIMARY KEY, id int, u text UNIQUE, note text);"
+        "INSERT INTO public.scores VALUES (1, 1, 'a'), (2, 2, 'b'), (3, 3, 'kept'), (4, 3, 'kept too')"
+    )
+    result = push(target, {1: "b", 2: "a", 3: "z"}, assignment=assigned(("id", "u", "note"), mode="update"))
+    assert [(r.key, r.reason) for r in result.rejected] == [(key_text(3), "the key hits several rows")]
+    found = db.execute("SELECT pk, u FROM public.scores ORDER BY pk").fetchall()
+    assert found == [(1, "b"), (2, "a"), (3, "kept"), (4, "kept too")]
+
+
+def test_a_value_that_does_not_change_is_left_alone_while_room_is_made(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    """Children refer to it, and would have followed."""
+    db.execute(
+        "CREATE TABLE public.scores (id int PRIMARY KEY, own text UNIQUE, note text, u text UNIQUE, UNIQUE (own, note));"
+        "CREATE TABLE public.kid (own text REFERENCES public.scores (own) ON UPDATE SET NULL);"
+        "INSERT INTO public.scores VALUES (1, 'x', 'p', '1'), (2, 'y', 'q', '2');"
+        "INSERT INTO public.kid VALUES ('x'), ('y')"
+    )
+    given = {"id": [1, 2], "own": ["x", "y"], "note": ["pp", "qq"], "u": ["2", "1"]}
+    (result,) = target.push([batch_of(assigned(list(given)), given)])
+    assert result.rejected == []
+    assert held(db) == {1: "2", 2: "1"}
+    assert db.execute("SELECT own FROM public.kid ORDER BY 1").fetchall() == [("x",), ("y",)]
