@@ -25,6 +25,8 @@ Rows = Sequence[int]
 """Ordinals of staged rows, ascending."""
 
 _INTEGERS = ("int2", "int4", "int8")
+_ORDINAL = "cdc ordinal"
+"""Beside columns with the target's names."""
 _TEXT_ROOM = 16
 """Characters below which a text column gets no intermediate value: fewer random ones might collide."""
 
@@ -69,14 +71,18 @@ class Statements:
         return ident("pg_temp", f"cdc_stage_{self.number}")
 
     @property
+    def _keys(self) -> sql.Identifier:
+        return ident("pg_temp", f"cdc_keys_{self.number}")
+
+    @property
     def typed(self) -> sql.Identifier:
         return ident("pg_temp", f"cdc_typed_{self.number}")
 
     def create_stage(self) -> sql.Composed:
         texts = _listed([sql.SQL("{} pg_catalog.text").format(ident(f"c{i}")) for i in range(len(self.columns))], ", ")
-        return sql.SQL("CREATE TEMP TABLE {} (n pg_catalog.int4, {} k pg_catalog.text, d pg_catalog.text) ON COMMIT DROP").format(
-            ident(f"cdc_stage_{self.number}"), sql.SQL("{},").format(texts) if self.columns else sql.SQL("")
-        )
+        return sql.SQL(
+            "CREATE TEMP TABLE {} (n pg_catalog.int4, {} k pg_catalog.text, d pg_catalog.text) ON COMMIT DROP"
+        ).format(ident(f"cdc_stage_{self.number}"), sql.SQL("{},").format(texts) if self.columns else sql.SQL(""))
 
     def index_stage(self) -> sql.Composed:
         """For when rows are looked for one by one."""
@@ -95,6 +101,59 @@ class Statements:
             ident(f"cdc_typed_{self.number}"),
             _listed(sql.SQL("o.{} AS {}").format(ident(name), ident(f"c{i}")) for i, name in enumerate(self.columns)),
             self._target,
+        )
+
+    def create_keys(self) -> sql.Composed:
+        """For the staged keys as values of the target, with the columns' collations."""
+        return sql.SQL(
+            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::pg_catalog.int4 AS {}, {} FROM {} o WITH NO DATA"
+        ).format(
+            ident(f"cdc_keys_{self.number}"),
+            ident(_ORDINAL),
+            _listed(sql.SQL("o.{0} AS {0}").format(ident(k)) for k in self.assignment.key),
+            self._target,
+        )
+
+    def type_keys(self, rows: Rows) -> sql.Composed:
+        return sql.SQL("INSERT INTO {} SELECT s.n, {} FROM {} s WHERE {}").format(
+            self._keys, _listed(self._cast(k) for k in self.assignment.key), self.stage, chosen("s", rows)
+        )
+
+    def twins(self) -> sql.Composed:
+        """Ordinals of those typed keys that are not alone with their value."""
+        return sql.SQL(
+            "SELECT f.n FROM (SELECT {} AS n, pg_catalog.count(*) OVER (PARTITION BY {}) AS c FROM {} t) f "
+            "WHERE f.c OPERATOR(pg_catalog.>) 1::pg_catalog.int8"
+        ).format(ident("t", _ORDINAL), self._key("t"), self._keys)
+
+    def drop_staged(self, rows: Rows) -> sql.Composed:
+        return sql.SQL("DELETE FROM {} s WHERE {}").format(self.stage, chosen("s", rows))
+
+    def shared(self) -> sql.Composed:
+        """Ordinals of typed keys that another acknowledged key, which is not staged here, is equal to."""
+        ours = sql.SQL("{} AND a.key OPERATOR(pg_catalog.<>) ''").format(self._ours())
+        texts = [
+            # In a CASE, so that nothing else is read as such a key, in whatever order the server goes about it.
+            sql.SQL("(CASE WHEN {} THEN a.key::pg_catalog.json OPERATOR(pg_catalog.->>) {} END)::{}").format(
+                ours,
+                sql.Literal(i),
+                sql.SQL(self.table.columns[k].exact) if self.table.columns[k].exact else self._type(k),
+            )
+            for i, k in enumerate(self.assignment.key)
+        ]
+        return sql.SQL(
+            "SELECT DISTINCT {} FROM {} t JOIN {} a ON {} WHERE {} "
+            "AND NOT EXISTS (SELECT FROM {} s WHERE s.k OPERATOR(pg_catalog.=) a.key)"
+        ).format(
+            ident("t", _ORDINAL),
+            self._keys,
+            sql.SQL(STATE_TABLE),
+            _listed(
+                (self._equal(k, ident("t", k), text) for k, text in zip(self.assignment.key, texts, strict=True)),
+                " AND ",
+            ),
+            ours,
+            self.stage,
         )
 
     def type_rows(self, rows: Rows) -> sql.Composed:
@@ -163,6 +222,12 @@ class Statements:
             self._differs([(c, self._proposed(c, "t", f"c{i}")) for i, c in others]),
         )
 
+    def still_there(self, rows: Rows) -> sql.Composed:
+        """Ordinals of staged keys that a row of the target has."""
+        return sql.SQL("SELECT DISTINCT s.n FROM {} s JOIN {} o ON {} WHERE {}").format(
+            self.stage, self._rows, self._matched("o"), chosen("s", rows)
+        )
+
     def delete(self, rows: Rows) -> sql.Composed:
         return sql.SQL("DELETE FROM {} AS o USING {} s WHERE {} AND {}").format(
             self._rows, self.stage, self._matched("o"), chosen("s", rows)
@@ -171,9 +236,9 @@ class Statements:
     def acknowledge(self, rows: Rows) -> sql.Composed:
         """The staged ones of these rows are remembered; with DELETE forgotten."""
         if self.action == DELETE:
-            return sql.SQL(
-                "DELETE FROM {} a USING {} s WHERE {} AND a.key OPERATOR(pg_catalog.=) s.k AND {}"
-            ).format(sql.SQL(STATE_TABLE), self.stage, self._ours(), chosen("s", rows))
+            return sql.SQL("DELETE FROM {} a USING {} s WHERE {} AND a.key OPERATOR(pg_catalog.=) s.k AND {}").format(
+                sql.SQL(STATE_TABLE), self.stage, self._ours(), chosen("s", rows)
+            )
         return sql.SQL(
             "INSERT INTO {} AS o (sync, key, digest, relation, acked_at, run) "
             "SELECT {}, s.k, s.d, {}, pg_catalog.clock_timestamp(), {} FROM {} s WHERE {} "
@@ -264,7 +329,9 @@ class Statements:
             if not (index.unique and index.plain) or index.columns <= key or not index.columns <= pushed.keys():
                 continue
             same = [self._equal(pushed[i], ident("o", pushed[i]), self._exact(pushed[i])) for i in index.columns]
-            statement = sql.SQL("SELECT s.n, ROW({})::pg_catalog.text FROM {} s JOIN {} o ON {} WHERE {} AND NOT ({})").format(
+            statement = sql.SQL(
+                "SELECT s.n, ROW({})::pg_catalog.text FROM {} s JOIN {} o ON {} WHERE {} AND NOT ({})"
+            ).format(
                 self._key("o"),
                 self.stage,
                 self._rows,
@@ -282,9 +349,9 @@ class Statements:
         kind = column.base_type[1]
         if kind in _INTEGERS:
             # Below everything that is there, each row another.
-            return sql.SQL("((SELECT least(pg_catalog.min(x.{}), 0) FROM {} x) OPERATOR(pg_catalog.-) 1 OPERATOR(pg_catalog.-) s.n)").format(
-                ident(column.name), self._target
-            )
+            return sql.SQL(
+                "((SELECT least(pg_catalog.min(x.{}), 0) FROM {} x) OPERATOR(pg_catalog.-) 1 OPERATOR(pg_catalog.-) s.n)"
+            ).format(ident(column.name), self._target)
         if kind == "uuid":
             return sql.SQL("pg_catalog.gen_random_uuid()").format()
         room = column.typmod - 4 if column.typmod > 4 else 32
@@ -366,7 +433,7 @@ class Statements:
         exact = self.table.columns[column].exact
         if not exact:
             return self._cast(column)
-        return sql.SQL("s.{}::{}").format(ident(self._place(column)), sql.SQL(exact))  # type: ignore[arg-type]
+        return sql.SQL("s.{}::{}").format(ident(self._place(column)), sql.SQL(exact))
 
     def _ours(self) -> sql.Composed:
         """That an acknowledgement `a` is one of this sync."""

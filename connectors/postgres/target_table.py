@@ -27,7 +27,11 @@ _ROUNDING = ("numeric", "timestamp", "timestamptz", "time", "timetz", "interval"
 """Types whose modifier rounds."""
 
 _TABLE = """
-SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE')
+SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE'),
+       NOT pg_catalog.row_security_active(c.oid) OR EXISTS (
+           SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid AND y.polcmd IN ('d', '*') AND y.polpermissive
+               AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) r
+                           WHERE CASE WHEN r = 0 THEN true ELSE pg_catalog.pg_has_role(r, 'USAGE') END))
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %s AND c.relname = %s"""
 
@@ -37,6 +41,7 @@ SELECT a.attname, a.attnum, a.attidentity, a.attgenerated, tn.nspname, t.typname
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE'),
+       coalesce((SELECT l.collisdeterministic FROM pg_catalog.pg_collation l WHERE l.oid = a.attcollation), true),
        CASE WHEN t.typtype = 'b' AND t.typcategory <> 'A' THEN tn.nspname ELSE 'pg_catalog' END,
        pg_catalog.format_type(base.oid, base.typmod), base.typmod
 FROM pg_catalog.pg_attribute a
@@ -88,6 +93,8 @@ class TargetColumn:
     may_select: bool
     may_insert: bool
     may_update: bool
+    deterministic: bool
+    """Whether equal texts are the same bytes."""
     equality: str
     """Schema of the operator `=` by which two of its values are one key."""
     exact: str
@@ -122,6 +129,8 @@ class TargetTable:
     relkind: str
     user: str
     may_delete: bool
+    lets_delete: bool
+    """Row security has a policy under which the role may delete, or is off for it."""
     columns: dict[str, TargetColumn]
     indexes: tuple[UniqueIndex, ...]
 
@@ -197,6 +206,14 @@ class TargetTable:
                 f"the role may not {rights} on {self.name}",
                 f"GRANT {rights} ON {self.quoted} TO {quoted(self.user)}",
             )
+        if mode == "mirror" and not self.lets_delete:
+            finding(
+                "row security",
+                f"{self.name} has row security, and no policy lets the role DELETE: rows that leave the result will be "
+                "rejected",
+                f"CREATE POLICY cdc_delete ON {self.quoted} FOR DELETE TO {quoted(self.user)} USING (true)",
+                "warning",
+            )
 
     def _key(self, assignment: Assignment, finding: Callable[..., None]) -> None:
         if assignment.mode in ("update", "append"):
@@ -265,8 +282,9 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
             may_select=c[11],
             may_insert=c[12],
             may_update=c[13],
-            equality=c[14],
-            exact=c[15] if c[16] >= 0 and c[4] == "pg_catalog" and c[5].lstrip("_") in _ROUNDING else "",
+            deterministic=c[14],
+            equality=c[15],
+            exact=c[16] if c[17] >= 0 and c[4] == "pg_catalog" and c[5].lstrip("_") in _ROUNDING else "",
         )
         for c in connection.execute(_COLUMNS, (row[0],)).fetchall()
     ]
@@ -289,6 +307,7 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
         relkind=row[1],
         user=connection.info.user,
         may_delete=row[2],
+        lets_delete=row[3],
         columns={c.name: c for c in columns},
         indexes=indexes,
     )

@@ -79,3 +79,22 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _foreign(name: str, category: str) -> bool:
     return category == "U" and name not in _KNOWN
+
+
+def names_one_value(kind: pa.DataType, name: str, deterministic: bool, rounds: bool) -> bool:
+    """Whether two different values of `kind` are two different values of a column of the base type `name` for sure:
+    texts of a number or a uuid may be written in several ways, and modifiers round."""
+    if rounds:
+        return False
+    if name in ("text", "varchar"):
+        return deterministic
+    t = pa.types
+    if t.is_integer(kind):
+        return name in ("int2", "int4", "int8", "numeric")
+    if t.is_decimal(kind):
+        return name == "numeric"
+    if _is_bytes(kind):
+        return name == "bytea"
+    if t.is_timestamp(kind):
+        return name in ("timestamp", "timestamptz") and kind.unit != "ns"
+    return (t.is_date(kind) and name == "date") or (t.is_boolean(kind) and name == "bool")

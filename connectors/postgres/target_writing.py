@@ -23,15 +23,17 @@ import psycopg
 from psycopg import errors as pg
 
 from cdc.errors import TargetRejected
-from cdc.sink import ADOPT, DELETE, Batch, PushResult, Rejected
+from cdc.sink import ADOPT, DELETE, INSERT, UPDATE, Batch, PushResult, Rejected
 from connectors.postgres.target_errors import CONFLICTS, is_about_rows, reason
 from connectors.postgres.target_rows import Unwritable, stage_csv
 from connectors.postgres.target_statements import Rows, Statements
 from connectors.postgres.target_table import TargetTable
+from connectors.postgres.target_types import names_one_value
 
 ALL_REFUSED_ROWS = 500
 """A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
 would keep the target busy for nothing. Rows refused for what others hold do not count."""
+BY_KEY = ("upsert", "mirror")
 ROUNDS = 20
 """How often rows that wait for rows behind them are looked at again."""
 ROUNDS_ROWS = 200_000
@@ -48,6 +50,8 @@ class Part:
     rejected: dict[int, Rejected] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
     indexed: bool = False
+    shared: set[int] = field(default_factory=set)
+    """With DELETE: rows that another acknowledged key names too, which stay."""
     vacated: set[int] = field(default_factory=set)
     """Rows for which room has been made and that have to be written, or room must not have been made."""
 
@@ -76,10 +80,12 @@ Tie = tuple[PartRow, PartRow, str]
 
 @dataclass(slots=True)
 class _Outcome:
-    """Beside the rows that were written: those without a counterpart, and those with several (mode update)."""
+    """Beside the rows that were taken: those without a counterpart, and those with several (mode update)."""
 
     absent: list[int] = field(default_factory=list)
     several: list[int] = field(default_factory=list)
+    still: list[int] = field(default_factory=list)
+    """Rows that are there after their DELETE."""
 
 
 class Writing:
@@ -107,6 +113,8 @@ class Writing:
                 self._connection.execute(statements.create_typed())
             if batch.assignment.mode in ("insert", "append") and self._keeps_state:
                 self._connection.execute(statements.leave_out_taken())
+        elif batch.action == DELETE and self._keeps_state:
+            self._find_shared(part)
         self._write(part, range(len(part)))
 
     def finish(self) -> list[PushResult]:
@@ -149,13 +157,13 @@ class Writing:
         except psycopg.Error as error:
             if not is_about_rows(error, self._connection):
                 raise
+            self._make_findable(part)
             if _conflicts(part, error):
                 self._postponed.append((part, rows))
                 return
             if len(rows) == 1:
                 self._refuse(part, rows[0], error)
                 return
-        self._make_findable(part)
         for half in _halves(rows):
             self._write(part, half)
 
@@ -177,7 +185,10 @@ class Writing:
     def _execute(self, part: Part, rows: Rows) -> _Outcome:
         statements, outcome = part.statements, _Outcome()
         if part.batch.action == DELETE:
-            self._connection.execute(statements.delete(rows))
+            to_delete = [n for n in rows if n not in part.shared]
+            self._connection.execute(statements.delete(to_delete))
+            outcome.still = [n for (n,) in self._connection.execute(statements.still_there(to_delete))]
+            rows = [n for n in rows if n not in set(outcome.still)]
         elif part.batch.action != ADOPT and part.batch.assignment.mode == "update":
             outcome = self._update(part, rows)
         elif part.batch.action != ADOPT:
@@ -206,9 +217,52 @@ class Writing:
         return _Outcome(absent, several)
 
     def _make_findable(self, part: Part) -> None:
-        if not part.indexed:
-            self._connection.execute(part.statements.index_stage())
-            part.indexed = True
+        """Before rows are written one by one. Two that are one row at the target must not pass one after the other."""
+        if part.indexed:
+            return
+        self._connection.execute(part.statements.index_stage())
+        part.indexed = True
+        if len(part) > 1 and part.batch.action in (INSERT, UPDATE) and part.batch.assignment.mode in BY_KEY:
+            self._connection.execute(part.statements.create_keys())
+            self._type_keys(part, range(len(part)))
+            twins = sorted(n for (n,) in self._connection.execute(part.statements.twins()))
+            for n in twins:
+                part.refuse(n, "another row of the result has this key in the target")
+            self._connection.execute(part.statements.drop_staged(twins))
+
+    def _type_keys(self, part: Part, rows: Rows) -> bool:
+        """The keys as the target's values; those that it cannot read are left out. Whether all went."""
+        if not rows:
+            return True
+        try:
+            with self._connection.transaction():
+                self._connection.execute(part.statements.type_keys(rows))
+            return True
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+        for half in _halves(rows) if len(rows) > 1 else ():
+            self._type_keys(part, half)
+        return False
+
+    def _find_shared(self, part: Part) -> None:
+        """Which keys to delete are in other words the key of a row that stays. Where texts of keys cannot be read as
+        the target's values, none is taken for such."""
+        columns = [part.statements.table.columns[k] for k in part.batch.assignment.key]
+        kinds = [part.batch.rows.schema.field(c.name).type for c in columns]
+        if all(
+            names_one_value(kind, c.base_type[1], c.deterministic, bool(c.exact))
+            for kind, c in zip(kinds, columns, strict=True)
+        ):
+            return
+        self._connection.execute(part.statements.create_keys())
+        self._type_keys(part, range(len(part)))
+        try:
+            with self._connection.transaction():
+                part.shared = {n for (n,) in self._connection.execute(part.statements.shared())}
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
 
     # ------------------------------------------------------------------ second chance
 
@@ -382,6 +436,8 @@ def _note(part: Part, outcome: _Outcome) -> None:
     part.absent.update(outcome.absent)
     for n in outcome.several:
         part.refuse(n, "the key hits several rows")
+    for n in outcome.still:
+        part.refuse(n, "still there after its DELETE: row security, a rule or a trigger kept it")
 
 
 def _grouped(rows: Any) -> Group:
