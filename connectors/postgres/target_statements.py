@@ -3,8 +3,8 @@
 Rows are staged as texts, so that every refusal comes from a statement that can be tried with fewer rows. Values are
 cast to the *base* type of a column without its modifier and then assigned: so a text that is too long is refused, never
 cut, and domains and modifiers do their checks. Operators and functions are named with their schema: the search path is
-the role's, and whoever may create there could put his own before them. Where rows are compared before they are written (update, drift), they go
-through a second stage of the target's own types, by assignment again.
+the role's, and whoever may create there could put his own before them. Where rows are compared before they are written
+(update, drift), they go through a second stage of the target's own types, by assignment again.
 
 Equal means equal as images, not by the types' own equality: json has none, and citext or a non-deterministic collation
 would call a changed text equal.
@@ -96,7 +96,8 @@ class Statements:
     def create_typed(self) -> sql.Composed:
         """Without the columns' constraints, which writing checks; domains keep theirs."""
         return sql.SQL(
-            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::pg_catalog.int4 AS n, NULL::pg_catalog.text AS k, {} FROM {} o WITH NO DATA"
+            "CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT NULL::pg_catalog.int4 AS n, NULL::pg_catalog.text AS k, {} "
+            "FROM {} o WITH NO DATA"
         ).format(
             ident(f"cdc_typed_{self.number}"),
             _listed(sql.SQL("o.{} AS {}").format(ident(name), ident(f"c{i}")) for i, name in enumerate(self.columns)),
@@ -350,7 +351,8 @@ class Statements:
         if kind in _INTEGERS:
             # Below everything that is there, each row another.
             return sql.SQL(
-                "((SELECT least(pg_catalog.min(x.{}), 0) FROM {} x) OPERATOR(pg_catalog.-) 1 OPERATOR(pg_catalog.-) s.n)"
+                "((SELECT least(pg_catalog.min(x.{}), 0) FROM {} x) "
+                "OPERATOR(pg_catalog.-) 1 OPERATOR(pg_catalog.-) s.n)"
             ).format(ident(column.name), self._target)
         if kind == "uuid":
             return sql.SQL("pg_catalog.gen_random_uuid()").format()

@@ -50,7 +50,8 @@ CROSS JOIN LATERAL (
         SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, a.atttypmod AS typmod
         FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid
         UNION ALL
-        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, d.typtypmod FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, d.typtypmod
+        FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
         WHERE d.typtype = 'd'
     )
     SELECT d.oid, d.typmod FROM d WHERE d.typtype <> 'd'

@@ -34,6 +34,8 @@ ALL_REFUSED_ROWS = 500
 """A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
 would keep the target busy for nothing. Rows refused for what others hold do not count."""
 BY_KEY = ("upsert", "mirror")
+SLOW_TRIES = 20
+"""Statements of a push that may run into the timeout: the batch twice, then its halves, down to the slow row."""
 ROUNDS = 20
 """How often rows that wait for rows behind them are looked at again."""
 ROUNDS_ROWS = 200_000
@@ -50,6 +52,8 @@ class Part:
     rejected: dict[int, Rejected] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
     indexed: bool = False
+    slow: bool = False
+    """It ran into the timeout once."""
     shared: set[int] = field(default_factory=set)
     """With DELETE: rows that another acknowledged key names too, which stay."""
     vacated: set[int] = field(default_factory=set)
@@ -97,6 +101,7 @@ class Writing:
         self._keeps_state = keeps_state
         self._parts: list[Part] = []
         self._postponed: Group = []
+        self._slow_tries = 0
         # Deferred constraints would fail at COMMIT, where no row can be told from another.
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
@@ -155,7 +160,12 @@ class Writing:
             self._attempt(part, rows)
             return
         except psycopg.Error as error:
-            if not is_about_rows(error, self._connection):
+            if self._is_too_slow(error):
+                if not part.slow:
+                    part.slow = True
+                    self._write(part, rows)
+                    return
+            elif not is_about_rows(error, self._connection):
                 raise
             self._make_findable(part)
             if _conflicts(part, error):
@@ -166,6 +176,13 @@ class Writing:
                 return
         for half in _halves(rows):
             self._write(part, half)
+
+    def _is_too_slow(self, error: psycopg.Error) -> bool:
+        """Whether it may be one row's doing, a trigger's that it starts, and there are tries left to find it."""
+        if not isinstance(error, pg.QueryCanceled) or self._connection.broken:
+            return False
+        self._slow_tries += 1
+        return self._slow_tries <= SLOW_TRIES
 
     def _refuse(self, part: Part, n: int, error: psycopg.Error) -> None:
         part.refuse(n, reason(error))

@@ -290,7 +290,8 @@ def test_a_value_that_does_not_change_is_left_alone_while_room_is_made(
 ) -> None:
     """Children refer to it, and would have followed."""
     db.execute(
-        "CREATE TABLE public.scores (id int PRIMARY KEY, own text UNIQUE, note text, u text UNIQUE, UNIQUE (own, note));"
+        "CREATE TABLE public.scores (id int PRIMARY KEY, own text UNIQUE, note text, u text UNIQUE);"
+        "ALTER TABLE public.scores ADD UNIQUE (own, note);"
         "CREATE TABLE public.kid (own text REFERENCES public.scores (own) ON UPDATE SET NULL);"
         "INSERT INTO public.scores VALUES (1, 'x', 'p', '1'), (2, 'y', 'q', '2');"
         "INSERT INTO public.kid VALUES ('x'), ('y')"

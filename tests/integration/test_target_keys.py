@@ -68,7 +68,8 @@ def test_keys_are_found_whatever_schema_their_operator_is_in(
 ) -> None:
     db.execute(
         "CREATE TYPE public.mood AS ENUM ('[1,2)', '{1}'); CREATE DOMAIN public.short AS varchar(5);"
-        f"CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE TABLE public.scores (id {kind} PRIMARY KEY, v int)"  # type: ignore[arg-type]
+        "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext;"
+        f"CREATE TABLE public.scores (id {kind} PRIMARY KEY, v int)"  # type: ignore[arg-type]
     )
     key = "{1}" if kind == "int[]" else "[1,2)"
     for mode in ("mirror", "update"):
