@@ -2,7 +2,8 @@
 
 Everything that some value could pass is left to the server, row by row: texts go anywhere, numbers into any number,
 text, boolean, enum or json. Refused is what cannot be read at all (a boolean as a timestamp), and what would be read as
-something else without a word: the time of a timestamp that a date drops, bytes that become their hexadecimal text.
+something else without a word: the time of a timestamp that a date drops, bytes that become their hexadecimal text,
+texts that `name` and "char" would cut.
 Types of extensions are not judged.
 """
 
@@ -25,6 +26,8 @@ def mismatch(kind: pa.DataType, name: str, category: str) -> str | None:
     if isinstance(kind, pa.ExtensionType):
         kind = kind.storage_type
     t = pa.types
+    if name.lstrip("_") in ("name", "char"):
+        return "make the column text or varchar: this type would cut {column} without a word"
     if _has_no_text(kind) and not _is_list(kind):
         return "choose a form in the query, for example to_json({column}) or a cast to varchar"
     if t.is_null(kind) or _is_text(kind):
