@@ -35,6 +35,7 @@ from cdc.sink import (
     Assignment,
     Batch,
     Drift,
+    Ledger,
     Ledgers,
     PushResult,
 )
@@ -59,6 +60,7 @@ class PostgresTarget:
     def __init__(self, config: TargetConfig, ledgers: Ledgers) -> None:
         self._config = config
         self._ledgers = ledgers
+        self._known: dict[str, Ledger] = {}
         self._session = Session(config)
 
     # ------------------------------------------------------------------ Sink
@@ -92,7 +94,7 @@ class PostgresTarget:
                 rows, last_run = state.acknowledged(assignment, table.oid)
                 return Acknowledged(rows=rows, shape=table.shape(assignment), last_run=last_run)
         return Acknowledged(
-            rows=self._ledgers(assignment.sync).read(), shape=table.shape(assignment, "table", table.oid)
+            rows=self._ledger(assignment.sync).read(), shape=table.shape(assignment, "table", table.oid)
         )
 
     def push(self, batches: Iterable[Batch]) -> list[PushResult]:
@@ -123,7 +125,7 @@ class PostgresTarget:
             state = State(connection)
             if state.usable:
                 return state.forget(assignment.sync)
-        ledger = self._ledgers(assignment.sync)
+        ledger = self._ledger(assignment.sync)
         known = pc.sum(pc.not_equal(ledger.read().column("digest"), "")).as_py() or 0
         ledger.forget()
         return int(known)
@@ -176,7 +178,7 @@ class PostgresTarget:
             if not keeps_state:
                 # On record before the COMMIT, whose answer may be lost: until it is heard these rows are in doubt.
                 for batch, result in zip(batches, results, strict=True):
-                    self._ledgers(batch.assignment.sync).record(attempts=_taken(batch, result))
+                    self._ledger(batch.assignment.sync).record(attempts=_taken(batch, result))
             failpoint(BEFORE_COMMIT)
         return results, keeps_state
 
@@ -197,12 +199,18 @@ class PostgresTarget:
             state.begin(sync, *runs[sync])
         return True
 
+    def _ledger(self, sync: str) -> Ledger:
+        """One object per sync, which remembers what it has read."""
+        if sync not in self._known:
+            self._known[sync] = self._ledgers(sync)
+        return self._known[sync]
+
     def _ledgered(self, batch: Batch, result: PushResult) -> PushResult:
         """Acknowledge in the ledger what has been committed; what it does not take is sent again, without effect."""
         taken = _taken(batch, result)
         acks = pa.table([taken.column("key"), taken.column("digest"), pc.add(taken.column("version"), 1)], schema=ACKS)
         try:
-            self._ledgers(batch.assignment.sync).record(acks=acks)
+            self._ledger(batch.assignment.sync).record(acks=acks)
         except CdcError as error:
             return PushResult(
                 rows=result.rows,
