@@ -91,7 +91,7 @@ class PostgresTarget:
             table = read_table(connection, assignment.table)
             state = State(connection)
             if state.usable:
-                rows, last_run = state.acknowledged(assignment, table.oid)
+                rows, last_run = state.acknowledged(assignment, table)
                 return Acknowledged(rows=rows, shape=table.shape(assignment), last_run=last_run)
         return Acknowledged(
             rows=self._ledger(assignment.sync).read(), shape=table.shape(assignment, "table", table.oid)
@@ -120,11 +120,11 @@ class PostgresTarget:
         return [self._ledgered(batch, result) for batch, result in zip(given, found, strict=True)]
 
     def forget(self, assignment: Assignment) -> int:
-        """Forget all acknowledgements of the sync, whatever table they were for; how many there were."""
+        """Forget all acknowledgements of the sync for its table, of one that was dropped too; how many there were."""
         with self._session.transaction(write=True) as connection:
             state = State(connection)
             if state.usable:
-                return state.forget(assignment.sync)
+                return state.forget(assignment)
         ledger = self._ledger(assignment.sync)
         known = pc.sum(pc.not_equal(ledger.read().column("digest"), "")).as_py() or 0
         ledger.forget()
@@ -194,9 +194,9 @@ class PostgresTarget:
                 raise TargetRejected(f"{self._session.where}: {problem.message}", hint=problem.fix)
             return False
         state.prepare()
-        runs = {b.assignment.sync: (tables[b.assignment.table].oid, b.run) for b in batches}
-        for sync in sorted(runs):  # in one order, so that two of us do not wait for each other
-            state.begin(sync, *runs[sync])
+        runs = {(b.assignment.sync, b.assignment.table): b.run for b in batches}
+        for sync, table in sorted(runs):  # in one order, so that two of us do not wait for each other
+            state.begin(sync, tables[table], runs[sync, table])
         return True
 
     def _ledger(self, sync: str) -> Ledger:

@@ -241,13 +241,15 @@ class Statements:
                 sql.SQL(STATE_TABLE), self.stage, self._ours(), chosen("s", rows)
             )
         return sql.SQL(
-            "INSERT INTO {} AS o (sync, key, digest, relation, acked_at, run) "
-            "SELECT {}, s.k, s.d, {}, pg_catalog.clock_timestamp(), {} FROM {} s WHERE {} "
-            "ON CONFLICT (sync, key) DO UPDATE SET digest = excluded.digest, relation = excluded.relation, "
+            "INSERT INTO {} AS o (sync, relation_name, key, digest, relation, acked_at, run) "
+            "SELECT {}, {}, s.k, s.d, {}, pg_catalog.clock_timestamp(), {} FROM {} s WHERE {} "
+            "ON CONFLICT (sync, relation_name, key) DO UPDATE SET digest = excluded.digest, "
+            "relation = excluded.relation, "
             "acked_at = excluded.acked_at, run = excluded.run"
         ).format(
             sql.SQL(STATE_TABLE),
             sql.Literal(self.assignment.sync),
+            sql.Literal(self.table.identified),
             sql.Literal(self.table.oid),
             sql.Literal(self.run),
             self.stage,
@@ -438,8 +440,10 @@ class Statements:
         return sql.SQL("s.{}::{}").format(ident(self._place(column)), sql.SQL(exact))
 
     def _ours(self) -> sql.Composed:
-        """That an acknowledgement `a` is one of this sync."""
-        return sql.SQL("a.sync OPERATOR(pg_catalog.=) {}").format(sql.Literal(self.assignment.sync))
+        """That an acknowledgement `a` is one of this sync, for the table of this name."""
+        return sql.SQL("a.sync OPERATOR(pg_catalog.=) {} AND a.relation_name OPERATOR(pg_catalog.=) {}").format(
+            sql.Literal(self.assignment.sync), sql.Literal(self.table.identified)
+        )
 
     def _proposed(self, column: str, alias: str, name: str) -> sql.Composed:
         """What the column becomes: keep and fill look at what is there."""

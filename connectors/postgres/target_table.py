@@ -27,7 +27,8 @@ _ROUNDING = ("numeric", "timestamp", "timestamptz", "time", "timetz", "interval"
 """Types whose modifier rounds."""
 
 _TABLE = """
-SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE'),
+SELECT c.oid, c.relkind, pg_catalog.format('%%I.%%I', n.nspname, c.relname),
+       pg_catalog.has_table_privilege(c.oid, 'DELETE'),
        NOT pg_catalog.row_security_active(c.oid) OR EXISTS (
            SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid AND y.polcmd IN ('d', '*') AND y.polpermissive
                AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) r
@@ -128,6 +129,8 @@ class TargetTable:
     schema: str
     relation: str
     relkind: str
+    identified: str
+    """Schema and name, quoted where SQL needs it."""
     user: str
     may_delete: bool
     lets_delete: bool
@@ -307,8 +310,9 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
         relation=relation,
         relkind=row[1],
         user=connection.info.user,
-        may_delete=row[2],
-        lets_delete=row[3],
+        identified=row[2],
+        may_delete=row[3],
+        lets_delete=row[4],
         columns={c.name: c for c in columns},
         indexes=indexes,
     )
