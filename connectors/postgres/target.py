@@ -10,7 +10,7 @@ leaves rows unacknowledged that were written: they are sent again, without effec
 there.
 
 Deliberately not here: retrying what takes longer than a moment (the caller's supervisor does). A trigger of the target
-that suppresses a row, or changes it, has its way: the row counts as taken.
+that suppresses a row, or changes it, has its way: the row counts as taken, unless it was to be deleted and is there.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ _ROUNDING = ("numeric", "timestamp", "timestamptz", "time", "timetz", "interval"
 _TABLE = """
 SELECT c.oid, c.relkind, pg_catalog.format('%%I.%%I', n.nspname, c.relname),
        pg_catalog.has_table_privilege(c.oid, 'DELETE'),
+       EXISTS (SELECT FROM pg_catalog.pg_trigger g JOIN pg_catalog.pg_constraint k ON k.oid = g.tgconstraint
+               WHERE g.tgrelid = c.oid AND g.tgdeferrable AND k.contype = 't'),
        NOT pg_catalog.row_security_active(c.oid) OR EXISTS (
            SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid AND y.polcmd IN ('d', '*') AND y.polpermissive
                AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) r
@@ -133,6 +135,8 @@ class TargetTable:
     """Schema and name, quoted where SQL needs it."""
     user: str
     may_delete: bool
+    checks_later: bool
+    """It has constraint triggers that can be deferred."""
     lets_delete: bool
     """Row security has a policy under which the role may delete, or is off for it."""
     columns: dict[str, TargetColumn]
@@ -312,7 +316,8 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
         user=connection.info.user,
         identified=row[2],
         may_delete=row[3],
-        lets_delete=row[4],
+        checks_later=row[4],
+        lets_delete=row[5],
         columns={c.name: c for c in columns},
         indexes=indexes,
     )

@@ -426,7 +426,8 @@ def statements_for(batch: Batch, table: TargetTable, number: int) -> Statements:
 def _conflicts(part: Part, error: psycopg.Error) -> bool:
     """Whether the row may go through once another is written. In mode insert, its own key in the table stays there."""
     if not isinstance(error, CONFLICTS):
-        return False
+        # A constraint trigger may ask for rows of a batch behind this one; whatever it raises then.
+        return part.statements.table.checks_later and not isinstance(error, (pg.DataError, pg.QueryCanceled))
     if part.batch.assignment.mode != "insert":
         return True
     table = part.statements.table

@@ -301,3 +301,24 @@ def test_a_value_that_does_not_change_is_left_alone_while_room_is_made(
     assert result.rejected == []
     assert held(db) == {1: "2", 2: "1"}
     assert db.execute("SELECT own FROM public.kid ORDER BY 1").fetchall() == [("x",), ("y",)]
+
+
+def test_a_constraint_trigger_may_ask_for_rows_of_a_batch_behind(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    db.execute(
+        "CREATE TABLE public.scores (id int PRIMARY KEY, v int CHECK (v > 0));"
+        "CREATE TABLE public.lines (id int PRIMARY KEY, v int REFERENCES public.scores);"
+        "CREATE FUNCTION public.g() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF NOT EXISTS (SELECT FROM public.lines WHERE v = new.id) THEN RAISE EXCEPTION 'no lines'; END IF; "
+        "RETURN NULL; END $$; CREATE CONSTRAINT TRIGGER g AFTER INSERT ON public.scores DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION public.g()"
+    )
+    orders = assigned(("id", "v"), sync="orders")
+    lines = assigned(("id", "v"), sync="lines", table="public.lines")
+    results = target.push([batch_of(orders, {"id": [1, 2], "v": [1, 1]}), batch_of(lines, {"id": [1, 2], "v": [1, 2]})])
+    assert [r.rejected for r in results] == [[], []]
+    (alone,) = target.push([batch_of(orders, {"id": [3], "v": [1]})])
+    assert [r.key for r in alone.rejected] == [key_text(3)]
+    found = db.execute("SELECT o.id, l.id FROM public.scores o FULL JOIN public.lines l ON l.v = o.id ORDER BY 1")
+    assert found.fetchall() == [(1, 1), (2, 2)]
