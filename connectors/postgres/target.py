@@ -10,7 +10,7 @@ leaves rows unacknowledged that were written: they are sent again, without effec
 there.
 
 Deliberately not here: retrying what takes longer than a moment (the caller's supervisor does). A trigger of the target
-that suppresses a row, or changes it, has its way: the row counts as taken.
+that suppresses a row, or changes it, has its way: the row counts as taken, unless it was to be deleted and is there.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from cdc.sink import (
     Assignment,
     Batch,
     Drift,
+    Ledger,
     Ledgers,
     PushResult,
 )
@@ -59,6 +60,7 @@ class PostgresTarget:
     def __init__(self, config: TargetConfig, ledgers: Ledgers) -> None:
         self._config = config
         self._ledgers = ledgers
+        self._known: dict[str, Ledger] = {}
         self._session = Session(config)
 
     # ------------------------------------------------------------------ Sink
@@ -89,10 +91,10 @@ class PostgresTarget:
             table = read_table(connection, assignment.table)
             state = State(connection)
             if state.usable:
-                rows, last_run = state.acknowledged(assignment, table.oid)
+                rows, last_run = state.acknowledged(assignment, table)
                 return Acknowledged(rows=rows, shape=table.shape(assignment), last_run=last_run)
         return Acknowledged(
-            rows=self._ledgers(assignment.sync).read(), shape=table.shape(assignment, "table", table.oid)
+            rows=self._ledger(assignment.sync).read(), shape=table.shape(assignment, "table", table.oid)
         )
 
     def push(self, batches: Iterable[Batch]) -> list[PushResult]:
@@ -118,12 +120,12 @@ class PostgresTarget:
         return [self._ledgered(batch, result) for batch, result in zip(given, found, strict=True)]
 
     def forget(self, assignment: Assignment) -> int:
-        """Forget all acknowledgements of the sync, whatever table they were for; how many there were."""
+        """Forget all acknowledgements of the sync for its table, of one that was dropped too; how many there were."""
         with self._session.transaction(write=True) as connection:
             state = State(connection)
             if state.usable:
-                return state.forget(assignment.sync)
-        ledger = self._ledgers(assignment.sync)
+                return state.forget(assignment)
+        ledger = self._ledger(assignment.sync)
         known = pc.sum(pc.not_equal(ledger.read().column("digest"), "")).as_py() or 0
         ledger.forget()
         return int(known)
@@ -176,7 +178,7 @@ class PostgresTarget:
             if not keeps_state:
                 # On record before the COMMIT, whose answer may be lost: until it is heard these rows are in doubt.
                 for batch, result in zip(batches, results, strict=True):
-                    self._ledgers(batch.assignment.sync).record(attempts=_taken(batch, result))
+                    self._ledger(batch.assignment.sync).record(attempts=_taken(batch, result))
             failpoint(BEFORE_COMMIT)
         return results, keeps_state
 
@@ -192,17 +194,23 @@ class PostgresTarget:
                 raise TargetRejected(f"{self._session.where}: {problem.message}", hint=problem.fix)
             return False
         state.prepare()
-        runs = {b.assignment.sync: (tables[b.assignment.table].oid, b.run) for b in batches}
-        for sync in sorted(runs):  # in one order, so that two of us do not wait for each other
-            state.begin(sync, *runs[sync])
+        runs = {(b.assignment.sync, b.assignment.table): b.run for b in batches}
+        for sync, table in sorted(runs):  # in one order, so that two of us do not wait for each other
+            state.begin(sync, tables[table], runs[sync, table])
         return True
+
+    def _ledger(self, sync: str) -> Ledger:
+        """One object per sync, which remembers what it has read."""
+        if sync not in self._known:
+            self._known[sync] = self._ledgers(sync)
+        return self._known[sync]
 
     def _ledgered(self, batch: Batch, result: PushResult) -> PushResult:
         """Acknowledge in the ledger what has been committed; what it does not take is sent again, without effect."""
         taken = _taken(batch, result)
         acks = pa.table([taken.column("key"), taken.column("digest"), pc.add(taken.column("version"), 1)], schema=ACKS)
         try:
-            self._ledgers(batch.assignment.sync).record(acks=acks)
+            self._ledger(batch.assignment.sync).record(acks=acks)
         except CdcError as error:
             return PushResult(
                 rows=result.rows,

@@ -14,9 +14,14 @@ from psycopg import errors as pg
 from cdc.errors import CdcError, TargetRejected, TargetUnavailable
 from connectors.postgres.connection import server_message
 
-_ROW_ERRORS = (pg.DataError, pg.IntegrityError, pg.RaiseException, pg.PlpgsqlError, pg.CardinalityViolation)
-_ROW_STATES = ("44", "54", "42501", "38", "39")
-"""Beside those classes: WITH CHECK OPTION, a value too large for an index, row security, external routines."""
+_ROW_ERRORS = (pg.DataError, pg.IntegrityError)
+_ROW_STATES = ("44", "54", "P0", "20", "21", "09", "27", "38", "39", "55000", "0A000")
+"""Beside those classes: WITH CHECK OPTION, a value too large for an index, and what triggers raise, or run into."""
+_SERVER_CLASSES = re.compile("0[0-3890ABFLPZ]|10|2[0-8BDF]|3[489BDF]|4[024]|5[34578]|72|F0|HV|P0|XX")
+"""Classes of SQLSTATE that the server uses: any other is a trigger's own."""
+_REFUSES_ROWS = ("ExecWithCheckOptions", "exec_stmt_raise", "")
+"""Where the server raises a 42501 that is about the row: row security and triggers' own; elsewhere the role lacks a
+right. Its functions' names tell them apart, since its texts are translated."""
 
 CONFLICTS = (pg.UniqueViolation, pg.ForeignKeyViolation, pg.ExclusionViolation, pg.RestrictViolation)
 """Refused for what another row holds."""
@@ -34,7 +39,12 @@ def is_about_rows(error: psycopg.Error, connection: psycopg.Connection) -> bool:
     """Whether another row might have gone through: constraints, values, triggers, row security."""
     if connection.broken or connection.closed:
         return False
-    return isinstance(error, _ROW_ERRORS) or (error.sqlstate or "").startswith(_ROW_STATES)
+    state = error.sqlstate
+    if state is None:
+        return False
+    if state == "42501":
+        return (error.diag.source_function or "") in _REFUSES_ROWS
+    return isinstance(error, _ROW_ERRORS) or state.startswith(_ROW_STATES) or _SERVER_CLASSES.match(state) is None
 
 
 def reason(error: psycopg.Error) -> str:
@@ -70,7 +80,11 @@ def translated(error: psycopg.Error, where: str, origin: str, section: str) -> C
         case pg.ReadOnlySqlTransaction():
             return TargetUnavailable(f"{where}: is read-only now", hint="the DSN should name the primary")
         case pg.InsufficientPrivilege():
-            return TargetRejected(text, hint="`cdc check` lists what the role lacks")
+            return TargetRejected(
+                text,
+                hint="`cdc check` lists what the role lacks on the table; a default's sequence or what a trigger uses "
+                "is in the server's log",
+            )
         case pg.UndefinedTable() | pg.UndefinedColumn() | pg.UndefinedFunction():
             return TargetRejected(text, hint="the target changed; compare the sync's columns with the table")
     state = error.sqlstate

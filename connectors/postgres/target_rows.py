@@ -17,6 +17,10 @@ from pyarrow import csv
 
 from cdc.sink import Batch
 
+_YEAR_1 = -719_162
+"""Days from 1970 back to the first of year 1."""
+_CYCLE_DAYS = 146_097
+"""Of 400 years, after which the calendar repeats."""
 _CSV = csv.WriteOptions(include_header=False, quoting_style="all_valid")
 
 
@@ -56,10 +60,10 @@ def _text(array: pa.Array) -> pa.Array:
         return _array_literals(array)
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return _hex(array.cast(pa.binary()))
-    if pa.types.is_timestamp(kind) and kind.tz is not None:
-        # The same instant without a zone name, and its offset said aloud: the session's zone cannot change it.
-        plain = array.cast(pa.timestamp(kind.unit, tz="UTC")).cast(pa.timestamp(kind.unit)).cast(pa.string())
-        return pc.binary_join_element_wise(plain, "+00", "")
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return _times(array)
+    if pa.types.is_floating(kind):
+        return _floats(array.cast(pa.float64()) if kind == pa.float16() else array)
     if any(test(kind) for test in (pa.types.is_struct, pa.types.is_map, pa.types.is_union, pa.types.is_interval)):
         raise Unwritable(f"{kind}")
     return array.cast(pa.string())
@@ -93,3 +97,54 @@ def _hex(array: pa.Array) -> pa.Array:
     body = pa.StringArray.from_buffers(len(array), pa.py_buffer(doubled), pa.py_buffer(digits))
     text = pc.binary_join_element_wise("\\x", body, "")
     return pc.if_else(array.is_valid(), text, pa.scalar(None, pa.string()))
+
+
+def _floats(array: pa.Array) -> pa.Array:
+    """Whole numbers in plain digits: an integer column reads no exponent."""
+    texts = array.cast(pa.string())
+    small = pc.less(pc.abs(array), 2.0**53)
+    whole = pc.and_(small, pc.and_(pc.equal(array, pc.trunc(array)), pc.not_equal(array, 0)))
+    if not pc.any(whole).as_py():
+        return texts
+    digits = pc.if_else(whole, array, pa.scalar(0, array.type)).cast(pa.int64()).cast(pa.string())
+    return pc.if_else(pc.fill_null(whole, False), digits, texts)
+
+
+def _times(array: pa.Array) -> pa.Array:
+    """Dates and timestamps; without a zone's name, and with the offset said aloud where there is one, so that the
+    session's zone cannot change them. Infinite ones are the ends of the range, as SQL engines have them in Arrow; years
+    before 1 are written as Postgres does, without a year 0."""
+    kind = array.type
+    if pa.types.is_date64(kind):
+        return _times(array.cast(pa.date32()))
+    is_date = pa.types.is_date(kind)
+    zone = "" if is_date or kind.tz is None else "+00"
+    plain = kind if is_date else pa.timestamp(kind.unit)
+    bits = pa.int32() if is_date else pa.int64()
+    ticks = array.view(bits)
+    end = 2 ** (bits.bit_width - 1) - 1
+    day = 1 if is_date else {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit] * 86_400
+    last, first = pc.greater_equal(ticks, end), pc.less_equal(ticks, -end)
+    ancient = pc.and_(pc.less(ticks, _YEAR_1 * day), pc.invert(first)) if _YEAR_1 * day > -end else pc.less(ticks, -end)
+    odd = pc.or_(pc.or_(last, first), ancient)
+    text = pc.if_else(odd, pa.scalar(0, bits), ticks).view(plain).cast(pa.string())
+    if zone:
+        text = pc.binary_join_element_wise(text, zone, "")
+    if not pc.any(odd).as_py():
+        return text
+    text = pc.if_else(last, "infinity", pc.if_else(first, "-infinity", text))
+    indices = np.flatnonzero(pc.fill_null(ancient, False).to_numpy(zero_copy_only=False))
+    if not len(indices):
+        return text
+    before = pa.array([_before_christ(ticks[int(i)].as_py(), day, plain, zone) for i in indices], pa.string())
+    mask = pc.fill_null(ancient, False)
+    return pc.replace_with_mask(text, mask, before)
+
+
+def _before_christ(ticks: int, day: int, kind: pa.DataType, zone: str) -> str:
+    """The time some 400 years later, when the calendar is the same, with the year put right."""
+    cycles = (_YEAR_1 * day - ticks) // (_CYCLE_DAYS * day) + 1
+    bits = pa.int32() if pa.types.is_date(kind) else pa.int64()
+    later = str(pa.array([ticks + cycles * _CYCLE_DAYS * day], bits).view(kind).cast(pa.string())[0].as_py())
+    year = int(later[:4]) - 400 * cycles
+    return f"{1 - year:04d}{later[4:]}{zone} BC"

@@ -1,10 +1,12 @@
-"""What the target itself remembers: `cdc.cdc_sync_state`, one row per sync and key that it has taken.
+"""What the target itself remembers: `cdc.cdc_sync_state`, one row per sync, table and key that it has taken.
 
-A row says with which content (digest), in which table (by OID, so that one that is dropped and made anew has taken
-nothing), in which run and when. One more row per sync, with an empty key, holds the last run that committed anything:
-it is written first in each transaction, so that two of one sync never overlap, and stays when the last row is deleted.
+A row says with which content (digest), in which table (by name, and by OID, so that one that is dropped and made anew
+has taken nothing), in which run and when. One more row per sync and table, with an empty key, holds the last run that
+committed anything: it is written first in each transaction, so that two of one sync never overlap, and stays when the
+last row is deleted. Its digest says where the state was kept then (`_HOME`): in a copy of the database that a dump has
+made all OIDs are others, and acknowledgements count by the table's name until the first push has put them right.
 
-Format 2 added `run`; a table of format 1 is read as it is and altered in place at the first push.
+Format 2 added `run` and `relation_name`; a table of format 1 is read as it is and altered in place at the first push.
 """
 
 from __future__ import annotations
@@ -23,27 +25,40 @@ from pyarrow import csv
 from cdc.errors import FormatTooNew, TargetRejected, TargetUnavailable
 from cdc.ports import Finding
 from cdc.sink import ACKS, Assignment
-from connectors.postgres.target_table import quoted
+from connectors.postgres.target_table import TargetTable, quoted, split_name
 
 STATE_FORMAT = 2
 STATE_TABLE = "cdc.cdc_sync_state"
 _CREATE = f"""
 CREATE TABLE {STATE_TABLE} (
-    sync text NOT NULL, key text NOT NULL, digest text NOT NULL, relation oid NOT NULL,
-    acked_at timestamptz NOT NULL, run text NOT NULL DEFAULT '', PRIMARY KEY (sync, key)
+    sync text NOT NULL, relation_name text NOT NULL, key text NOT NULL, digest text NOT NULL, relation oid NOT NULL,
+    acked_at timestamptz NOT NULL, run text NOT NULL DEFAULT '', PRIMARY KEY (sync, relation_name, key)
 )"""
-_UPGRADE = f"ALTER TABLE {STATE_TABLE} ADD COLUMN IF NOT EXISTS run text NOT NULL DEFAULT ''"
+_UPGRADE = f"""
+ALTER TABLE {STATE_TABLE} ADD COLUMN run text NOT NULL DEFAULT '', ADD COLUMN relation_name text NOT NULL DEFAULT '';
+UPDATE {STATE_TABLE} s SET relation_name = pg_catalog.format('%I.%I', n.nspname, c.relname)
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = s.relation;
+DELETE FROM {STATE_TABLE} WHERE relation_name = '';
+ALTER TABLE {STATE_TABLE} DROP CONSTRAINT cdc_sync_state_pkey, ADD PRIMARY KEY (sync, relation_name, key)""".strip()
 _COMMENT = f"COMMENT ON TABLE {STATE_TABLE} IS 'What cdc has pushed into this database. Format {STATE_FORMAT}.'"
 
-_LAST_RUN = f"""
-INSERT INTO {STATE_TABLE} AS o (sync, key, digest, relation, acked_at, run)
-VALUES (%s, '', '', %s, pg_catalog.clock_timestamp(), %s)
-ON CONFLICT (sync, key) DO UPDATE
-SET relation = excluded.relation, acked_at = excluded.acked_at, run = excluded.run"""
+_HOME = (
+    "(SELECT pg_catalog.concat(d.oid, '/', o.tableoid) FROM pg_catalog.pg_database d "
+    "WHERE d.datname = pg_catalog.current_database())"
+)
+"""SQL: OIDs of the database and of the state table `o`."""
 
-_ACKNOWLEDGED = f"""
-COPY (SELECT s.key, s.digest FROM {STATE_TABLE} s WHERE s.sync = {{}} AND s.relation = {{}} AND s.key <> '')
-TO STDOUT (FORMAT csv)"""
+_LAST_RUN = f"""
+INSERT INTO {STATE_TABLE} AS o (sync, relation_name, key, digest, relation, acked_at, run)
+VALUES (%s, %s, '', '', %s, pg_catalog.clock_timestamp(), %s)
+ON CONFLICT (sync, relation_name, key) DO UPDATE
+SET relation = excluded.relation, acked_at = excluded.acked_at, run = excluded.run RETURNING o.digest, {_HOME}"""
+
+_LAST = f"""
+SELECT o.run, o.relation, o.digest <> '' AND o.digest <> {_HOME} FROM {STATE_TABLE} o
+WHERE o.sync = %s AND o.relation_name = %s AND o.key = ''"""
+
+_ACKNOWLEDGED = f"COPY (SELECT s.key, s.digest FROM {STATE_TABLE} s WHERE {{}}) TO STDOUT (FORMAT csv)"
 
 _ALL_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
@@ -90,36 +105,54 @@ class State:
             raise TargetUnavailable(f"another session creates {STATE_TABLE} just now") from error
         self.format = STATE_FORMAT
 
-    def begin(self, sync: str, relation: int, run: str) -> None:
-        """Note the run; waits for another transaction of the sync, such as one whose client was cut off in COMMIT."""
-        self._connection.execute(_LAST_RUN, (sync, relation, run))
+    def begin(self, sync: str, table: TargetTable, run: str) -> None:
+        """Note the run; waits for another transaction of the sync, such as one whose client was cut off in COMMIT. In a
+        copy of the database, take over what the table of that name had acknowledged."""
+        row = self._connection.execute(_LAST_RUN, (sync, table.identified, table.oid, run)).fetchone()
+        noted, home = row or ("", "")
+        if noted not in ("", home):
+            self._connection.execute(
+                f"UPDATE {STATE_TABLE} SET relation = %s WHERE sync = %s AND relation_name = %s",
+                (table.oid, sync, table.identified),
+            )
+        if noted != home:
+            self._connection.execute(
+                f"UPDATE {STATE_TABLE} SET digest = %s WHERE sync = %s AND relation_name = %s AND key = ''",
+                (home, sync, table.identified),
+            )
 
-    def acknowledged(self, assignment: Assignment, relation: int) -> tuple[pa.Table, str]:
+    def acknowledged(self, assignment: Assignment, table: TargetTable) -> tuple[pa.Table, str]:
         """ACKS and the last run."""
         if not self.format:
             return ACKS.empty_table(), ""
+        last_run, is_copy = "", False
+        condition = sql.SQL("s.sync = {} AND s.key <> ''").format(sql.Literal(assignment.sync))
+        if self.format >= STATE_FORMAT:
+            row = self._connection.execute(_LAST, (assignment.sync, table.identified)).fetchone()
+            if row is not None:
+                is_copy = row[2]
+                last_run = row[0] if is_copy or row[1] == table.oid else ""
+            condition += sql.SQL(" AND s.relation_name = {}").format(sql.Literal(table.identified))
+        if not is_copy:
+            condition += sql.SQL(" AND s.relation = {}::pg_catalog.oid").format(sql.Literal(table.oid))
         received = io.BytesIO()
-        query = sql.SQL(_ACKNOWLEDGED).format(sql.Literal(assignment.sync), sql.Literal(relation))
-        with self._connection.cursor().copy(query) as copy:
+        with self._connection.cursor().copy(sql.SQL(_ACKNOWLEDGED).format(condition)) as copy:
             for part in copy:
                 received.write(part)
-        last_run = ""
-        if self.format >= STATE_FORMAT:
-            row = self._connection.execute(
-                f"SELECT run FROM {STATE_TABLE} WHERE sync = %s AND key = '' AND relation = %s",
-                (assignment.sync, relation),
-            ).fetchone()
-            last_run = row[0] if row is not None else ""
         return _parsed(received), last_run
 
-    def forget(self, sync: str) -> int:
-        """Delete all rows of the sync; of how many keys."""
+    def forget(self, assignment: Assignment) -> int:
+        """Delete all rows of the sync for the table of that name; of how many keys."""
         if not self.format:
             return 0
+        condition, values = "sync = %s", [assignment.sync]
+        if self.format >= STATE_FORMAT:
+            condition += " AND relation_name = pg_catalog.format('%%I.%%I', %s::text, %s::text)"
+            values += split_name(assignment.table)
         deleted = self._connection.execute(
-            f"WITH d AS (DELETE FROM {STATE_TABLE} WHERE sync = %s RETURNING key) "
+            f"WITH d AS (DELETE FROM {STATE_TABLE} WHERE {condition} RETURNING key) "
             "SELECT count(*) FROM d WHERE key <> ''",
-            (sync,),
+            values,
         ).fetchone()
         return deleted[0] if deleted is not None else 0
 

@@ -23,8 +23,18 @@ from connectors.postgres.target_types import mismatch
 
 _NAME = re.compile(r'(?:(?P<schema>"(?:[^"]|"")+"|[^".]+)\.)?(?P<name>"(?:[^"]|"")+"|[^".]+)')
 
+_ROUNDING = ("numeric", "timestamp", "timestamptz", "time", "timetz", "interval")
+"""Types whose modifier rounds."""
+
 _TABLE = """
-SELECT c.oid, c.relkind, pg_catalog.has_table_privilege(c.oid, 'DELETE')
+SELECT c.oid, c.relkind, pg_catalog.format('%%I.%%I', n.nspname, c.relname),
+       pg_catalog.has_table_privilege(c.oid, 'DELETE'),
+       EXISTS (SELECT FROM pg_catalog.pg_trigger g JOIN pg_catalog.pg_constraint k ON k.oid = g.tgconstraint
+               WHERE g.tgrelid = c.oid AND g.tgdeferrable AND k.contype = 't'),
+       NOT pg_catalog.row_security_active(c.oid) OR EXISTS (
+           SELECT FROM pg_catalog.pg_policy y WHERE y.polrelid = c.oid AND y.polcmd IN ('d', '*') AND y.polpermissive
+               AND EXISTS (SELECT FROM pg_catalog.unnest(y.polroles) r
+                           WHERE CASE WHEN r = 0 THEN true ELSE pg_catalog.pg_has_role(r, 'USAGE') END))
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %s AND c.relname = %s"""
 
@@ -33,16 +43,21 @@ SELECT a.attname, a.attnum, a.attidentity, a.attgenerated, tn.nspname, t.typname
        pg_catalog.format_type(a.atttypid, a.atttypmod), a.atttypmod, a.attnotnull, a.atthasdef,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT'),
-       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE')
+       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE'),
+       coalesce((SELECT l.collisdeterministic FROM pg_catalog.pg_collation l WHERE l.oid = a.attcollation), true),
+       CASE WHEN t.typtype = 'b' AND t.typcategory <> 'A' THEN tn.nspname ELSE 'pg_catalog' END,
+       pg_catalog.format_type(base.oid, base.typmod), base.typmod
 FROM pg_catalog.pg_attribute a
 CROSS JOIN LATERAL (
     WITH RECURSIVE d AS (
-        SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, a.atttypmod AS typmod
+        FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid
         UNION ALL
-        SELECT t.oid, t.typtype, t.typbasetype FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, d.typtypmod
+        FROM d JOIN pg_catalog.pg_type t ON t.oid = d.typbasetype
         WHERE d.typtype = 'd'
     )
-    SELECT d.oid FROM d WHERE d.typtype <> 'd'
+    SELECT d.oid, d.typmod FROM d WHERE d.typtype <> 'd'
 ) base
 JOIN pg_catalog.pg_type t ON t.oid = base.oid JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
@@ -82,6 +97,13 @@ class TargetColumn:
     may_select: bool
     may_insert: bool
     may_update: bool
+    deterministic: bool
+    """Whether equal texts are the same bytes."""
+    equality: str
+    """Schema of the operator `=` by which two of its values are one key."""
+    exact: str
+    """The base type as a cast has it that rounds as the column does (numeric, times); empty for types without such:
+    a cast to those would cut what the column refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +131,14 @@ class TargetTable:
     schema: str
     relation: str
     relkind: str
+    identified: str
+    """Schema and name, quoted where SQL needs it."""
     user: str
     may_delete: bool
+    checks_later: bool
+    """It has constraint triggers that can be deferred."""
+    lets_delete: bool
+    """Row security has a policy under which the role may delete, or is off for it."""
     columns: dict[str, TargetColumn]
     indexes: tuple[UniqueIndex, ...]
 
@@ -186,6 +214,14 @@ class TargetTable:
                 f"the role may not {rights} on {self.name}",
                 f"GRANT {rights} ON {self.quoted} TO {quoted(self.user)}",
             )
+        if mode == "mirror" and not self.lets_delete:
+            finding(
+                "row security",
+                f"{self.name} has row security, and no policy lets the role DELETE: rows that leave the result will be "
+                "rejected",
+                f"CREATE POLICY cdc_delete ON {self.quoted} FOR DELETE TO {quoted(self.user)} USING (true)",
+                "warning",
+            )
 
     def _key(self, assignment: Assignment, finding: Callable[..., None]) -> None:
         if assignment.mode in ("update", "append"):
@@ -254,6 +290,9 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
             may_select=c[11],
             may_insert=c[12],
             may_update=c[13],
+            deterministic=c[14],
+            equality=c[15],
+            exact=c[16] if c[17] >= 0 and c[4] == "pg_catalog" and c[5].lstrip("_") in _ROUNDING else "",
         )
         for c in connection.execute(_COLUMNS, (row[0],)).fetchall()
     ]
@@ -275,7 +314,10 @@ def read_table(connection: psycopg.Connection[Any], table: str) -> TargetTable:
         relation=relation,
         relkind=row[1],
         user=connection.info.user,
-        may_delete=row[2],
+        identified=row[2],
+        may_delete=row[3],
+        checks_later=row[4],
+        lets_delete=row[5],
         columns={c.name: c for c in columns},
         indexes=indexes,
     )

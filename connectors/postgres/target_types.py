@@ -2,7 +2,8 @@
 
 Everything that some value could pass is left to the server, row by row: texts go anywhere, numbers into any number,
 text, boolean, enum or json. Refused is what cannot be read at all (a boolean as a timestamp), and what would be read as
-something else without a word: the time of a timestamp that a date drops, bytes that become their hexadecimal text.
+something else without a word: the time of a timestamp that a date drops, bytes that become their hexadecimal text,
+texts that `name` and "char" would cut.
 Types of extensions are not judged.
 """
 
@@ -25,6 +26,8 @@ def mismatch(kind: pa.DataType, name: str, category: str) -> str | None:
     if isinstance(kind, pa.ExtensionType):
         kind = kind.storage_type
     t = pa.types
+    if name.lstrip("_") in ("name", "char"):
+        return "make the column text or varchar: this type would cut {column} without a word"
     if _has_no_text(kind) and not _is_list(kind):
         return "choose a form in the query, for example to_json({column}) or a cast to varchar"
     if t.is_null(kind) or _is_text(kind):
@@ -79,3 +82,22 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _foreign(name: str, category: str) -> bool:
     return category == "U" and name not in _KNOWN
+
+
+def names_one_value(kind: pa.DataType, name: str, deterministic: bool, rounds: bool) -> bool:
+    """Whether two different values of `kind` are two different values of a column of the base type `name` for sure:
+    texts of a number or a uuid may be written in several ways, and modifiers round."""
+    if rounds:
+        return False
+    if name in ("text", "varchar"):
+        return deterministic
+    t = pa.types
+    if t.is_integer(kind):
+        return name in ("int2", "int4", "int8", "numeric")
+    if t.is_decimal(kind):
+        return name == "numeric"
+    if _is_bytes(kind):
+        return name == "bytea"
+    if t.is_timestamp(kind):
+        return name in ("timestamp", "timestamptz") and kind.unit != "ns"
+    return (t.is_date(kind) and name == "date") or (t.is_boolean(kind) and name == "bool")

@@ -20,17 +20,23 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg import errors as pg
 
 from cdc.errors import TargetRejected
-from cdc.sink import ADOPT, DELETE, Batch, PushResult, Rejected
+from cdc.sink import ADOPT, DELETE, INSERT, UPDATE, Batch, PushResult, Rejected
 from connectors.postgres.target_errors import CONFLICTS, is_about_rows, reason
 from connectors.postgres.target_rows import Unwritable, stage_csv
 from connectors.postgres.target_statements import Rows, Statements
 from connectors.postgres.target_table import TargetTable
+from connectors.postgres.target_types import names_one_value
 
 ALL_REFUSED_ROWS = 500
-"""A batch that begins with so many refused rows is a mistake in the sync, not in rows: telling them apart one by one
-would keep the target busy for nothing. Rows refused for what others hold do not count."""
+"""A batch that begins with so many refused rows, of a sync of which nothing has ever gone through, is a mistake in the
+sync, not in rows: telling them apart one by one would keep the target busy for nothing. Rows refused for what others
+hold do not count."""
+BY_KEY = ("upsert", "mirror")
+SLOW_TRIES = 20
+"""Statements of a push that may run into the timeout: the batch twice, then its halves, down to the slow row."""
 ROUNDS = 20
 """How often rows that wait for rows behind them are looked at again."""
 ROUNDS_ROWS = 200_000
@@ -47,6 +53,12 @@ class Part:
     rejected: dict[int, Rejected] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
     indexed: bool = False
+    slow: bool = False
+    """It ran into the timeout once."""
+    shared: set[int] = field(default_factory=set)
+    """With DELETE: rows that another acknowledged key names too, which stay."""
+    vacated: set[int] = field(default_factory=set)
+    """Rows for which room has been made and that have to be written, or room must not have been made."""
 
     def __len__(self) -> int:
         return int(self.batch.acks.num_rows)
@@ -73,10 +85,12 @@ Tie = tuple[PartRow, PartRow, str]
 
 @dataclass(slots=True)
 class _Outcome:
-    """Beside the rows that were written: those without a counterpart, and those with several (mode update)."""
+    """Beside the rows that were taken: those without a counterpart, and those with several (mode update)."""
 
     absent: list[int] = field(default_factory=list)
     several: list[int] = field(default_factory=list)
+    still: list[int] = field(default_factory=list)
+    """Rows that are there after their DELETE."""
 
 
 class Writing:
@@ -88,6 +102,7 @@ class Writing:
         self._keeps_state = keeps_state
         self._parts: list[Part] = []
         self._postponed: Group = []
+        self._slow_tries = 0
         # Deferred constraints would fail at COMMIT, where no row can be told from another.
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
@@ -104,6 +119,8 @@ class Writing:
                 self._connection.execute(statements.create_typed())
             if batch.assignment.mode in ("insert", "append") and self._keeps_state:
                 self._connection.execute(statements.leave_out_taken())
+        elif batch.action == DELETE and self._keeps_state:
+            self._find_shared(part)
         self._write(part, range(len(part)))
 
     def finish(self) -> list[PushResult]:
@@ -144,21 +161,33 @@ class Writing:
             self._attempt(part, rows)
             return
         except psycopg.Error as error:
-            if not is_about_rows(error, self._connection):
+            if self._is_too_slow(error):
+                if not part.slow:
+                    part.slow = True
+                    self._write(part, rows)
+                    return
+            elif not is_about_rows(error, self._connection):
                 raise
+            self._make_findable(part)
             if _conflicts(part, error):
                 self._postponed.append((part, rows))
                 return
             if len(rows) == 1:
                 self._refuse(part, rows[0], error)
                 return
-        self._make_findable(part)
         for half in _halves(rows):
             self._write(part, half)
 
+    def _is_too_slow(self, error: psycopg.Error) -> bool:
+        """Whether it may be one row's doing, a trigger's that it starts, and there are tries left to find it."""
+        if not isinstance(error, pg.QueryCanceled) or self._connection.broken:
+            return False
+        self._slow_tries += 1
+        return self._slow_tries <= SLOW_TRIES
+
     def _refuse(self, part: Part, n: int, error: psycopg.Error) -> None:
         part.refuse(n, reason(error))
-        if n + 1 == len(part.rejected) == ALL_REFUSED_ROWS:
+        if part.batch.untried and n + 1 == len(part.rejected) == ALL_REFUSED_ROWS:
             raise TargetRejected(
                 f"{self._where}: refuses each of the first {ALL_REFUSED_ROWS} rows of a batch, the last one with "
                 f"{reason(error)}",
@@ -174,7 +203,10 @@ class Writing:
     def _execute(self, part: Part, rows: Rows) -> _Outcome:
         statements, outcome = part.statements, _Outcome()
         if part.batch.action == DELETE:
-            self._connection.execute(statements.delete(rows))
+            to_delete = [n for n in rows if n not in part.shared]
+            self._connection.execute(statements.delete(to_delete))
+            outcome.still = [n for (n,) in self._connection.execute(statements.still_there(to_delete))]
+            rows = [n for n in rows if n not in set(outcome.still)]
         elif part.batch.action != ADOPT and part.batch.assignment.mode == "update":
             outcome = self._update(part, rows)
         elif part.batch.action != ADOPT:
@@ -189,6 +221,9 @@ class Writing:
         found = np.asarray([n for (n,) in self._connection.execute(part.statements.lock_matches(rows))], np.int64)
         matched, counts = np.unique(found, return_counts=True)
         several = matched[counts > 1].tolist()
+        if part.vacated.intersection(several):
+            # Another session has just added a row: room was made in rows that are not written now.
+            raise pg.CardinalityViolation("several rows, some of them with intermediate values")
         present = set(matched.tolist())
         absent = [n for n in rows if n not in present and n not in part.rejected]
         if absent or several:
@@ -200,9 +235,52 @@ class Writing:
         return _Outcome(absent, several)
 
     def _make_findable(self, part: Part) -> None:
-        if not part.indexed:
-            self._connection.execute(part.statements.index_stage())
-            part.indexed = True
+        """Before rows are written one by one. Two that are one row at the target must not pass one after the other."""
+        if part.indexed:
+            return
+        self._connection.execute(part.statements.index_stage())
+        part.indexed = True
+        if len(part) > 1 and part.batch.action in (INSERT, UPDATE) and part.batch.assignment.mode in BY_KEY:
+            self._connection.execute(part.statements.create_keys())
+            self._type_keys(part, range(len(part)))
+            twins = sorted(n for (n,) in self._connection.execute(part.statements.twins()))
+            for n in twins:
+                part.refuse(n, "another row of the result has this key in the target")
+            self._connection.execute(part.statements.drop_staged(twins))
+
+    def _type_keys(self, part: Part, rows: Rows) -> bool:
+        """The keys as the target's values; those that it cannot read are left out. Whether all went."""
+        if not rows:
+            return True
+        try:
+            with self._connection.transaction():
+                self._connection.execute(part.statements.type_keys(rows))
+            return True
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
+        for half in _halves(rows) if len(rows) > 1 else ():
+            self._type_keys(part, half)
+        return False
+
+    def _find_shared(self, part: Part) -> None:
+        """Which keys to delete are in other words the key of a row that stays. Where texts of keys cannot be read as
+        the target's values, none is taken for such."""
+        columns = [part.statements.table.columns[k] for k in part.batch.assignment.key]
+        kinds = [part.batch.rows.schema.field(c.name).type for c in columns]
+        if all(
+            names_one_value(kind, c.base_type[1], c.deterministic, bool(c.exact))
+            for kind, c in zip(kinds, columns, strict=True)
+        ):
+            return
+        self._connection.execute(part.statements.create_keys())
+        self._type_keys(part, range(len(part)))
+        try:
+            with self._connection.transaction():
+                part.shared = {n for (n,) in self._connection.execute(part.statements.shared())}
+        except psycopg.Error as error:
+            if not is_about_rows(error, self._connection):
+                raise
 
     # ------------------------------------------------------------------ second chance
 
@@ -312,13 +390,18 @@ class Writing:
 
     def _vacate(self, group: Group, *, all_indexes: bool) -> None:
         """Make room; a batch whose intermediate values are refused stays as it is, and its rows see what comes."""
-        for part, rows in group:
-            statement = part.statements.vacate(rows, all_indexes=all_indexes)
-            if statement is None:
-                continue
+        for part, given in group:
+            rows, part.vacated = given, set()
             try:
                 with self._connection.transaction():
+                    if part.batch.assignment.mode == "update":
+                        several = {n for (n,) in self._connection.execute(part.statements.hit_several(given))}
+                        rows = [n for n in given if n not in several]
+                    statement = part.statements.vacate(rows, all_indexes=all_indexes)
+                    if statement is None:
+                        continue
                     self._connection.execute(statement)
+                part.vacated = set(rows)
             except psycopg.Error as error:
                 if not is_about_rows(error, self._connection):
                     raise
@@ -344,7 +427,8 @@ def statements_for(batch: Batch, table: TargetTable, number: int) -> Statements:
 def _conflicts(part: Part, error: psycopg.Error) -> bool:
     """Whether the row may go through once another is written. In mode insert, its own key in the table stays there."""
     if not isinstance(error, CONFLICTS):
-        return False
+        # A constraint trigger may ask for rows of a batch behind this one; whatever it raises then.
+        return part.statements.table.checks_later and not isinstance(error, (pg.DataError, pg.QueryCanceled))
     if part.batch.assignment.mode != "insert":
         return True
     table = part.statements.table
@@ -371,6 +455,8 @@ def _note(part: Part, outcome: _Outcome) -> None:
     part.absent.update(outcome.absent)
     for n in outcome.several:
         part.refuse(n, "the key hits several rows")
+    for n in outcome.still:
+        part.refuse(n, "still there after its DELETE: row security, a rule or a trigger kept it")
 
 
 def _grouped(rows: Any) -> Group:

@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -176,8 +177,11 @@ def test_a_batch_that_is_refused_row_after_row_is_given_up_as_a_whole(
     n = ALL_REFUSED_ROWS + 100
     few = {"id": list(range(n)), "score": ["x"] * (ALL_REFUSED_ROWS - 1) + ["1"] * 101, "note": [""] * n}
     assert len(push(target, few).rejected) == ALL_REFUSED_ROWS - 1
+    bad = {**few, "score": ["x"] * n}
+    first = batch_of(assigned(list(bad)), bad, digest="d2")
     with pytest.raises(TargetRejected, match="each of the first 500 rows"):
-        push(target, {**few, "score": ["x"] * n}, digest="d2")
+        target.push([replace(first, untried=True)])
+    assert len(push(target, bad, digest="d2").rejected) == n, "of a sync that has worked, rows are told apart"
     assert set(acknowledged(target).values()) == {"d1"}
 
 

@@ -272,3 +272,53 @@ def test_a_lock_that_is_never_released_ends_in_unavailable_after_a_few_tries(
         assert push(target, {1: 1, 2: 1}).written == 2
     finally:
         target.close()
+
+
+def test_room_is_made_in_no_row_whose_key_hits_several(db: psycopg.Connection, target: PostgresTarget) -> None:
+    db.execute(
+        "CREATE TABLE public.scores (pk int PRIMARY KEY, id int, u text UNIQUE, note text);"
+        "INSERT INTO public.scores VALUES (1, 1, 'a'), (2, 2, 'b'), (3, 3, 'kept'), (4, 3, 'kept too')"
+    )
+    result = push(target, {1: "b", 2: "a", 3: "z"}, assignment=assigned(("id", "u", "note"), mode="update"))
+    assert [(r.key, r.reason) for r in result.rejected] == [(key_text(3), "the key hits several rows")]
+    found = db.execute("SELECT pk, u FROM public.scores ORDER BY pk").fetchall()
+    assert found == [(1, "b"), (2, "a"), (3, "kept"), (4, "kept too")]
+
+
+def test_a_value_that_does_not_change_is_left_alone_while_room_is_made(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    """Children refer to it, and would have followed."""
+    db.execute(
+        "CREATE TABLE public.scores (id int PRIMARY KEY, own text UNIQUE, note text, u text UNIQUE);"
+        "ALTER TABLE public.scores ADD UNIQUE (own, note);"
+        "CREATE TABLE public.kid (own text REFERENCES public.scores (own) ON UPDATE SET NULL);"
+        "INSERT INTO public.scores VALUES (1, 'x', 'p', '1'), (2, 'y', 'q', '2');"
+        "INSERT INTO public.kid VALUES ('x'), ('y')"
+    )
+    given = {"id": [1, 2], "own": ["x", "y"], "note": ["pp", "qq"], "u": ["2", "1"]}
+    (result,) = target.push([batch_of(assigned(list(given)), given)])
+    assert result.rejected == []
+    assert held(db) == {1: "2", 2: "1"}
+    assert db.execute("SELECT own FROM public.kid ORDER BY 1").fetchall() == [("x",), ("y",)]
+
+
+def test_a_constraint_trigger_may_ask_for_rows_of_a_batch_behind(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    db.execute(
+        "CREATE TABLE public.scores (id int PRIMARY KEY, v int CHECK (v > 0));"
+        "CREATE TABLE public.lines (id int PRIMARY KEY, v int REFERENCES public.scores);"
+        "CREATE FUNCTION public.g() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF NOT EXISTS (SELECT FROM public.lines WHERE v = new.id) THEN RAISE EXCEPTION 'no lines'; END IF; "
+        "RETURN NULL; END $$; CREATE CONSTRAINT TRIGGER g AFTER INSERT ON public.scores DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION public.g()"
+    )
+    orders = assigned(("id", "v"), sync="orders")
+    lines = assigned(("id", "v"), sync="lines", table="public.lines")
+    results = target.push([batch_of(orders, {"id": [1, 2], "v": [1, 1]}), batch_of(lines, {"id": [1, 2], "v": [1, 2]})])
+    assert [r.rejected for r in results] == [[], []]
+    (alone,) = target.push([batch_of(orders, {"id": [3], "v": [1]})])
+    assert [r.key for r in alone.rejected] == [key_text(3)]
+    found = db.execute("SELECT o.id, l.id FROM public.scores o FULL JOIN public.lines l ON l.v = o.id ORDER BY 1")
+    assert found.fetchall() == [(1, 1), (2, 2)]

@@ -279,6 +279,9 @@ def test_a_state_table_of_format_1_is_read_and_then_brought_to_format_2(
     comment = db.execute("SELECT obj_description('cdc.cdc_sync_state'::regclass)").fetchone()
     assert comment is not None
     assert re.search("Format 2", comment[0])
+    key = db.execute("SELECT pg_get_indexdef('cdc.cdc_sync_state_pkey'::regclass)").fetchone()
+    assert key is not None
+    assert "(sync, relation_name, key)" in key[0]
 
 
 def test_an_acknowledgement_counts_for_the_table_that_it_was_given_for(
@@ -288,6 +291,59 @@ def test_an_acknowledgement_counts_for_the_table_that_it_was_given_for(
     db.execute("CREATE TABLE public.others (LIKE public.scores INCLUDING ALL)")
     target.push([batch_of(assigned(COLUMNS), {"id": [1], "score": [1], "note": ["a"]})])
     assert acknowledged(target, assigned(COLUMNS, table="public.others")) == {}
+    db.execute("DROP TABLE public.scores; ALTER TABLE public.others RENAME TO scores")
+    assert acknowledged(target, assigned(COLUMNS)) == {}
+
+
+def test_two_daemons_whose_syncs_have_one_name_do_not_forget_for_each_other(
+    db: psycopg.Connection, database: str, target: PostgresTarget
+) -> None:
+    db.execute('CREATE TABLE public.a (id int, v int); CREATE TABLE public."B" (id int, v int)')
+    other = PostgresTarget(target_config(database, origin="cdc_other"), no_ledgers)
+    mine = assigned(("id", "v"), table="public.a", mode="append")
+    others = assigned(("id", "v"), table='public."B"', mode="append")
+    try:
+        for _ in range(2):
+            for sink, assignment in ((target, mine), (other, others)):
+                sink.push([batch_of(assignment, {"id": [1], "v": [1]})])
+                assert acknowledged(sink, assignment) == {key_text(1): "d1"}
+        assert db.execute('SELECT (SELECT count(*) FROM public.a), (SELECT count(*) FROM public."B")').fetchone() == (
+            1,
+            1,
+        )
+        assert other.forget(others) == 1
+        assert acknowledged(target, mine) == {key_text(1): "d1"}
+    finally:
+        other.close()
+
+
+def test_a_copy_of_the_database_with_other_oids_knows_what_it_was_given(
+    db: psycopg.Connection, target: PostgresTarget
+) -> None:
+    """What restoring a dump leaves: the same names and rows, and other OIDs."""
+    db.execute("CREATE TABLE public.scores (id int, v int)")
+    append = assigned(("id", "v"), mode="append")
+    given = batch_of(append, {"id": [1, 2], "v": [1, 1]}, run="run-1")
+    target.push([given])
+    db.execute(
+        "CREATE TABLE public.copy AS TABLE public.scores; DROP TABLE public.scores;"
+        "ALTER TABLE public.copy RENAME TO scores;"
+        "CREATE TABLE cdc.copy (LIKE cdc.cdc_sync_state INCLUDING ALL);"
+        "INSERT INTO cdc.copy TABLE cdc.cdc_sync_state; DROP TABLE cdc.cdc_sync_state;"
+        "ALTER TABLE cdc.copy RENAME TO cdc_sync_state;"
+        "COMMENT ON TABLE cdc.cdc_sync_state IS 'What cdc has pushed into this database. Format 2.'"
+    )
+    known = target.acknowledged(append)
+    assert (known.rows.num_rows, known.last_run) == (2, "run-1")
+    target.push([given])
+    assert db.execute("SELECT id FROM public.scores ORDER BY id").fetchall() == [(1,), (2,)]
+    assert acknowledged(target, append) == {key_text(1): "d1", key_text(2): "d1"}
+    # From here on an OID counts again.
+    db.execute("DROP TABLE public.scores; CREATE TABLE public.scores (id int, v int)")
+    assert target.acknowledged(append).last_run == ""
+    assert acknowledged(target, append) == {}
+    target.push([given])
+    assert db.execute("SELECT id FROM public.scores ORDER BY id").fetchall() == [(1,), (2,)]
 
 
 # ---------------------------------------------------------------------- without rights
