@@ -60,7 +60,9 @@ class Marks:
         """To be called before anything is written in a transaction."""
         if self.by_message:
             connection.execute(
-                "SELECT pg_catalog.pg_logical_emit_message(true, %s::text, %s::text)", (MESSAGE_PREFIX, self._name)
+                # As bytes: a text would be in the database's encoding, and who reads it does not know that.
+                "SELECT pg_catalog.pg_logical_emit_message(true, %s::text, pg_catalog.convert_to(%s::text, 'UTF8'))",
+                (MESSAGE_PREFIX, self._name),
             )
 
     def end(self, connection: psycopg.Connection[Any]) -> None:

@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.state import State
-from tests.support.daemon import ROOT, Daemon, execute
+from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
 from tests.support.witness import changelog
 
@@ -86,12 +86,6 @@ key = ["customer_id"]
 """The models that write nothing once they have been heard."""
 
 
-def emits_messages() -> bool:
-    """Whether the target itself marks its transactions where it may not set origins."""
-    texts = [path.read_text() for path in (ROOT / "connectors" / "postgres").glob("target*.py")]
-    return any("cdc.origin" in text or "ORIGIN_PREFIX" in text for text in texts)
-
-
 class Loop:
     """A database that two syncs read and write, and the daemon. `origins`: what the writes of each sync bear."""
 
@@ -121,20 +115,6 @@ class Loop:
             f"grant select, insert, update on scores, tiers to {role}",
             f"grant insert on scores_log to {role}",
         )
-        if not emits_messages():
-            # The role's own statements say the mark before they write anything.
-            mark = (
-                f"perform pg_logical_emit_message(true, 'cdc.origin', '{conninfo_to_dict(self.dsn)['dbname']}_first')"
-            )
-            execute(
-                self.dsn,
-                f"create function mark() returns trigger language plpgsql as $$ begin {mark}; return null; end $$",
-                *(
-                    f"create trigger mark before insert or update on {table} for each statement"
-                    f" when (current_user = '{role}') execute function mark()"
-                    for table in SYNCS
-                ),
-            )
 
     def others(self, *statements: str) -> None:
         """What somebody else writes, in one transaction."""

@@ -17,8 +17,8 @@ from cdc import rowlog
 from cdc.condition import held_fact
 from cdc.config_serving import GuardConfig, ModelConfig, SyncConfig
 from cdc.errors import ConfigError
-from cdc.sync_run import Order, SyncRun
-from tests.integration.test_sync_postgres import MODEL, SCORES, SYNC, Job, Shop, scores
+from cdc.sync_run import Order
+from tests.support.syncs import MODEL, SCORES, SYNC, Shop, ran, rows, scores, told
 
 MIRROR = replace(SYNC, mode="mirror", batch_rows=1000)
 
@@ -35,21 +35,6 @@ def db(database: str) -> Iterator[psycopg.Connection]:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(SCORES)
         yield connection
-
-
-def ran(job: Job, shop: Shop) -> SyncRun:
-    run = job.step(shop.changed)
-    assert run is not None
-    return run
-
-
-def told(shop: Shop) -> list[str]:
-    """Conditions that were told, in order."""
-    return [a["condition"] for a in shop.alerts]
-
-
-def rows(numbers: range, value: float = 1.0) -> list[tuple[int, float]]:
-    return [(i, value) for i in numbers]
 
 
 # ---------------------------------------------------------------------- guards

@@ -22,7 +22,7 @@ from cdc.errors import TargetUnavailable
 from cdc.planning import Planner
 from cdc.state import State
 from cdc.sync_run import Order, SyncRun
-from tests.integration.test_sync_postgres import SCORES, SYNC, Job, Shop, scores
+from tests.support.syncs import SCORES, SYNC, Job, Shop, ran, rows, scores, told
 
 MIRROR = replace(SYNC, mode="mirror", batch_rows=1000)
 
@@ -39,20 +39,6 @@ def db(database: str) -> Iterator[psycopg.Connection]:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(SCORES)
         yield connection
-
-
-def ran(job: Job, shop: Shop) -> SyncRun:
-    run = job.step(shop.changed)
-    assert run is not None
-    return run
-
-
-def told(shop: Shop) -> list[str]:
-    return [a["condition"] for a in shop.alerts]
-
-
-def rows(numbers: range, value: float = 1.0) -> list[tuple[int, float]]:
-    return [(i, value) for i in numbers]
 
 
 def by_sql(sql: str, **options: Any) -> SyncConfig:
