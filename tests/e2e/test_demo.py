@@ -191,6 +191,7 @@ def test_an_interrupted_demo_leaves_no_process(
     assert describe(descendants() - before) == {}
 
 
+@pytest.mark.slow
 def test_the_demo_replaces_its_own_folder_and_nobody_elses(tmp_path: Path, start: Start) -> None:
     foreign = tmp_path / "precious"
     foreign.mkdir()

@@ -20,7 +20,7 @@ from tests.support.daemon import Daemon, execute
 from tests.support.waiting import wait_until
 from tests.support.witness import changelog
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.versions
 
 SCHEMA = """
 create table scores (customer_id int primary key, value int not null unique);
