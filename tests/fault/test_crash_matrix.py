@@ -41,7 +41,9 @@ UPKEEP = {"lease_ttl_s": 5, "compact_every_s": 2, "vacuum_after_s": 0, "object_b
 PAUSE_S = 0.05
 
 
-@pytest.mark.parametrize("s3_server", ["moto", pytest.param("ceph", marks=pytest.mark.stores)])
+@pytest.mark.parametrize(
+    "s3_server", [pytest.param("moto", marks=pytest.mark.slow), pytest.param("ceph", marks=pytest.mark.stores)]
+)
 def test_a_lake_in_a_bucket_survives_a_kill_and_a_lost_disk(
     s3_server: str, tmp_path: Path, database: str, rng: random.Random
 ) -> None:

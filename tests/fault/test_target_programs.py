@@ -38,7 +38,7 @@ from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("CDC_TEST_SEED", "0"))
-DEFAULT, SLOW = 8, 200
+DEFAULT, SLOW = 3, 200
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def random_program(seed: int, store: ObjectStore, rounds: int) -> None:
 
 
 def seeds(count: int) -> list[Any]:
-    return [pytest.param(n, marks=[pytest.mark.slow] if n >= 10 else []) for n in range(count)]
+    return [pytest.param(n, marks=[pytest.mark.slow] if n >= 4 else []) for n in range(count)]
 
 
 @pytest.mark.parametrize("number", seeds(110))

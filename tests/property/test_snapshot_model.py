@@ -20,7 +20,7 @@ from tests.support.postgres import create_database, drop_database, private_serve
 from tests.support.programs import Program
 from tests.support.stepped import Stepped
 
-QUICK = 8
+QUICK = 4
 PROGRAMS = 300
 
 
