@@ -11,8 +11,9 @@ Format 2 added `run` and `relation_name`; a table of format 1 is read as it is a
 
 from __future__ import annotations
 
-import io
 import re
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ WHERE o.sync = %s AND o.relation_name = %s AND o.key = ''"""
 
 _ACKNOWLEDGED = f"COPY (SELECT s.key, s.digest FROM {STATE_TABLE} s WHERE {{}}) TO STDOUT (FORMAT csv)"
 
+_BLOCK_BYTES = 8 << 20
 _ALL_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 
@@ -135,11 +137,8 @@ class State:
             condition += sql.SQL(" AND s.relation_name = {}").format(sql.Literal(table.identified))
         if not is_copy:
             condition += sql.SQL(" AND s.relation = {}::pg_catalog.oid").format(sql.Literal(table.oid))
-        received = io.BytesIO()
         with self._connection.cursor().copy(sql.SQL(_ACKNOWLEDGED).format(condition)) as copy:
-            for part in copy:
-                received.write(part)
-        return _parsed(received), last_run
+            return _spilled(copy), last_run
 
     def forget(self, assignment: Assignment) -> int:
         """Delete all rows of the sync for the table of that name; of how many keys."""
@@ -238,15 +237,24 @@ def _grants(connection: psycopg.Connection[Any]) -> str:
     return f"GRANT USAGE ON SCHEMA cdc TO {user}; GRANT {', '.join(_ALL_RIGHTS)} ON {STATE_TABLE} TO {user}"
 
 
-def _parsed(received: io.BytesIO) -> pa.Table:
-    size = received.tell()
-    if size == 0:
-        return ACKS.empty_table()
-    received.seek(0)
-    read = csv.read_csv(
-        received,
-        csv.ReadOptions(column_names=["key", "digest"], block_size=max(1 << 20, min(size, 1 << 30))),
-        csv.ParseOptions(newlines_in_values=True),
-        csv.ConvertOptions(column_types={"key": pa.string(), "digest": pa.string()}, strings_can_be_null=False),
-    )
-    return read.append_column("version", pa.array(np.zeros(read.num_rows, np.int64)))
+def _spilled(parts: Iterable[Any]) -> pa.Table:
+    """The acknowledgements that come as CSV, mapped from a file that has no name any more: millions of them take
+    little memory. OSError if the disk does not hold them."""
+    with tempfile.TemporaryFile() as text, tempfile.NamedTemporaryFile(suffix=".arrow") as made:
+        for part in parts:
+            text.write(part)
+        if not text.tell():
+            return ACKS.empty_table()
+        text.seek(0)
+        reader = csv.open_csv(
+            text,
+            csv.ReadOptions(column_names=["key", "digest"], block_size=_BLOCK_BYTES),
+            csv.ParseOptions(newlines_in_values=True),
+            csv.ConvertOptions(column_types={"key": pa.string(), "digest": pa.string()}, strings_can_be_null=False),
+        )
+        with pa.ipc.new_file(made, ACKS) as writer:
+            for batch in reader:
+                versions = pa.array(np.zeros(batch.num_rows, np.int64))
+                writer.write_batch(pa.record_batch([*batch.columns, versions], schema=ACKS))
+        made.flush()
+        return pa.ipc.open_file(pa.memory_map(made.name)).read_all()

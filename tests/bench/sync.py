@@ -24,7 +24,6 @@ from typing import Any
 
 import psycopg
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cdc.models import frozen
 from cdc.plan import Plan, make_plan
@@ -75,13 +74,17 @@ def prepared(folder: Path, rows: int, changes: int) -> None:
     digests = acks.column("digest").to_pylist()
     half = changes - changes // 2
     digests[:half] = ["other"] * half
-    pq.write_table(acks.set_column(1, "digest", pa.array(digests, pa.string())), folder / "acks.parquet")
+    changed = acks.set_column(1, "digest", pa.array(digests, pa.string()))
+    with pa.OSFile(str(folder / "acks.arrow"), "wb") as file, pa.ipc.new_file(file, ACKS) as writer:
+        writer.write_table(changed)
     whole.remove()
 
 
 def child(folder: Path, what: str) -> None:
     """One planning, or the floor of it, in a process of its own."""
-    acks = pq.read_table(folder / "acks.parquet") if what == "plan" else None
+    # Mapped, as the target hands them over.
+    mapped = pa.ipc.open_file(pa.memory_map(str(folder / "acks.arrow"))).read_all()
+    acks = mapped if what == "plan" else None
     began, spent = time.perf_counter(), time.process_time()
     counts: dict[str, Any] = {}
     if acks is not None:
