@@ -67,6 +67,10 @@ model = "customer_value"
 target = "shop"
 table = {scores}
 key = ["customer_id"]
+
+# On a slow machine most customers may have ordered something between two runs.
+[sync.customer_value.guard]
+max_change_share = 1.0
 """
 
 
