@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +24,7 @@ from cdc.sink import DELETE, Batch, Ordering, PushResult, Rejected, Sink
 
 CONFLICTS_MAX = 50_000
 """Rows refused for what another row holds that are kept for another try."""
+REJECTS_KEPT = 1_000
 _ROUNDS = 3
 _SLICE_S = 0.1
 
@@ -35,15 +36,11 @@ class Applied:
     written: int = 0
     deleted: int = 0
     absent: int = 0
-    unsent: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     """Of REJECTS_KEPT at most; `rejects` counts them all."""
     rejects: int = 0
     stopped: bool = False
     error: CdcError | None = None
-
-
-REJECTS_KEPT = 1_000
 
 
 @dataclass(slots=True)
@@ -84,17 +81,14 @@ class Work:
             wanted = pc.is_in(batch.acks.column("key"), pa.array(conflicts, pa.string()))
             self.again.append(_filtered(batch, wanted))
             batch = _filtered(batch, pc.invert(wanted))
-            result = PushResult(
-                rows=result.rows - len(conflicts), rejected=[r for r in result.rejected if not r.conflicts],
-                absent=result.absent, unsent=result.unsent, error=result.error,
-            )  # fmt: skip
+            others = [r for r in result.rejected if not r.conflicts]
+            result = replace(result, rows=result.rows - len(conflicts), rejected=others)
         done = self.applied
         if batch.action == DELETE:
             done.deleted += result.written
         else:
             done.written += result.written
         done.absent += len(result.absent)
-        done.unsent += len(result.unsent)
         done.rejects += len(result.rejected)
         done.rejected += result.rejected[: REJECTS_KEPT - len(done.rejected)]
         done.error = done.error or result.error
@@ -157,15 +151,8 @@ def _pairs(acks: pa.Table) -> pa.ChunkedArray:
 
 def _filtered(batch: Batch, mask: pa.ChunkedArray) -> Batch:
     mask = mask.combine_chunks()
-    return Batch(
-        assignment=batch.assignment,
-        action=batch.action,
-        rows=batch.rows.filter(mask),
-        acks=batch.acks.filter(mask),
-        run=batch.run,
-        label=batch.label,
-        differs=None if batch.differs is None else batch.differs.filter(mask),
-    )
+    differs = None if batch.differs is None else batch.differs.filter(mask)
+    return replace(batch, rows=batch.rows.filter(mask), acks=batch.acks.filter(mask), differs=differs)
 
 
 def _waited(pace: RateLimit, should_stop: Callable[[], bool]) -> bool:

@@ -292,7 +292,7 @@ def _resent(p: argparse.ArgumentParser) -> None:
 
 
 def _reconciled(p: argparse.ArgumentParser) -> None:
-    _resent(p)
+    _applied("sync")(p)
     p.add_argument(
         "--policy", choices=("report", "source", "target"), default="report",
         help="report: only compare (default); source: send again what differs; target: let it stand, as if sent",
@@ -408,7 +408,7 @@ GROUPS: dict[str, tuple[str, dict[str, VerbRow]]] = {
             "reset-state": (
                 "forget what was sent, send nothing",
                 "cdc sync reset-state customer_value",
-                _resent,
+                _applied("sync"),
                 "syncs:reset_state",
             ),
             "reconcile": (

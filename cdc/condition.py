@@ -46,6 +46,11 @@ class Condition:
         metrics.SYNC_HELD.labels(sync).set(float(self.now == HELD))
 
     @property
+    def hint(self) -> str:
+        """What was told to do about it."""
+        return str(self._fact().get("hint", ""))
+
+    @property
     def now(self) -> str:
         """The condition as it was last told."""
         return str(self._fact()["condition"])

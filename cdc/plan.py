@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 
 from cdc.errors import ModelFailed
 from cdc.models import frozen
-from cdc.relations import MEMORY_LIMIT, THREADS, failure
+from cdc.relations import MEMORY_LIMIT, THREADS, failure, open_files
 from cdc.sink import ACKS, ADOPT, DELETE, IN_DOUBT, INSERT, UPDATE, Assignment, Batch
 from cdc.sqltext import literal, quoted
 
@@ -150,17 +150,13 @@ class Plan:
             "held_samples": [{"key": key, "reason": reason} for key, reason in self.held],
         }
 
-    def save(self) -> None:
-        """Write down what is not in its files of rows."""
+    def moved(self, folder: Path) -> Plan:
+        """Move it to `folder`, replacing what is there, with what is not in its files of rows; durable on return."""
         about = {
             "id": self.id, "columns": self.assignment.columns, "counts": asdict(self.counts), "held": self.held,
             "differs": self.differs, "about": self.about,
         }  # fmt: skip
         (self.folder / _ABOUT).write_text(json.dumps(about))
-
-    def moved(self, folder: Path) -> Plan:
-        """Move it to `folder`, replacing what is there."""
-        self.save()
         for file in self.folder.iterdir():
             # Somebody may approve it tomorrow, behind a power cut.
             with file.open("rb") as written:
@@ -169,10 +165,6 @@ class Plan:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.rename(folder)
         return replace(self, folder=folder)
-
-    def remove(self) -> None:
-        """Delete its files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def load(folder: Path, assignment: Assignment) -> Plan:
@@ -224,16 +216,16 @@ def make_plan(
     """Compare the frozen `result` with `acknowledged` (cdc.sink.ACKS) and write the plan into `folder`.
 
     `mapping`: column of the target -> column of the result; left out, columns keep their names. Blocks; touches nothing
-    but `folder` (replaced) and `temp_dir`. ModelFailed if a column is missing or memory does not suffice.
+    but `folder` (replaced; what is there after an error is no plan) and `temp_dir`. ModelFailed if a column is missing
+    or memory does not suffice.
     """
     import duckdb
 
     asked = asked or Asked()
     columns = dict(mapping) if mapping else {c: c for c in assignment.columns}
     _check(result, assignment, columns)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     options: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads, "temp_dir": temp_dir or folder.parent}
     try:
         with frozen(result, **options) as (connection, relation):
@@ -241,17 +233,15 @@ def make_plan(
             comparison.compare(acknowledged)
             counts, held = comparison.counts(), comparison.held()
             content = hashlib.sha256(comparison.head.encode())
-            comparison.write(partial / _DELETES, comparison.deletes(), content)
-            comparison.write(partial / _WRITES, comparison.writes(), content)
-            differs = comparison.differs(partial / _WRITES)
+            comparison.write(folder / _DELETES, comparison.deletes(), content)
+            comparison.write(folder / _WRITES, comparison.writes(), content)
+            differs = comparison.differs(folder / _WRITES)
     except duckdb.Error as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise failure(error) from error
-    plan = Plan(
-        id=content.hexdigest()[:16], folder=partial, assignment=assignment, counts=counts, held=tuple(held),
+    return Plan(
+        id=content.hexdigest()[:16], folder=folder, assignment=assignment, counts=counts, held=tuple(held),
         differs=differs, about={**asked.about, "generation": comparison.generation},
     )  # fmt: skip
-    return plan.moved(folder)
 
 
 def key_json(key: Sequence[str]) -> str:
@@ -261,12 +251,9 @@ def key_json(key: Sequence[str]) -> str:
 
 def key_of(rows: pa.Table, key: Sequence[str]) -> pa.ChunkedArray:
     """The keys of these rows, as they stand in a plan; null where one of the key's columns is. Blocks briefly."""
-    import duckdb
-
     complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
-    with duckdb.connect(":memory:") as connection:
+    with open_files() as connection:
         connection.register("given", rows.select(list(key)))
-        connection.execute("SET TimeZone = 'UTC'")
         query = f"SELECT CASE WHEN {complete} THEN {key_json(key)} END AS key FROM given"
         return connection.sql(query).to_arrow_table().column("key").cast(pa.string())
 
@@ -297,6 +284,7 @@ class _Comparison:
         self._rows = 0
         self.generation = asked.generation
         self._place = hashlib.md5(json.dumps([assignment.place, assignment.key]).encode()).hexdigest()[:8]
+        self._ours = f"split_part(digest, ':', 4) IN ('', '{self._place}')"
         self._others = sorted(c for c in columns if c not in assignment.key)
         self.head = json.dumps([assignment.table, assignment.key, assignment.mode, sorted(columns.items())])
 
@@ -322,15 +310,14 @@ class _Comparison:
         parts = max(1, math.ceil(max(self._rows, acknowledged.num_rows) / _ROWS_PER_PART))
         complete = " AND ".join(f"{quoted(c)} IS NOT NULL" for c in key)
         only = "" if self._asked.only is None else " AND a.key IN (FROM only_keys)"
-        ours = f"split_part(digest, ':', 4) IN ('', '{self._place}')"
         for part in range(parts):
             mine = f"% {parts} = {part}"
             for statement in (
                 f"CREATE TEMP TABLE digested AS SELECT file_row_number AS n, {key_json(key)} AS key, "
                 f"{content_sql(self._columns, self._assignment)} AS digest, {complete} AS whole "
                 f"FROM {self._relation} WHERE hash({key_json(key)}) {mine}",
-                f"CREATE TEMP TABLE known AS SELECT key, CASE WHEN {ours} THEN digest ELSE '' END AS digest, version "
-                f"FROM acknowledged WHERE hash(key) {mine}",
+                f"CREATE TEMP TABLE known AS SELECT key, CASE WHEN {self._ours} THEN digest ELSE '' END AS digest, "
+                f"version FROM acknowledged WHERE hash(key) {mine}",
                 # By hash first: hardly any result has a key twice, and numbers take a third of the room of keys.
                 "CREATE TEMP TABLE suspects AS "
                 "SELECT hash(key) AS h FROM digested WHERE whole GROUP BY h HAVING count(*) > 1",
@@ -379,10 +366,7 @@ class _Comparison:
         gone = self._number("SELECT count(*) FROM gone")
         return Counts(
             rows=self._rows,
-            acknowledged=self._number(
-                f"SELECT count(*) FROM acknowledged WHERE digest <> '' AND split_part(digest, ':', 4) IN ('', "
-                f"'{self._place}')"
-            ),
+            acknowledged=self._number(f"SELECT count(*) FROM acknowledged WHERE digest <> '' AND {self._ours}"),
             inserts=found.get(INSERT, 0),
             updates=found.get(UPDATE, 0),
             resends=found.get(RESEND, 0),

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -183,14 +183,11 @@ def plan_now(
     cuts: dict[str, dict[TableId, int]] = {}
     last: dict[str, Any] = {}
     generation = 0
-    if config.state_path.is_file():
-        state = State(config.state_path, create=False, readonly=True)
-        try:
+    with _looked_into(config) as state:
+        if state is not None:
             cuts = cut_versions(state, set(sources))
             last = state.get(last_fact(name)) or {}
             generation = int(state.get(generation_fact(name)) or 0)
-        finally:
-            state.close()
     sink = registry.sink_kind(target.type)(target, partial(LakeLedger, store))
     try:
         with tempfile.TemporaryDirectory(prefix="cdc-plan-") as folder:
@@ -209,12 +206,8 @@ def plan_now(
 def plan_held(config: Config, name: str, *, values: bool = False) -> dict[str, Any]:
     """The plan of the sync `name` that waits for approval, as `plan_now` tells plans; ModelFailed if none does."""
     section = config.syncs[name]
-    state = State(config.state_path, create=False, readonly=True) if config.state_path.is_file() else None
-    try:
+    with _looked_into(config) as state:
         fact = state.get(held_fact(name)) if state is not None else None
-    finally:
-        if state is not None:
-            state.close()
     if fact is None:
         raise ModelFailed(f"no plan of sync {name} is held", hint=f"`cdc sync plan {name}` shows one of now")
     assignment = assignment_of(section, config.targets[section.target], list(section.columns) or section.key)
@@ -227,16 +220,27 @@ def plan_held(config: Config, name: str, *, values: bool = False) -> dict[str, A
 
 def result_columns(config: Config, sync: SyncConfig, store: ObjectStore) -> list[str]:
     """Columns that the sync pushes, by the target's names; empty as long as the lake does not have what it reads."""
-    if sync.columns or not config.state_path.is_file():
-        return list(sync.columns)
-    state = State(config.state_path, create=False, readonly=True)
-    try:
+    with _looked_into(config) as state:
+        if sync.columns or state is None:
+            return list(sync.columns)
         sources = known_tables(state)
         sql = definition(sync, config.models.get(sync.model))
-        found = query(store, sources, f"SELECT * FROM ({sql}) LIMIT 0", cut=cut_versions(state, set(sources)))
+        try:
+            found = query(store, sources, f"SELECT * FROM ({sql}) LIMIT 0", cut=cut_versions(state, set(sources)))
+        except CdcError:
+            return []
         return list(found.schema.names)
-    except CdcError:
-        return []
+
+
+@contextmanager
+def _looked_into(config: Config) -> Iterator[State | None]:
+    """The state, to read from beside a daemon; None if there is none yet."""
+    if not config.state_path.is_file():
+        yield None
+        return
+    state = State(config.state_path, create=False, readonly=True)
+    try:
+        yield state
     finally:
         state.close()
 

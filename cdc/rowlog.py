@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cdc.errors import CdcError
-from cdc.lake.layout import encode_name
+from cdc.lake.layout import runs_path
 from cdc.ports import ObjectStore
 from cdc.sink import Batch, PushResult
 
@@ -119,12 +119,11 @@ def rejected_keys(store: ObjectStore, sync: str, run: str) -> pa.ChunkedArray:
 def tidy(store: ObjectStore, sync: str, oldest: float) -> None:
     """Delete the logs of runs that began before `oldest` (Unix seconds). Blocks; StoreUnavailable."""
     before = _key(sync, new_run_id(oldest))
-    folder = _key(sync, "").removesuffix(".parquet")
-    store.delete([entry.key for entry in store.list(folder) if entry.key < before])
+    store.delete([entry.key for entry in store.list(f"{runs_path(sync)}/") if entry.key < before])
 
 
 def _key(sync: str, run: str) -> str:
-    return f"_syncs/{encode_name(sync)}/runs/{run}.parquet"
+    return f"{runs_path(sync)}/{run}.parquet"
 
 
 def _to_parquet(file: Path, made: Path) -> bool:

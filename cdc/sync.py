@@ -88,6 +88,17 @@ class _Step:
     trips: list[Trip] = field(default_factory=list)
     work: Work | None = None
 
+    @property
+    def made(self) -> Plan:
+        """Its plan, once there is one."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is for some rows only: what is due, and what is held for all of them, is not done with it."""
+        return self.made.about["kind"] in (RETRY, RECONCILE)
+
 
 class SyncJob:
     """One configured sync inside the daemon, or the syncs of one group; used by one thread. `sink` may be shared with
@@ -335,15 +346,14 @@ class SyncJob:
             return []
         outcome, text = "", ""
         for step in steps:
-            assert step.plan is not None
             if order.kind == RECONCILE and order.policy == REPORT:
                 outcome = REPORTED
-            elif order.kind == RESYNC and step.plan.counts.deletes and not order.yes:
+            elif order.kind == RESYNC and step.made.counts.deletes and not order.yes:
                 outcome = UNCONFIRMED
-                text = f"it deletes {step.plan.counts.deletes} rows too: say --yes"
-            elif order.kind == APPROVE and step.member.name == order.sync and step.plan.id != order.plan:
+                text = f"it deletes {step.made.counts.deletes} rows too: say --yes"
+            elif order.kind == APPROVE and step.member.name == order.sync and step.made.id != order.plan:
                 outcome = UNCONFIRMED
-                text = f"the plan is another one by now, {step.plan.id}: look at it with `cdc sync plan {order.sync}`"
+                text = f"the plan is another one by now, {step.made.id}: look at it with `cdc sync plan {order.sync}`"
         return [self._ended(s, cause, outcome, error=text) for s in steps] if outcome else []
 
     # ---- holding ----
@@ -351,16 +361,14 @@ class SyncJob:
     def _hold(self, steps: Sequence[_Step], cause: str, order: Order | None) -> list[SyncRun]:
         """Keep the plans and send nothing, if one of them is over a limit; empty if they may go."""
         approved = order.plan if order is not None and order.kind == APPROVE else ""
-        over = [s for s in steps if s.trips and s.plan is not None and s.plan.id != approved]
-        if not over:
+        if not any(s.trips and s.made.id != approved for s in steps):
             return []
         if order is not None:
             self.blocked = ""
         for step in steps:
-            member, plan = step.member, step.plan
-            assert plan is not None
-            if plan.about["kind"] in (RETRY, RECONCILE):
-                # For some rows only: what is held for all of them stays, and this one is not worth an approval.
+            member, plan = step.member, step.made
+            if step.is_partial:
+                # What is held for all rows stays, and this one is not worth an approval.
                 continue
             kept = member.held.fact
             if kept is None or order is not None:
@@ -373,7 +381,8 @@ class SyncJob:
                     f"`cdc sync plan {member.name} --held` shows it; "
                     f"`cdc sync approve {member.name} {kept['plan']}` sends it"
                 )
-                member.condition.be(HELD, text, hint)
+                # Another plan than the one that was told is news.
+                member.condition.be(HELD, text, hint, again=member.condition.hint != hint)
             # Last: until then a run is due, which holds it again.
             before = self._state.get(last_fact(member.name)) or {}
             member.due.ran(plan.about["positions"], {**before, "due": False, **plan.about["last"]})
@@ -382,7 +391,7 @@ class SyncJob:
     def _why_held(self, step: _Step) -> str:
         held = step.member.held.fact
         texts = [t.text for t in step.trips]
-        if held is not None and step.plan is not None and held["plan"] != step.plan.id:
+        if held is not None and held["plan"] != step.made.id:
             texts.append(f"plan {held['plan']} waits for approval")
         return "; ".join(texts)
 
@@ -432,16 +441,14 @@ class SyncJob:
     ) -> list[SyncRun]:
         """Send the plans and record what became of them."""
         works = []
-        if cause != "approved" and any(s.plan is not None and s.plan.counts.writes for s in steps):
+        is_partial = any(s.is_partial for s in steps)
+        if cause != "approved" and any(s.made.counts.writes for s in steps):
             # What comes now is newer than what is held, which must not be sent over it any more.
-            self._drop_held(due=any(s.plan is not None and s.plan.about["kind"] in (RETRY, RECONCILE) for s in steps))
+            self._drop_held(due=is_partial)
         for step in steps:
-            assert step.plan is not None
-            generation = max(
-                step.plan.about["generation"], int(self._state.get(generation_fact(step.member.name)) or 0)
-            )
-            self._state.set(generation_fact(step.member.name), generation)
-            step.work = step.work or Work(step.member.config, step.plan, step.run, self._row_log(step))
+            known = int(self._state.get(generation_fact(step.member.name)) or 0)
+            self._state.set(generation_fact(step.member.name), max(step.made.about["generation"], known))
+            step.work = step.work or Work(step.member.config, step.made, step.run, self._row_log(step))
             works.append(step.work)
         try:
             if len(works) == 1:
@@ -452,8 +459,7 @@ class SyncJob:
             for work in works:
                 work.log.close()
         runs = [self._applied(step, cause) for step in steps]
-        partial = any(s.plan is not None and s.plan.about["kind"] in (RETRY, RECONCILE) for s in steps)
-        if not partial and not any(r.outcome == STOPPED for r in runs):
+        if not is_partial and not any(r.outcome == STOPPED for r in runs):
             self._drop_held()
         self.blocked, self._retry_at, self._retry_s = "", 0.0, _RETRY_FIRST_S
         for step, run in zip(steps, runs, strict=True):
@@ -462,8 +468,7 @@ class SyncJob:
         return runs
 
     def _applied(self, step: _Step, cause: str) -> SyncRun:
-        member, plan, work = step.member, step.plan, step.work
-        assert plan is not None
+        member, plan, work = step.member, step.made, step.work
         assert work is not None
         done, held = work.applied, plan.counts.held
         outcome = STOPPED if done.stopped else PARTIAL if held or done.rejects else DONE
@@ -471,23 +476,24 @@ class SyncJob:
         if outcome != STOPPED:
             self._remember(step)
             hint = f"`cdc sync history {member.name} {step.run}` lists them; `cdc sync retry {member.name}` tries again"
-            if outcome != DONE:
-                member.condition.be(PARTIAL, text, hint)
-            elif member.held.fact is None or step.plan is None or plan.about["kind"] not in (RETRY, RECONCILE):
+            if step.is_partial and member.held.fact is not None:
+                pass  # a plan waits, whatever became of these rows
+            elif outcome == DONE:
                 member.condition.be(FINE)
+            else:
+                member.condition.be(PARTIAL, text, hint)
         return self._ended(step, cause, outcome, error=text)
 
     def _remember(self, step: _Step) -> None:
         """The fact about a run that came to its end. One for some rows only leaves open what is due, and a reconcile
         also which rows were rejected."""
-        assert step.plan is not None
         assert step.work is not None
-        member, about, done = step.member, step.plan.about, step.work.applied
+        member, about, done = step.member, step.made.about, step.work.applied
         fact = {"acked_run": step.run if done.written or done.deleted else about["last_run"]}
         if about["kind"] != RECONCILE:
             fact |= {"run": step.run, "shape": about["shape"], "written": done.written, "rejected": done.rejects}
-            fact["rows"] = step.plan.counts.rows
-        if about["kind"] in (RETRY, RECONCILE):
+            fact["rows"] = step.made.counts.rows
+        if step.is_partial:
             before = self._state.get(last_fact(member.name))
             if before is not None:
                 self._state.set(last_fact(member.name), {**before, **fact})
@@ -495,10 +501,9 @@ class SyncJob:
             member.due.ran(about["positions"], {**about["last"], **fact})
 
     def _row_log(self, step: _Step) -> rowlog.RowLog:
-        assert step.plan is not None
         left_out = ("last", "positions", "drift", "kind")
-        about = {k: v for k, v in step.plan.about.items() if k not in left_out}
-        return rowlog.RowLog(step.member.rows, step.run, {"plan": step.plan.id, **about})
+        about = {k: v for k, v in step.made.about.items() if k not in left_out}
+        return rowlog.RowLog(step.member.rows, step.run, {"plan": step.made.id, **about})
 
     def _keep_rows(self, member: _Member) -> None:
         """Row logs go into the lake; those that are too old leave it, looked for now and then."""

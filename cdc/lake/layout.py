@@ -105,6 +105,11 @@ def acks_path(sync: str) -> str:
     return f"_syncs/{encode_name(sync)}/acks"
 
 
+def runs_path(sync: str) -> str:
+    """Key prefix of the row logs of a sync, without a slash at its end."""
+    return f"_syncs/{encode_name(sync)}/runs"
+
+
 def date_column(columns: Iterable[str]) -> str | None:
     """Which of a changelog's partition columns is its `_date`, whatever prefix its system columns have; None: none."""
     return next((c for c in columns if "_" + c.lstrip("_") == DATE), None)

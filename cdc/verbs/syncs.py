@@ -80,7 +80,7 @@ def resync(call: Call) -> int:
 
 def reconcile(call: Call) -> int:
     """Compare the target's rows with the result; 3 if they differ."""
-    return _order(call, "reconcile", {"policy": call.args.policy, "yes": call.args.yes})
+    return _order(call, "reconcile", {"policy": call.args.policy})
 
 
 def reset_state(call: Call) -> int:

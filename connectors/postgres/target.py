@@ -44,7 +44,7 @@ from connectors.postgres.target_errors import AGAIN
 from connectors.postgres.target_origin import origin_findings
 from connectors.postgres.target_session import Session
 from connectors.postgres.target_state import STATE_TABLE, State, state_findings
-from connectors.postgres.target_table import TargetTable, parents_first, quoted, read_table, split_name
+from connectors.postgres.target_table import TargetTable, parents_first, quoted, read_table
 from connectors.postgres.target_writing import ALL_REFUSED_ROWS, Writing
 
 BEFORE_COMMIT = "sync.before_commit"
@@ -249,4 +249,4 @@ def _stage_findings(connection: psycopg.Connection[Any]) -> list[Finding]:
     ]
 
 
-__all__ = ["AFTER_COMMIT", "ALL_REFUSED_ROWS", "BEFORE_COMMIT", "STATE_TABLE", "PostgresTarget", "split_name"]
+__all__ = ["AFTER_COMMIT", "ALL_REFUSED_ROWS", "BEFORE_COMMIT", "STATE_TABLE", "PostgresTarget"]
