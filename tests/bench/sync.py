@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def prepared(folder: Path, rows: int, changes: int) -> None:
     changed = acks.set_column(1, "digest", pa.array(digests, pa.string()))
     with pa.OSFile(str(folder / "acks.arrow"), "wb") as file, pa.ipc.new_file(file, ACKS) as writer:
         writer.write_table(changed)
-    whole.remove()
+    shutil.rmtree(whole.folder)
 
 
 def child(folder: Path, what: str) -> None:
@@ -126,7 +127,7 @@ def batches_of(folder: Path, table: str, begin: int, end: int, seed: int, rows: 
     write_result(path, begin, end, seed)
     plan = make_plan(path, ACKS.empty_table(), assignment_of(table), folder / "apply")
     found = list(plan.writes(rows))
-    plan.remove()
+    shutil.rmtree(plan.folder)
     return found
 
 

@@ -5,16 +5,14 @@ The lake is written by the tests; the target is a real Postgres (see test_sync_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
 from cdc import rowlog
-from cdc.condition import held_fact
+from cdc.condition import condition_fact, held_fact
 from cdc.config_serving import GuardConfig, ModelConfig, SyncConfig
 from cdc.errors import ConfigError
 from cdc.sync_run import Order
@@ -24,17 +22,9 @@ MIRROR = replace(SYNC, mode="mirror", batch_rows=1000)
 
 
 @pytest.fixture
-def shop(tmp_path: Path, database: str) -> Iterator[Shop]:
-    made = Shop(tmp_path, database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute(SCORES)
-        yield connection
+def db(db: psycopg.Connection) -> psycopg.Connection:
+    db.execute(SCORES)
+    return db
 
 
 # ---------------------------------------------------------------------- guards
@@ -116,6 +106,30 @@ def test_an_approved_plan_is_continued_after_a_kill_without_sending_what_went_th
     assert (run.cause, run.outcome, run.counts["written"]) == ("approved", "done", 200)
     assert set(scores(db).values()) == {2.0}
     assert shop.state.get(held_fact("value")) is None
+
+
+def test_a_plan_that_takes_the_place_of_a_held_one_is_told_and_shown_under_its_own_id(
+    shop: Shop, db: psycopg.Connection
+) -> None:
+    shop.orders(*rows(range(100)))
+    job = shop.job(MIRROR)
+    ran(job, shop)
+    shop.orders(*rows(range(60)))
+    first = ran(job, shop)
+    shop.orders(*rows(range(50)))
+    second = job.order(shop.changed)
+    assert (second.outcome, second.plan != first.plan, told(shop)) == ("held", True, ["held", "held"])
+    assert f"approve value {second.plan}`" in shop.state.get(condition_fact("value"))["hint"]
+
+
+def test_a_retry_beside_a_held_plan_says_nothing_of_how_the_sync_stands(shop: Shop, db: psycopg.Connection) -> None:
+    shop.orders(*rows(range(50)), (None, 1.0))
+    job = shop.job(MIRROR)
+    assert ran(job, shop).outcome == "partial"
+    shop.orders(*rows(range(20)), (None, 1.0))
+    assert ran(job, shop).outcome == "held"
+    assert job.order(shop.changed, "retry").outcome == "partial"
+    assert told(shop) == ["partial", "held"]
 
 
 def test_a_target_whose_columns_changed_is_asked_about_before_anything_is_written(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -28,17 +26,9 @@ MIRROR = replace(SYNC, mode="mirror", batch_rows=1000)
 
 
 @pytest.fixture
-def shop(tmp_path: Path, database: str) -> Iterator[Shop]:
-    made = Shop(tmp_path, database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute(SCORES)
-        yield connection
+def db(db: psycopg.Connection) -> psycopg.Connection:
+    db.execute(SCORES)
+    return db
 
 
 def by_sql(sql: str, **options: Any) -> SyncConfig:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,19 +30,6 @@ from tests.support.syncs import ASSIGNMENT, MODEL, ORDERS, SCORES, SYNC, Shop, s
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def shop(tmp_path: Path, database: str) -> Iterator[Shop]:
-    made = Shop(tmp_path, database)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
 
 
 def outcomes(shop: Shop) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,19 +28,6 @@ from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 SCORES = "CREATE TABLE public.scores (id int PRIMARY KEY, score numeric(8,2), note text)"
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(config(database), no_ledgers)
-    yield sink
-    sink.close()
 
 
 def push(target: PostgresTarget, rows: dict[str, list[object]], *, digest: str = "d1", table: str = "public.scores"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -18,19 +17,6 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.matrix
 RANKED = assigned(("id", "u", "note"))
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(target_config(database), no_ledgers)
-    yield sink
-    sink.close()
 
 
 def push(target: PostgresTarget, rows: dict[int, object], *, assignment: Assignment = RANKED) -> PushResult:

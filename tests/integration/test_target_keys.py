@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -16,19 +15,6 @@ from tests.support.targets import assigned, batch_of, key_text, no_ledgers, targ
 
 pytestmark = pytest.mark.matrix
 MIRROR = assigned(("id", "v"), mode="mirror")
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(target_config(database), no_ledgers)
-    yield sink
-    sink.close()
 
 
 def write(target: PostgresTarget, ids: list[object], *, assignment: Assignment = MIRROR) -> PushResult:

@@ -24,19 +24,6 @@ SCORES = "CREATE TABLE public.scores (id int PRIMARY KEY, score numeric(8,2), no
 COLUMNS = ("id", "score", "note")
 
 
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(target_config(database), no_ledgers)
-    yield sink
-    sink.close()
-
-
 def table(db: psycopg.Connection, columns: str = "id, score, note, own") -> list[tuple[object, ...]]:
     return db.execute(f"SELECT {columns} FROM public.scores ORDER BY 1, 2, 3").fetchall()  # type: ignore[arg-type]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import duckdb
 import psycopg
 import pyarrow as pa
@@ -26,19 +24,6 @@ RAISES = {
     "feature": "RAISE EXCEPTION 'x' USING ERRCODE = 'feature_not_supported'",
     "privilege": "RAISE EXCEPTION 'x' USING ERRCODE = 'insufficient_privilege'",
 }
-
-
-@pytest.fixture
-def db(database: str) -> Iterator[psycopg.Connection]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def target(database: str) -> Iterator[PostgresTarget]:
-    sink = PostgresTarget(target_config(database), no_ledgers)
-    yield sink
-    sink.close()
 
 
 def write(target: PostgresTarget, ids: list[int]) -> PushResult:

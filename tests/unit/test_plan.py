@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -291,7 +292,7 @@ def test_a_plan_is_kept_whole_and_read_back(tmp_path: Path) -> None:
         tmp_path / "held" / "here", Assignment(sync="s", table="public.t", key=("id",), mode="mirror", columns=())
     )
     assert (found.id, found.counts, found.about, sent(found)) == (plan.id, plan.counts, plan.about, expected)
-    moved.remove()
+    shutil.rmtree(moved.folder)
     with pytest.raises(ModelFailed, match="not there any more"):
         load(tmp_path / "held" / "here", plan.assignment)
 
